@@ -32,7 +32,8 @@ class Rule:
 
     pattern: str  # regular expression that matches our whole module path, such as r"blocks\.(\d+)"
     sources: str | tuple[str, ...]  # checkpoint module names; several are joined along the rows
-    # applied to the joined tensor in the checkpoint's own layout
+    rows: tuple[int, ...] | None = None  # rows of each source, where there are several
+    # applied to the joined tensor in the checkpoint's own layout; must be its own inverse
     transform: Callable[[np.ndarray], np.ndarray] | None = None
 
 
@@ -123,19 +124,17 @@ def load_params(
     graphdef, state = nnx.split(nnx.eval_shape(build))
     plan, problems, used = [], [], set()
     for path, variable in nnx.to_flat_state(state):
-        names, transform = _sources(path, rules)
+        names, rule = _sources(path, rules)
         used.update(names)
-        missing = [name for name in names if name not in checkpoint.shapes]
-        problems += [f"missing {name}" for name in missing]
-        if missing:
-            continue
-        stored = [checkpoint.shapes[name] for name in names]
         expected = _stored_shape(path[-1], variable.shape)
-        joined = (sum(shape[0] for shape in stored), *stored[0][1:]) if stored[0] else ()
-        if joined != expected or any(shape[1:] != expected[1:] for shape in stored):
-            found = " + ".join(str(list(shape)) for shape in stored)
-            problems.append(f"misshapen {', '.join(names)}: {found}, expected {list(expected)}")
-        plan.append((path, variable, names, transform))
+        for name, rows in zip(names, rule.rows or expected[:1], strict=True):
+            found = checkpoint.shapes.get(name)
+            if found is None:
+                problems.append(f"missing {name}")
+            elif found != (rows, *expected[1:]):
+                wanted = [rows, *expected[1:]]
+                problems.append(f"misshapen {name}: {list(found)}, expected {wanted}")
+        plan.append((path, variable, names, rule.transform))
     unexpected = sorted(set(checkpoint.shapes) - used)
     problems += [
         f"unexpected {name}"
@@ -146,7 +145,7 @@ def load_params(
         raise CheckpointError(f"{checkpoint.folder}: " + "; ".join(problems))
     filled = []
     for path, variable, names, transform in plan:
-        value = np.concatenate([np.atleast_1d(checkpoint.read(name)) for name in names])
+        value = np.concatenate([checkpoint.read(name) for name in names])
         value = value if transform is None else transform(value)
         value = _to_ours(path[-1], value).reshape(variable.shape)
         filled.append((path, variable.replace(jnp.asarray(value, dtype))))
@@ -154,29 +153,30 @@ def load_params(
 
 
 def export_params(module: nnx.Module, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
-    """Return the tensors of a module under checkpoint names and in checkpoint layout.
+    """Return a module's tensors under checkpoint names and in checkpoint layout.
 
-    The inverse of `load_params` for rules that name one source and no transform.
+    The inverse of `load_params` with the same rules.
     """
     tensors = {}
-    for path, variable in nnx.to_flat_state(nnx.state(module)):
-        names, transform = _sources(path, rules)
-        if len(names) != 1 or transform is not None:
-            raise ValueError(f"{'.'.join(map(str, path))} can't be exported: its rule joins tensors")
-        value = np.asarray(variable[...])
-        tensors[names[0]] = np.ascontiguousarray(_to_stored(path[-1], value))
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        names, rule = _sources(path, rules)
+        value = _to_stored(path[-1], np.asarray(variable[...]))
+        value = value if rule.transform is None else rule.transform(value)
+        ends = np.cumsum(rule.rows)[:-1] if rule.rows else []
+        for name, part in zip(names, np.split(value, ends), strict=True):
+            tensors[name] = np.ascontiguousarray(part)
     return tensors
 
 
-def _sources(path: tuple, rules: Sequence[Rule]) -> tuple[list[str], Callable | None]:
+def _sources(path: tuple, rules: Sequence[Rule]) -> tuple[list[str], Rule]:
     module, leaf = ".".join(map(str, path[:-1])), path[-1]
     suffix = "." + _LEAF_SUFFIX[leaf] if module else _LEAF_SUFFIX[leaf]
     for rule in rules:
         match = re.fullmatch(rule.pattern, module)
         if match:
             sources = (rule.sources,) if isinstance(rule.sources, str) else rule.sources
-            return [match.expand(source) + suffix for source in sources], rule.transform
-    return [module + suffix], None
+            return [match.expand(source) + suffix for source in sources], rule
+    return [module + suffix], Rule(pattern="", sources=module)
 
 
 def _stored_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
