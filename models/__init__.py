@@ -1,0 +1,1 @@
+"""Diffusion models, their encoders and samplers in plain Flax NNX."""

@@ -1,0 +1,70 @@
+"""Sizes of a FLUX.1 transformer, in the words of a diffusers config.json."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from models.checkpoint_io import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FluxConfig:
+    """Sizes of one transformer; the defaults are those of FLUX.1-schnell."""
+
+    patch_size: int = 1  # the last linear gives patch_size**2 * out_channels channels a token
+    in_channels: int = 64  # channels of a packed latent token
+    out_channels: int | None = None  # in_channels if None
+    num_layers: int = 19  # double-stream blocks
+    num_single_layers: int = 38  # single-stream blocks
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096  # channels of the text tokens
+    pooled_projection_dim: int = 768  # channels of the pooled text vector
+    guidance_embeds: bool = False  # True for guidance-distilled models (dev)
+    axes_dims_rope: tuple[int, ...] = (
+        16,
+        56,
+        56,
+    )  # channels of a head that each position axis turns
+
+    def __post_init__(self):
+        axes = self.axes_dims_rope
+        if sum(axes) != self.attention_head_dim or any(dim % 2 for dim in axes):
+            raise ValueError(
+                f"axes_dims_rope {axes} must be even numbers that add up to "
+                f"attention_head_dim {self.attention_head_dim}"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a token inside the transformer."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of an output token."""
+        return self.patch_size**2 * (self.out_channels or self.in_channels)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "FluxConfig":
+        """Build from the parsed config.json of a diffusers FluxTransformer2DModel.
+
+        Raises:
+          CheckpointError: the config is of another class or has an option unknown here.
+        """
+        class_name = values.get("_class_name", "FluxTransformer2DModel")
+        if class_name != "FluxTransformer2DModel":
+            raise CheckpointError(f"_class_name is {class_name}, expected FluxTransformer2DModel")
+        known = {field.name for field in dataclasses.fields(cls)}
+        given = {key: value for key, value in values.items() if not key.startswith("_")}
+        if unknown := sorted(set(given) - known):
+            raise CheckpointError(f"FLUX config has unsupported options: {', '.join(unknown)}")
+        axes = tuple(given.get("axes_dims_rope", cls.axes_dims_rope))
+        try:
+            return cls(**{**given, "axes_dims_rope": axes})
+        except ValueError as error:
+            raise CheckpointError(f"FLUX config: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the config.json that diffusers would write."""
+        return {"_class_name": "FluxTransformer2DModel", **dataclasses.asdict(self)}

@@ -1,0 +1,266 @@
+"""The FLUX.1 transformer: double-stream blocks, then single-stream blocks, over packed latents.
+
+Module names and fused projections follow Black Forest Labs' reference (github.com/black-forest-labs/
+flux, `src/flux/model.py`); the call follows diffusers' FluxTransformer2DModel. Shapes in comments:
+b batch, t tokens (text first, then image), h heads, d head_dim, c hidden_size.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.attention import dot_product_attention
+from models.flux.config import FluxConfig
+
+_EPSILON = 1e-6  # of every norm
+_THETA = 10000.0  # base of both position and timestep frequencies
+_TIME_CHANNELS = 256  # of the sinusoidal embedding of timestep and guidance
+_MLP_RATIO = 4
+
+
+def sinusoidal_embedding(
+    position: jax.Array,  # float32 [b]
+    channels: int = _TIME_CHANNELS,
+) -> jax.Array:
+    """Return float32 [b, channels]: cosines, then sines, of falling frequencies."""
+    half = channels // 2
+    frequency = jnp.asarray(_THETA ** (-np.arange(half) / half), jnp.float32)
+    angle = position.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def rope_angles(
+    ids: jax.Array,  # [t, axes]: position of each token on each axis
+    axes_dims: tuple[int, ...],
+) -> jax.Array:
+    """Return the rotation of each pair of channels, float32 [t, d / 2], in radians."""
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequency = jnp.asarray(_THETA ** (-np.arange(0, dim, 2) / dim), jnp.float32)
+        angles.append(ids[:, axis, None].astype(jnp.float32) * frequency)
+    return jnp.concatenate(angles, axis=-1)
+
+
+def apply_rope(
+    x: jax.Array,  # float32 [b, t, h, d]
+    angles: jax.Array,  # float32 [t, d / 2]
+) -> jax.Array:
+    """Rotate neighbouring channels (2i, 2i + 1) by their token's angles; same shape and dtype."""
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def attention(
+    q: jax.Array,  # float32 [b, t, h, d]
+    k: jax.Array,  # float32 [b, t, h, d]
+    v: jax.Array,  # [b, t, h, d]
+    angles: jax.Array,  # float32 [t, d / 2]
+) -> jax.Array:
+    """Return attention with rotary positions, [b, t, c] in the dtype of v."""
+    q, k = (apply_rope(x, angles).astype(v.dtype) for x in (q, k))
+    out = dot_product_attention(q, k, v)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def modulate(
+    x: jax.Array,  # [b, t, c]
+    shift: jax.Array,  # [b, 1, c]
+    scale: jax.Array,  # [b, 1, c]
+) -> jax.Array:
+    """Return layer_norm(x) * (1 + scale) + shift, computed in float32, in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + _EPSILON)
+    return (wide * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
+
+
+class Embedder(nnx.Module):
+    """Two linears that bring one condition (time, guidance, pooled text) to hidden_size."""
+
+    def __init__(self, inputs: int, hidden: int, *, linear):
+        self.in_layer = linear(inputs, hidden)
+        self.out_layer = linear(hidden, hidden)
+
+    def __call__(self, x):  # [b, inputs] -> [b, c]
+        return self.out_layer(nnx.silu(self.in_layer(x)))
+
+
+class Modulation(nnx.Module):
+    """Shifts, scales and gates of one block from the condition vector; zero at initialisation."""
+
+    def __init__(self, hidden: int, parts: int, *, linear):
+        self.parts = parts
+        self.lin = linear(hidden, parts * hidden, kernel_init=nnx.initializers.zeros)
+
+    def __call__(self, vec):  # [b, c] -> parts of [b, 1, c]
+        return jnp.split(self.lin(nnx.silu(vec))[:, None], self.parts, axis=-1)
+
+
+class SelfAttention(nnx.Module):
+    """The projections of one stream; the attention itself joins both streams."""
+
+    def __init__(self, config: FluxConfig, *, linear, norm):
+        hidden = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.qkv = linear(hidden, 3 * hidden)
+        self.proj = linear(hidden, hidden)
+        self.query_norm = norm(config.attention_head_dim)
+        self.key_norm = norm(config.attention_head_dim)
+
+    def project(self, x):  # [b, t, c] -> three of [b, t, h, d]
+        q, k, v = split_heads(self.qkv(x), self.heads)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+def split_heads(
+    qkv: jax.Array,  # [b, t, 3 c], queries, keys, values
+    heads: int,
+) -> tuple[jax.Array, ...]:
+    """Return queries, keys and values, each [b, t, h, d]."""
+    batch, tokens, _ = qkv.shape
+    return tuple(jnp.moveaxis(qkv.reshape(batch, tokens, 3, heads, -1), 2, 0))
+
+
+class MLP(nnx.Module):
+    """The feed-forward part of a double-stream block."""
+
+    def __init__(self, hidden: int, *, linear):
+        self.up = linear(hidden, _MLP_RATIO * hidden)
+        self.down = linear(_MLP_RATIO * hidden, hidden)
+
+    def __call__(self, x):  # [b, t, c] -> [b, t, c]
+        return self.down(nnx.gelu(self.up(x), approximate=True))
+
+
+class DoubleStreamBlock(nnx.Module):
+    """Image and text tokens with weights of their own, and one attention over both."""
+
+    def __init__(self, config: FluxConfig, *, linear, norm):
+        hidden = config.hidden_size
+        self.img_mod = Modulation(hidden, 6, linear=linear)
+        self.txt_mod = Modulation(hidden, 6, linear=linear)
+        self.img_attn = SelfAttention(config, linear=linear, norm=norm)
+        self.txt_attn = SelfAttention(config, linear=linear, norm=norm)
+        self.img_mlp = MLP(hidden, linear=linear)
+        self.txt_mlp = MLP(hidden, linear=linear)
+
+    def __call__(self, img, txt, vec, angles):  # [b, t, c] twice, [b, c], [t, d / 2]
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.img_mod(vec)
+        txt_shift, txt_scale, txt_gate, txt_mlp_shift, txt_mlp_scale, txt_mlp_gate = self.txt_mod(
+            vec
+        )
+
+        img_qkv = self.img_attn.project(modulate(img, shift, scale))
+        txt_qkv = self.txt_attn.project(modulate(txt, txt_shift, txt_scale))
+        joint = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
+        txt_out, img_out = jnp.split(attention(*joint, angles), [txt.shape[1]], axis=1)
+
+        img = img + gate * self.img_attn.proj(img_out)
+        img = img + mlp_gate * self.img_mlp(modulate(img, mlp_shift, mlp_scale))
+        txt = txt + txt_gate * self.txt_attn.proj(txt_out)
+        txt = txt + txt_mlp_gate * self.txt_mlp(modulate(txt, txt_mlp_shift, txt_mlp_scale))
+        return img, txt
+
+
+class SingleStreamBlock(nnx.Module):
+    """Attention and MLP side by side on the joined tokens, between two fused linears."""
+
+    def __init__(self, config: FluxConfig, *, linear, norm):
+        hidden = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.modulation = Modulation(hidden, 3, linear=linear)
+        self.linear1 = linear(hidden, (3 + _MLP_RATIO) * hidden)  # q, k, v, mlp
+        self.linear2 = linear((1 + _MLP_RATIO) * hidden, hidden)  # of attention, mlp
+        self.query_norm = norm(config.attention_head_dim)
+        self.key_norm = norm(config.attention_head_dim)
+
+    def __call__(self, x, vec, angles):  # [b, t, c], [b, c], [t, d / 2] -> [b, t, c]
+        shift, scale, gate = self.modulation(vec)
+        qkv, mlp = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
+        q, k, v = split_heads(qkv, self.heads)
+        attended = attention(self.query_norm(q), self.key_norm(k), v, angles)
+        joined = jnp.concatenate([attended, nnx.gelu(mlp, approximate=True)], axis=-1)
+        return x + gate * self.linear2(joined)
+
+
+class FinalLayer(nnx.Module):
+    """Modulated norm and the linear to output channels; both linears zero at initialisation."""
+
+    def __init__(self, hidden: int, outputs: int, *, linear):
+        zeros = nnx.initializers.zeros
+        self.modulation = linear(hidden, 2 * hidden, kernel_init=zeros)
+        self.linear = linear(hidden, outputs, kernel_init=zeros)
+
+    def __call__(self, x, vec):  # [b, t, c], [b, c] -> [b, t, outputs]
+        shift, scale = jnp.split(self.modulation(nnx.silu(vec))[:, None], 2, axis=-1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class FluxTransformer(nnx.Module):
+    """Predicts the velocity (noise minus data) of packed latent tokens."""
+
+    def __init__(
+        self,
+        config: FluxConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,  # of the matmuls and of the tokens between blocks
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        linear = partial(nnx.Linear, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        # float32 out of the norms: the rotation that follows wants it anyway
+        norm = partial(
+            nnx.RMSNorm, epsilon=_EPSILON, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
+        )
+        hidden = config.hidden_size
+        self.config = config
+        self.img_in = linear(config.in_channels, hidden)
+        self.txt_in = linear(config.joint_attention_dim, hidden)
+        self.time_in = Embedder(_TIME_CHANNELS, hidden, linear=linear)
+        self.vector_in = Embedder(config.pooled_projection_dim, hidden, linear=linear)
+        if config.guidance_embeds:
+            self.guidance_in = Embedder(_TIME_CHANNELS, hidden, linear=linear)
+        self.double_blocks = nnx.List(
+            DoubleStreamBlock(config, linear=linear, norm=norm) for _ in range(config.num_layers)
+        )
+        self.single_blocks = nnx.List(
+            SingleStreamBlock(config, linear=linear, norm=norm)
+            for _ in range(config.num_single_layers)
+        )
+        self.final_layer = FinalLayer(hidden, config.token_channels, linear=linear)
+
+    def __call__(
+        self,
+        hidden_states: jax.Array,  # [b, image tokens, in_channels]: packed noisy latents
+        encoder_hidden_states: jax.Array,  # [b, text tokens, joint_attention_dim]
+        pooled_projections: jax.Array,  # [b, pooled_projection_dim]
+        timestep: jax.Array,  # [b], 1 (noise) to 0 (data)
+        img_ids: jax.Array,  # [image tokens, axes]
+        txt_ids: jax.Array,  # [text tokens, axes]
+        guidance: jax.Array | None = None,  # [b], the distilled guidance scale, such as 3.5
+    ) -> jax.Array:
+        """Return the velocity, [b, image tokens, token_channels].
+
+        Raises:
+          ValueError: guidance is given to a model without guidance embedding, or missing.
+        """
+        if (guidance is not None) != self.config.guidance_embeds:
+            wanted = "needs guidance" if self.config.guidance_embeds else "takes no guidance"
+            raise ValueError(f"guidance is {guidance}, but this model {wanted}")
+        vec = self.time_in(sinusoidal_embedding(1000 * timestep.astype(jnp.float32)))
+        vec = vec + self.vector_in(pooled_projections)
+        if guidance is not None:
+            vec = vec + self.guidance_in(sinusoidal_embedding(1000 * guidance.astype(jnp.float32)))
+
+        img, txt = self.img_in(hidden_states), self.txt_in(encoder_hidden_states)
+        angles = rope_angles(jnp.concatenate([txt_ids, img_ids]), self.config.axes_dims_rope)
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, angles)
+        x = jnp.concatenate([txt, img], axis=1)
+        for block in self.single_blocks:
+            x = block(x, vec, angles)
+        return self.final_layer(x[:, txt.shape[1] :], vec)
