@@ -1,8 +1,8 @@
 """The FLUX.1 transformer: double-stream blocks, then single-stream blocks, over packed latents.
 
-Module names and fused projections follow Black Forest Labs' reference (github.com/black-forest-labs/
-flux, `src/flux/model.py`); the call follows diffusers' FluxTransformer2DModel. Shapes in comments:
-b batch, t tokens (text first, then image), h heads, d head_dim, c hidden_size.
+Module names and fused projections follow Black Forest Labs' reference (`src/flux/model.py` of
+github.com/black-forest-labs/flux); the call follows diffusers' FluxTransformer2DModel.
+Shapes: b batch, t tokens (text first, then image), h heads, d head_dim, c hidden_size.
 """
 
 from functools import partial
@@ -85,7 +85,8 @@ class Embedder(nnx.Module):
         self.in_layer = linear(inputs, hidden)
         self.out_layer = linear(hidden, hidden)
 
-    def __call__(self, x):  # [b, inputs] -> [b, c]
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, inputs] to [b, c]."""
         return self.out_layer(nnx.silu(self.in_layer(x)))
 
 
@@ -96,7 +97,8 @@ class Modulation(nnx.Module):
         self.parts = parts
         self.lin = linear(hidden, parts * hidden, kernel_init=nnx.initializers.zeros)
 
-    def __call__(self, vec):  # [b, c] -> parts of [b, 1, c]
+    def __call__(self, vec: jax.Array) -> list[jax.Array]:
+        """[b, c] to `parts` arrays [b, 1, c]."""
         return jnp.split(self.lin(nnx.silu(vec))[:, None], self.parts, axis=-1)
 
 
@@ -111,7 +113,8 @@ class SelfAttention(nnx.Module):
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
 
-    def project(self, x):  # [b, t, c] -> three of [b, t, h, d]
+    def project(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """[b, t, c] to normed queries, normed keys, and values, each [b, t, h, d]."""
         q, k, v = split_heads(self.qkv(x), self.heads)
         return self.query_norm(q), self.key_norm(k), v
 
@@ -132,7 +135,8 @@ class MLP(nnx.Module):
         self.up = linear(hidden, _MLP_RATIO * hidden)
         self.down = linear(_MLP_RATIO * hidden, hidden)
 
-    def __call__(self, x):  # [b, t, c] -> [b, t, c]
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, t, c] to [b, t, c]."""
         return self.down(nnx.gelu(self.up(x), approximate=True))
 
 
@@ -148,11 +152,16 @@ class DoubleStreamBlock(nnx.Module):
         self.img_mlp = MLP(hidden, linear=linear)
         self.txt_mlp = MLP(hidden, linear=linear)
 
-    def __call__(self, img, txt, vec, angles):  # [b, t, c] twice, [b, c], [t, d / 2]
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.img_mod(vec)
-        txt_shift, txt_scale, txt_gate, txt_mlp_shift, txt_mlp_scale, txt_mlp_gate = self.txt_mod(
-            vec
-        )
+    def __call__(
+        self,
+        img: jax.Array,  # [b, image tokens, c]
+        txt: jax.Array,  # [b, text tokens, c]
+        vec: jax.Array,  # [b, c]: time, guidance and pooled text
+        angles: jax.Array,  # float32 [t, d / 2]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the image and text tokens after this block, shapes as they came."""
+        shift, scale, gate, *img_mlp_mod = self.img_mod(vec)
+        txt_shift, txt_scale, txt_gate, *txt_mlp_mod = self.txt_mod(vec)
 
         img_qkv = self.img_attn.project(modulate(img, shift, scale))
         txt_qkv = self.txt_attn.project(modulate(txt, txt_shift, txt_scale))
@@ -160,9 +169,11 @@ class DoubleStreamBlock(nnx.Module):
         txt_out, img_out = jnp.split(attention(*joint, angles), [txt.shape[1]], axis=1)
 
         img = img + gate * self.img_attn.proj(img_out)
-        img = img + mlp_gate * self.img_mlp(modulate(img, mlp_shift, mlp_scale))
         txt = txt + txt_gate * self.txt_attn.proj(txt_out)
-        txt = txt + txt_mlp_gate * self.txt_mlp(modulate(txt, txt_mlp_shift, txt_mlp_scale))
+        shift, scale, gate = img_mlp_mod
+        img = img + gate * self.img_mlp(modulate(img, shift, scale))
+        shift, scale, gate = txt_mlp_mod
+        txt = txt + gate * self.txt_mlp(modulate(txt, shift, scale))
         return img, txt
 
 
@@ -178,7 +189,13 @@ class SingleStreamBlock(nnx.Module):
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
 
-    def __call__(self, x, vec, angles):  # [b, t, c], [b, c], [t, d / 2] -> [b, t, c]
+    def __call__(
+        self,
+        x: jax.Array,  # [b, t, c]: text and image tokens
+        vec: jax.Array,  # [b, c]: time, guidance and pooled text
+        angles: jax.Array,  # float32 [t, d / 2]
+    ) -> jax.Array:
+        """Return the tokens after this block, [b, t, c]."""
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
         q, k, v = split_heads(qkv, self.heads)
@@ -195,7 +212,8 @@ class FinalLayer(nnx.Module):
         self.modulation = linear(hidden, 2 * hidden, kernel_init=zeros)
         self.linear = linear(hidden, outputs, kernel_init=zeros)
 
-    def __call__(self, x, vec):  # [b, t, c], [b, c] -> [b, t, outputs]
+    def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
+        """[b, t, c] and the condition [b, c] to [b, t, outputs]."""
         shift, scale = jnp.split(self.modulation(nnx.silu(vec))[:, None], 2, axis=-1)
         return self.linear(modulate(x, shift, scale))
 
