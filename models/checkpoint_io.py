@@ -7,15 +7,17 @@ this file reads the tensors, checks that every one is accounted for and fills th
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+C = TypeVar("C")
 M = TypeVar("M", bound=nnx.Module)
 
 # Leaf of an NNX module to the suffix that torch gives the same parameter.
@@ -62,6 +64,32 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def config_from_json(
+    cls: type[C], values: Mapping[str, Any], supported: Mapping[str, Collection] | None = None
+) -> C:
+    """Build a config dataclass from the keys of a config.json that it has; lists become tuples.
+
+    Args:
+      cls: the dataclass; its defaults stand in for absent keys.
+      values: the parsed config.json.
+      supported: the values that a key may have where our models don't cover all of them.
+
+    Raises:
+      CheckpointError: a key has a value that isn't supported.
+    """
+    for key, allowed in (supported or {}).items():
+        if key in values and values[key] not in allowed:
+            names = ", ".join(map(repr, allowed))
+            raise CheckpointError(
+                f"{cls.__name__}: {key} = {values[key]!r} is not supported; expected {names}"
+            )
+    known = {field.name for field in dataclasses.fields(cls)} & values.keys()
+    as_static = {
+        key: tuple(values[key]) if isinstance(values[key], list) else values[key] for key in known
+    }
+    return cls(**as_static)
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
@@ -166,6 +194,36 @@ def export_params(module: nnx.Module, rules: Sequence[Rule]) -> dict[str, np.nda
         for name, part in zip(names, np.split(value, ends), strict=True):
             tensors[name] = np.ascontiguousarray(part)
     return tensors
+
+
+def save_params(
+    module: nnx.Module,
+    folder: Path | str,
+    rules: Sequence[Rule],
+    *,
+    config: Mapping[str, Any],
+    filename: str,
+    dtype: jnp.dtype,
+) -> None:
+    """Write a component folder that torch's `from_pretrained` reads: weights and config.json.
+
+    The weights get their name last, so an interrupted save has nothing that loads.
+
+    Args:
+      module: the component.
+      folder: made if absent.
+      rules: those that `load_params` reads it back with.
+      config: contents of config.json.
+      filename: of the weights, such as "model.safetensors".
+      dtype: floating dtype that every tensor is stored in.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.astype(dtype) for key, value in export_params(module, rules).items()}
+    partial = folder / f"{filename}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    partial.replace(folder / filename)
 
 
 def _sources(path: tuple, rules: Sequence[Rule]) -> tuple[list[str], Rule]:

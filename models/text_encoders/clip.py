@@ -1,0 +1,212 @@
+"""The text encoder of CLIP (arXiv 2103.00020)."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.attention import dot_product_attention
+from models.checkpoint_io import (
+    Rule,
+    config_from_json,
+    load_params,
+    open_checkpoint,
+    read_json,
+    save_params,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig:
+    """Shape of a CLIP text encoder; the field names and defaults are those of transformers."""
+
+    vocab_size: int = 49408  # rows of the token embedding
+    hidden_size: int = 512  # width of the residual stream
+    intermediate_size: int = 2048  # hidden width of the MLP
+    num_hidden_layers: int = 12  # blocks
+    num_attention_heads: int = 8  # attention heads
+    max_position_embeddings: int = 77  # longest prompt in tokens
+    hidden_act: str = "quick_gelu"  # "quick_gelu" or "gelu" (exact)
+    layer_norm_eps: float = 1e-5  # added to the variance before its root
+    eos_token_id: int = 49407  # token whose state is the pooled output; 2 has a meaning of its own
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "CLIPTextConfig":
+        """Build from a parsed config.json; raises CheckpointError on what isn't supported."""
+        supported = {"model_type": ("clip_text_model",), "hidden_act": tuple(_ACTIVATIONS)}
+        return config_from_json(cls, values, supported)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the config.json that transformers' CLIPTextModel reads."""
+        names = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+        return {**names, **dataclasses.asdict(self)}
+
+
+class CLIPTextEncoder(nnx.Module):
+    """Token ids to normed hidden states and the pooled state. Norms and softmax run in float32.
+
+    Args:
+      config: the shape.
+      rngs: random keys for the initial weights, which are drawn as the original's are.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: CLIPTextConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, init = config.hidden_size, nnx.initializers.normal(0.02)
+        self.config = config
+        self.token_embedding = nnx.Embed(config.vocab_size, width, embedding_init=init, **options)
+        self.position_embedding = nnx.Embed(
+            config.max_position_embeddings, width, embedding_init=init, **options
+        )
+        self.layers = nnx.List([_Layer(config, **options) for _ in range(config.num_hidden_layers)])
+        self.final_layer_norm = _norm(config, **options)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,  # int [batch, tokens]
+        attention_mask: jax.Array | None = None,  # [batch, tokens], 0 for padding; None: no padding
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return hidden states, [batch, tokens, hidden_size], and pooled, [batch, hidden_size].
+
+        Raises:
+          ValueError: more tokens than the model has positions.
+        """
+        tokens = input_ids.shape[1]
+        if tokens > self.config.max_position_embeddings:
+            limit = self.config.max_position_embeddings
+            raise ValueError(f"input_ids has {tokens} tokens; truncate it to at most {limit}")
+        x = self.token_embedding(input_ids) + self.position_embedding(jnp.arange(tokens))
+        mask = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None]
+        if attention_mask is not None:
+            mask &= attention_mask.astype(bool)[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, mask)
+        x = self.final_layer_norm(x)
+        return x, x[jnp.arange(x.shape[0]), self._eos_position(input_ids)]
+
+    def _eos_position(self, input_ids: jax.Array) -> jax.Array:
+        """Return the index of the first end token of each row, int [batch].
+
+        Configs from before transformers' pull request 24773 say 2, which was never the end token;
+        there it is the one with the highest id.
+        """
+        if self.config.eos_token_id == 2:
+            return jnp.argmax(input_ids, axis=-1)
+        return jnp.argmax(input_ids == self.config.eos_token_id, axis=-1)
+
+
+class _Layer(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, **options):
+        self.layer_norm1 = _norm(config, **options)
+        self.self_attn = _Attention(config, **options)
+        self.layer_norm2 = _norm(config, **options)
+        self.mlp = _MLP(config, **options)
+
+    def __call__(self, x, mask):
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _Attention(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, **options):
+        width, stddev = config.hidden_size, config.hidden_size**-0.5
+        self.num_heads = config.num_attention_heads
+        in_stddev = stddev * (2 * config.num_hidden_layers) ** -0.5
+        self.q_proj = _linear(width, width, in_stddev, **options)
+        self.k_proj = _linear(width, width, in_stddev, **options)
+        self.v_proj = _linear(width, width, in_stddev, **options)
+        self.out_proj = _linear(width, width, stddev, **options)
+
+    def __call__(self, x, mask):
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            layer(x).reshape(batch, tokens, self.num_heads, -1)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(dot_product_attention(q, k, v, mask=mask).reshape(x.shape))
+
+
+class _MLP(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, **options):
+        width, hidden = config.hidden_size, config.intermediate_size
+        out_stddev = (2 * width * config.num_hidden_layers) ** -0.5
+        self.hidden_act = config.hidden_act
+        self.fc1 = _linear(width, hidden, (2 * width) ** -0.5, **options)
+        self.fc2 = _linear(hidden, width, out_stddev, **options)
+
+    def __call__(self, x):
+        return self.fc2(_ACTIVATIONS[self.hidden_act](self.fc1(x)))
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": _gelu}
+
+
+def _linear(inputs: int, outputs: int, stddev: float, **options) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.normal(stddev), **options)
+
+
+def _norm(config: CLIPTextConfig, **options) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **options
+    )
+
+
+def _rules(prefix: str = "text_model.") -> list[Rule]:
+    """Return the checkpoint's names, which have a prefix unless transformers 5 wrote them."""
+    return [
+        Rule(pattern="(.+_embedding)", sources=prefix + r"embeddings.\1"),
+        Rule(pattern=r"layers\.(.+)", sources=prefix + r"encoder.layers.\1"),
+        Rule(pattern="final_layer_norm", sources=prefix + "final_layer_norm"),
+    ]
+
+
+def load_clip_text_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> CLIPTextEncoder:
+    """Load a transformers CLIPTextModel folder.
+
+    Args:
+      folder: holds config.json and safetensors.
+      dtype: of the parameters and the computation.
+
+    Raises:
+      CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
+    """
+    folder = Path(folder)
+    config = CLIPTextConfig.from_json(read_json(folder / "config.json"))
+    checkpoint = open_checkpoint(folder)
+    prefixed = any(name.startswith("text_model.") for name in checkpoint.shapes)
+    return load_params(
+        lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype),
+        checkpoint,
+        _rules("text_model." if prefixed else ""),
+        dtype=dtype,
+        ignore=(r".*position_ids",),
+    )
+
+
+def export_clip_text_encoder(
+    module: CLIPTextEncoder, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
+) -> None:
+    """Write a folder that transformers' CLIPTextModel and `load_clip_text_encoder` read."""
+    config = {**module.config.to_json(), "dtype": jnp.dtype(dtype).name}
+    save_params(module, folder, _rules(), config=config, filename="model.safetensors", dtype=dtype)
