@@ -2,6 +2,6 @@
 
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
-from models.flux.params import load_flux_transformer
+from models.flux.params import export_flux_transformer, load_flux_transformer
 
-__all__ = ["FluxConfig", "FluxTransformer", "load_flux_transformer"]
+__all__ = ["FluxConfig", "FluxTransformer", "export_flux_transformer", "load_flux_transformer"]

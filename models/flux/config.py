@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from models.checkpoint_io import CheckpointError
+from models.checkpoint_io import CheckpointError, config_from_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class FluxConfig:
     def __post_init__(self):
         axes = self.axes_dims_rope
         if sum(axes) != self.attention_head_dim or any(dim % 2 for dim in axes):
-            raise ValueError(
+            raise CheckpointError(
                 f"axes_dims_rope {axes} must be even numbers that add up to "
                 f"attention_head_dim {self.attention_head_dim}"
             )
@@ -50,20 +50,9 @@ class FluxConfig:
         """Build from the parsed config.json of a diffusers FluxTransformer2DModel.
 
         Raises:
-          CheckpointError: the config is of another class or has an option unknown here.
+          CheckpointError: the config is of another class.
         """
-        class_name = values.get("_class_name", "FluxTransformer2DModel")
-        if class_name != "FluxTransformer2DModel":
-            raise CheckpointError(f"_class_name is {class_name}, expected FluxTransformer2DModel")
-        known = {field.name for field in dataclasses.fields(cls)}
-        given = {key: value for key, value in values.items() if not key.startswith("_")}
-        if unknown := sorted(set(given) - known):
-            raise CheckpointError(f"FLUX config has unsupported options: {', '.join(unknown)}")
-        axes = tuple(given.get("axes_dims_rope", cls.axes_dims_rope))
-        try:
-            return cls(**{**given, "axes_dims_rope": axes})
-        except ValueError as error:
-            raise CheckpointError(f"FLUX config: {error}") from None
+        return config_from_json(cls, values, {"_class_name": ("FluxTransformer2DModel",)})
 
     def to_json(self) -> dict[str, Any]:
         """Return the config.json that diffusers would write."""

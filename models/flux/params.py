@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint_io import Rule, load_params, open_checkpoint, read_json
+from models.checkpoint_io import Rule, load_params, open_checkpoint, read_json, save_params
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
 
@@ -83,5 +83,19 @@ def load_flux_transformer(folder: Path | str, dtype: jnp.dtype = jnp.bfloat16) -
         lambda: FluxTransformer(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype),
         open_checkpoint(folder),
         diffusers_rules(config),
+        dtype=dtype,
+    )
+
+
+def export_flux_transformer(
+    module: FluxTransformer, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
+) -> None:
+    """Write a folder that diffusers' FluxTransformer2DModel and `load_flux_transformer` read."""
+    save_params(
+        module,
+        folder,
+        diffusers_rules(module.config),
+        config=module.config.to_json(),
+        filename="diffusion_pytorch_model.safetensors",
         dtype=dtype,
     )

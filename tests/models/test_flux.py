@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.flux import FluxConfig, FluxTransformer, load_flux_transformer
+from models.checkpoint_io import CheckpointError
+from models.flux import (
+    FluxConfig,
+    FluxTransformer,
+    export_flux_transformer,
+    load_flux_transformer,
+)
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -66,6 +72,39 @@ def test_output_matches_diffusers(tmp_path, guidance):
         expected = peer(**tensors).sample.numpy()
     found = nnx.jit(load_flux_transformer(tmp_path, dtype=jnp.float32))(**inputs)
     assert relative_error(found, expected) <= 1e-4
+
+
+def test_exported_folder_is_what_diffusers_saved(tmp_path):
+    peer = diffusers_transformer(guidance_embeds=True)
+    peer.save_pretrained(tmp_path / "theirs")
+    ours = load_flux_transformer(tmp_path / "theirs", dtype=jnp.float32)
+    export_flux_transformer(ours, tmp_path / "ours", dtype=jnp.float32)
+    again = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "ours")
+    expected = peer.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_sharded_checkpoint_loads_the_same(tmp_path):
+    peer = diffusers_transformer()
+    peer.save_pretrained(tmp_path / "one")
+    peer.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    one, many = (nnx.state(load_flux_transformer(tmp_path / name)) for name in ("one", "many"))
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axes_dims_rope": [4, 6, 8]}, "axes_dims_rope"),
+        ({"_class_name": "SD3Transformer2DModel"}, "_class_name"),
+    ],
+)
+def test_unusable_config_is_refused_by_name(options, message):
+    with pytest.raises(CheckpointError, match=message):
+        FluxConfig.from_json({**SIZES, **options})
 
 
 def small_model(dtype=jnp.float32, **options):

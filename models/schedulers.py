@@ -1,0 +1,84 @@
+"""Flow-match Euler sampling: when to evaluate the velocity, and how to step along it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from models.checkpoint_io import config_from_json
+
+_NO = (False, None)
+_SUPPORTED = {
+    "_class_name": ("FlowMatchEulerDiscreteScheduler",),
+    "num_train_timesteps": (1000,),  # the transformers multiply by it themselves
+    "time_shift_type": ("exponential", "linear"),
+    "use_karras_sigmas": _NO,
+    "use_exponential_sigmas": _NO,
+    "use_beta_sigmas": _NO,
+    "invert_sigmas": _NO,
+    "stochastic_sampling": _NO,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowMatchEulerScheduler:
+    """diffusers' FlowMatchEulerDiscreteScheduler as the FLUX pipeline uses it.
+
+    A sample at noise level sigma is `(1 - sigma) * data + sigma * noise`, and the model predicts
+    the velocity `noise - data`. Shifting spends more of the steps at high noise, the more so the
+    more tokens an image has (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
+    """
+
+    shift: float = 1.0  # static shift, at least 1; unused with dynamic shifting
+    use_dynamic_shifting: bool = False  # shift by the number of image tokens
+    base_shift: float = 0.5  # dynamic shift mu at base_image_seq_len tokens
+    max_shift: float = 1.15  # dynamic shift mu at max_image_seq_len tokens
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    time_shift_type: str = "exponential"  # or "linear": whether mu is the log of a shift or one
+    shift_terminal: float | None = None  # stretch so that the last step starts at this sigma
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "FlowMatchEulerScheduler":
+        """Build from a parsed scheduler_config.json; CheckpointError on an unsupported option."""
+        return config_from_json(cls, values, _SUPPORTED)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scheduler_config.json that diffusers reads."""
+        fixed = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+        return {**fixed, **dataclasses.asdict(self)}
+
+    def sigmas(self, num_inference_steps: int, image_tokens: int) -> np.ndarray:
+        """Return the noise levels from 1 to 0, float32 [num_inference_steps + 1].
+
+        Raises:
+          ValueError: num_inference_steps is below 1.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be 1 or more")
+        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        shift = self._dynamic_shift(image_tokens) if self.use_dynamic_shifting else self.shift
+        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        if self.shift_terminal and num_inference_steps > 1:  # one step has nothing to stretch
+            sigmas = 1 - (1 - sigmas) * (1 - self.shift_terminal) / (1 - sigmas[-1])
+        return np.append(sigmas, 0).astype(np.float32)
+
+    def _dynamic_shift(self, image_tokens: int) -> float:
+        slope = (self.max_shift - self.base_shift) / (
+            self.max_image_seq_len - self.base_image_seq_len
+        )
+        mu = self.base_shift + slope * (image_tokens - self.base_image_seq_len)
+        return math.exp(mu) if self.time_shift_type == "exponential" else mu
+
+
+def euler_step(
+    sample: jax.Array,  # float32, any shape, at noise level sigma
+    velocity: jax.Array,  # the same shape
+    sigma: jax.Array,  # float32 scalar
+    next_sigma: jax.Array,  # float32 scalar
+) -> jax.Array:
+    """Return the sample at noise level next_sigma, float32."""
+    return sample + (next_sigma - sigma) * velocity.astype(sample.dtype)
