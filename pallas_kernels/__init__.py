@@ -1,0 +1,1 @@
+"""Array-level operations on the QuaRTZ number format, with one implementation a backend."""

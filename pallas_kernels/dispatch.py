@@ -1,0 +1,77 @@
+"""Choosing the implementation of an operation: by the device, by name, or from a list of names."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pallas_kernels import device as devices
+
+Implementation = str | Sequence[str] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One implementation of an operation."""
+
+    name: str  # what `implementation=` calls it
+    run: Callable[..., Any]  # the implementation itself
+    # (device, *args, **kwargs of the call) to the reason why it can't run them, or None
+    why_not: Callable[..., str | None] = lambda device, *args, **kwargs: None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operation:
+    """An operation and its backends, the best first; the last one must run everywhere."""
+
+    name: str  # such as "matmul", for messages
+    backends: tuple[Backend, ...]  # in order of preference
+
+    def __call__(self, *args, implementation: Implementation = None, **kwargs):
+        """Run the first backend that can; see `choose` for `implementation` and what is raised."""
+        return self.choose(implementation, *args, **kwargs).run(*args, **kwargs)
+
+    def choose(self, implementation: Implementation, *args, **kwargs) -> Backend:
+        """Return the backend that a call would run.
+
+        Args:
+          implementation: None for the best that can run here, a name, or names in order of
+            preference.
+          *args: of the call.
+          **kwargs: of the call.
+
+        Raises:
+          ValueError: unknown name, or none of the named ones can run; gives each one's reason.
+        """
+        reasons = self._reasons(implementation, *args, **kwargs)
+        for name, reason in reasons.items():
+            if reason is None:
+                return self._backend(name)
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(
+            f"{self.name}: implementation={implementation!r} can't run here ({listed}); "
+            "pass implementation=None for the best that can"
+        )
+
+    def explain(self, *args, implementation: Implementation = None, **kwargs) -> str:
+        """Say which backend a call would run, and why each better one doesn't."""
+        lines, chosen = [], False
+        for name, reason in self._reasons(implementation, *args, **kwargs).items():
+            verdict = reason or ("not needed" if chosen else "runs")
+            chosen = chosen or reason is None
+            lines.append(f"{self.name}/{name}: {verdict}")
+        return "\n".join(lines)
+
+    def _reasons(self, implementation: Implementation, *args, **kwargs) -> dict[str, str | None]:
+        if implementation is None:
+            names = [backend.name for backend in self.backends]
+        else:
+            names = [implementation] if isinstance(implementation, str) else list(implementation)
+        device = devices.current()
+        return {name: self._backend(name).why_not(device, *args, **kwargs) for name in names}
+
+    def _backend(self, name: str) -> Backend:
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        known = ", ".join(backend.name for backend in self.backends)
+        raise ValueError(f"{self.name}: unknown implementation {name!r}; known are {known}")

@@ -1,0 +1,106 @@
+"""Quantized matmul: y = x w^T for int8 activations and 4-bit or int8 weights, integer-exact."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Backend, Implementation, Operation
+from pallas_kernels.matmul import reference, xla
+
+# The best first: a backend runs if nothing before it can.
+MATMUL = Operation(
+    name="matmul",
+    backends=(
+        Backend(name="xla", run=xla.matmul),
+        Backend(name="reference", run=reference.matmul),
+    ),
+)
+MATMUL_INT8 = Operation(
+    name="matmul_int8",
+    backends=(
+        Backend(name="xla", run=xla.matmul_int8),
+        Backend(name="reference", run=reference.matmul_int8),
+    ),
+)
+
+
+def matmul(
+    x: jax.Array,  # [m, k], int8: decoded values, minus 128 if asymmetric
+    w_codes: jax.Array,  # [n, k_padded / 2], uint8: packed symmetric codes
+    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8: packed shifts
+    x_scale: jax.Array,  # [m, 1], float32
+    w_scale: jax.Array,  # [n, 1], float32
+    *,
+    bias: jax.Array | None = None,  # [n], any float
+    x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
+    group_size: int,
+    step: str,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Multiply int8 activations by packed 4-bit weights that share one scale a row.
+
+    The dot over all of k is an exact int32 (|sum| < 2**31 for k < 66,000 in the worst case); the
+    epilogue is float32, in the order that `reference.epilogue` gives.
+
+    Returns:
+      [m, n] of out_dtype. Rows whose scale is NaN are NaN.
+
+    Raises:
+      ValueError: misshapen arguments, or a named implementation that can't run here.
+    """
+    if 2 * w_codes.shape[1] != -(-x.shape[1] // group_size) * group_size:
+        raise ValueError(
+            f"w_codes holds {2 * w_codes.shape[1]} elements a row, but x has k={x.shape[1]}; both "
+            f"must have the same k, that of w_codes padded to a multiple of {group_size}"
+        )
+    _check_rows(x, w_codes, x_scale, w_scale, x_lo, bias)
+    return MATMUL(
+        x,
+        w_codes,
+        w_shifts,
+        x_scale,
+        w_scale,
+        bias=bias,
+        x_lo=x_lo,
+        group_size=group_size,
+        step=step,
+        out_dtype=out_dtype,
+        implementation=implementation,
+    )
+
+
+def matmul_int8(
+    x: jax.Array,  # [m, k], int8: decoded values, minus 128 if asymmetric
+    w: jax.Array,  # [n, k], int8: symmetric
+    x_scale: jax.Array,  # [m, 1], float32
+    w_scale: jax.Array,  # [n, 1], float32
+    *,
+    bias: jax.Array | None = None,  # [n], any float
+    x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Multiply int8 activations by int8 weights; otherwise as `matmul`."""
+    if x.shape[1] != w.shape[1]:
+        raise ValueError(f"x has k={x.shape[1]} and w has k={w.shape[1]}; both must be the same")
+    _check_rows(x, w, x_scale, w_scale, x_lo, bias)
+    return MATMUL_INT8(
+        x,
+        w,
+        x_scale,
+        w_scale,
+        bias=bias,
+        x_lo=x_lo,
+        out_dtype=out_dtype,
+        implementation=implementation,
+    )
+
+
+def _check_rows(x, w, x_scale, w_scale, x_lo, bias) -> None:
+    """Refuse an argument whose shape doesn't follow from the rows of x [m, ...] and w [n, ...]."""
+    m, n = x.shape[0], w.shape[0]
+    wanted = {"x_scale": (x_scale, (m, 1)), "w_scale": (w_scale, (n, 1))}
+    wanted |= {"x_lo": (x_lo, (m, 1)), "bias": (bias, (n,))}
+    for name, (array, shape) in wanted.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {list(array.shape)}; it must be {list(shape)}")

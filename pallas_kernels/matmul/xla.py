@@ -1,0 +1,82 @@
+"""Quantized matmul left to XLA, with the exact dot that each platform does fast."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import codec, device
+from pallas_kernels.matmul import reference
+
+# Partial sums of 1024 products of int8 stay within 128 * 128 * 1024 = 2**24, the last integer up
+# to which float32 holds them all: any order of float32 accumulation is exact.
+_EXACT_K = 1024
+
+_LAST_AXES = (((1,), (1,)), ((), ()))
+
+
+def matmul(
+    x: jax.Array,  # [m, k], int8
+    w_codes: jax.Array,  # [n, k_padded / 2], uint8
+    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
+    x_scale: jax.Array,  # [m, 1], float32
+    w_scale: jax.Array,  # [n, 1], float32
+    *,
+    bias: jax.Array | None = None,  # [n]
+    x_lo: jax.Array | None = None,  # [m, 1], float32
+    group_size: int,
+    step: str,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    """Decode the weights, then multiply; see `pallas_kernels.matmul.matmul`."""
+    w = codec.decode_packed(w_codes, w_shifts, group_size=group_size, step=step)[:, : x.shape[1]]
+    return matmul_int8(x, w, x_scale, w_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
+
+
+def matmul_int8(
+    x: jax.Array,  # [m, k], int8
+    w: jax.Array,  # [n, k], int8
+    x_scale: jax.Array,  # [m, 1], float32
+    w_scale: jax.Array,  # [n, 1], float32
+    *,
+    bias: jax.Array | None = None,  # [n]
+    x_lo: jax.Array | None = None,  # [m, 1], float32
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
+    acc = int8_dot(x, w)
+    return reference.epilogue(acc, w, x_scale, w_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
+
+
+def int8_dot(
+    x: jax.Array,  # [m, k], int8
+    w: jax.Array,  # [n, k], int8
+) -> jax.Array:
+    """Return the exact int32 sums over k, [m, n], chosen by the platform that is lowered for."""
+    target = device.current()
+    no_int8_units = target.platform == "tpu" and not target.int8
+    accelerator = functools.partial(_chunked_dot, dtype=jnp.bfloat16) if no_int8_units else _dot
+    # XLA's int8 dot on the CPU is a scalar loop.
+    cpu = functools.partial(_chunked_dot, dtype=jnp.float32)
+    return lax.platform_dependent(x, w, cpu=cpu, default=accelerator)
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return lax.dot_general(x, w, _LAST_AXES, preferred_element_type=jnp.int32)
+
+
+def _chunked_dot(x: jax.Array, w: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """Sum over k in chunks that floating-point accumulation does exactly."""
+    acc = jnp.zeros((x.shape[0], w.shape[0]), jnp.int32)
+    for start in range(0, x.shape[1], _EXACT_K):
+        part = slice(start, start + _EXACT_K)
+        dot = lax.dot_general(
+            x[:, part].astype(dtype),
+            w[:, part].astype(dtype),
+            _LAST_AXES,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        acc = acc + dot.astype(jnp.int32)
+    return acc

@@ -1,0 +1,123 @@
+"""Matmul of quantized tensors."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import codec, matmul
+from pallas_kernels.dispatch import Implementation
+from quartz_jax.codec import decode_rows
+from quartz_jax.tensor import IntTensor, QuartzTensor
+
+
+def quartz_matmul(
+    x: QuartzTensor | IntTensor,  # [..., k]
+    w: QuartzTensor | IntTensor,  # [n, k]
+    *,
+    bias: jax.Array | None = None,  # [n], any float
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Multiply quantized activations by quantized weights: y = x w^T + bias.
+
+    With one scale a row the dot over k is one exact int32, acc; then in float32 and in this order
+    y = acc * s_x * s_w + bias, or for an asymmetric x (held minus 128), with c = sum over k of w,
+    y = (acc + 128 c) * s_x * s_w + (lo_x * s_w) * c + bias; then the cast to `out_dtype`. With a
+    scale block the blocks' results are added in order in float32, and the bias last.
+
+    Args:
+      x: symmetric or asymmetric. Its contraction axis may be any; the result has the others.
+      w: symmetric, two axes; the contraction axis may be either (w is [k, n] if it is the first).
+      bias: added to every row.
+      out_dtype: of the result.
+      implementation: a backend of `pallas_kernels.matmul`, several in order of preference, or
+        None for the best on this device.
+
+    Returns:
+      [..., n] of out_dtype; NaN in rows where x's or columns where w's scale is NaN.
+
+    Raises:
+      ValueError: shapes or scale blocks that don't agree, an asymmetric w, or a named
+        implementation that can't run here.
+    """
+    _check(x, w, bias)
+    values = decode_rows(x)
+    rows = (-1, x.scale.shape[-1])
+    x2 = values.reshape(-1, x.k)
+    x_scale, x_lo = x.scale.reshape(rows), None if x.lo is None else x.lo.reshape(rows)
+    options = {"bias": bias, "out_dtype": out_dtype, "implementation": implementation}
+    if _block(x) or _block(w):
+        y = _matmul_blocks(x2, w, x_scale, x_lo, block=_block(x) or _block(w), **options)
+    elif isinstance(w, IntTensor):
+        y = matmul.matmul_int8(x2, decode_rows(w), x_scale, w.scale, x_lo=x_lo, **options)
+    else:
+        y = matmul.matmul(
+            x2,
+            w.codes,
+            w.shifts,
+            x_scale,
+            w.scale,
+            x_lo=x_lo,
+            group_size=w.config.group_size,
+            step=w.config.step,
+            **options,
+        )
+    return y.reshape(*values.shape[:-1], w.scale.shape[0])
+
+
+def _matmul_blocks(x, w, x_scale, x_lo, *, block, bias, out_dtype, implementation) -> jax.Array:
+    """Add up one matmul for each scale block, x [m, k], scales [m, 1 or blocks]."""
+
+    def cut(values):  # [rows, k] to [blocks, rows, block], zeros after the end of k
+        values = codec.pad(values, block)
+        return jnp.moveaxis(values.reshape(values.shape[0], -1, block), 1, 0)
+
+    blocks = -(-x.shape[1] // block)
+
+    def spread(scale):  # [rows, 1 or blocks] to [blocks, rows, 1]
+        return jnp.broadcast_to(scale, (scale.shape[0], blocks)).T[..., None]
+
+    def add(total, part):
+        x, w, x_scale, w_scale, *x_lo = part
+        y = matmul.matmul_int8(
+            x,
+            w,
+            x_scale,
+            w_scale,
+            x_lo=x_lo[0] if x_lo else None,
+            out_dtype=jnp.float32,
+            implementation=implementation,
+        )
+        return total + y, None
+
+    parts = (cut(x), cut(decode_rows(w)), spread(x_scale), spread(w.scale))
+    parts += () if x_lo is None else (spread(x_lo),)
+    first, _ = add(jnp.float32(0), jax.tree.map(lambda part: part[0], parts))
+    total, _ = lax.scan(add, first, jax.tree.map(lambda part: part[1:], parts))
+    return (total if bias is None else total + bias.astype(jnp.float32)).astype(out_dtype)
+
+
+def _block(tensor: QuartzTensor | IntTensor) -> int | None:
+    return tensor.config.scale_block if isinstance(tensor, QuartzTensor) else None
+
+
+def _check(x, w, bias) -> None:
+    for name, tensor in {"x": x, "w": w}.items():
+        if not isinstance(tensor, QuartzTensor | IntTensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}; quantize it first")
+    if w.ndim != 2:
+        raise ValueError(f"w has shape {list(w.shape)}; it must have two axes, [n, k]")
+    if w.lo is not None:
+        raise ValueError("w is asymmetric; quantize weights with range='absmax'")
+    if x.k != w.k:
+        raise ValueError(
+            f"x has shape {list(x.shape)} with k={x.k} and w {list(w.shape)} with k={w.k}; both "
+            "must have the same k"
+        )
+    if _block(x) and _block(w) and _block(x) != _block(w):
+        raise ValueError(
+            f"x has scale_block={_block(x)} and w {_block(w)}; they must agree, or one be None"
+        )
+    rows = w.scale.shape[0]
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{rows}]")
