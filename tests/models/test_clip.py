@@ -1,0 +1,177 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from models.checkpoint_io import CheckpointError
+from models.text_encoders import (
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    export_clip_text_encoder,
+    load_clip_text_encoder,
+)
+
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 16,
+}
+EOS = 40  # not the highest id, so that the two rules for the pooled token differ
+
+
+def relative_error(ours, theirs):
+    return np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs)
+
+
+def token_ids(tokens=16):
+    """Return prompts with two end tokens each, and the highest id elsewhere."""
+    ids = np.random.default_rng(0).integers(3, EOS, (3, tokens))
+    ids[:, 0] = 49
+    for row, end in enumerate([5, 9, 12]):
+        ids[row, end] = ids[row, -1] = EOS
+    return ids
+
+
+def tiny_encoder(eos_token_id=EOS, hidden_act="quick_gelu", **options):
+    config = CLIPTextConfig(**TINY, eos_token_id=eos_token_id, hidden_act=hidden_act)
+    return CLIPTextEncoder(config, rngs=nnx.Rngs(0), **options)
+
+
+def build_peer(eos_token_id=EOS, hidden_act="quick_gelu"):
+    """Return a random torch encoder whose biases and norms aren't the initial constants."""
+    torch = pytest.importorskip("torch")
+    from transformers import CLIPTextConfig as PeerConfig
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(0)
+    config = PeerConfig(**TINY, eos_token_id=eos_token_id, hidden_act=hidden_act)
+    model = CLIPTextModel(config).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.3 * torch.randn_like(value))
+    return model
+
+
+def peer_output(model, ids, mask=None):
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        mask = None if mask is None else torch.tensor(mask)
+        output = model(torch.tensor(ids), attention_mask=mask)
+    return output.last_hidden_state.numpy(), output.pooler_output.numpy()
+
+
+def assert_equal_outputs(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        assert relative_error(mine, other) < 1e-4
+
+
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("eos_token_id", [2, EOS])
+def test_states_and_pooled_equal_the_peer(eos_token_id, hidden_act, tmp_path):
+    peer = build_peer(eos_token_id, hidden_act)
+    peer.save_pretrained(tmp_path)
+    ids = token_ids()
+    assert_equal_outputs(load_clip_text_encoder(tmp_path)(ids), peer_output(peer, ids))
+
+
+def test_masked_states_equal_the_peer(tmp_path):
+    peer = build_peer()
+    peer.save_pretrained(tmp_path)
+    ids, mask = token_ids(), np.ones((3, 16), int)
+    mask[0, 6:] = 0
+    ours = load_clip_text_encoder(tmp_path)(ids, jnp.asarray(mask))
+    assert_equal_outputs(ours, peer_output(peer, ids, mask))
+
+
+def test_short_prompts_equal_the_peer(tmp_path):
+    peer = build_peer()
+    peer.save_pretrained(tmp_path)
+    ids = token_ids()[:, :13]
+    assert_equal_outputs(load_clip_text_encoder(tmp_path)(ids), peer_output(peer, ids))
+
+
+def test_sharded_files_load(tmp_path):
+    peer = build_peer()
+    peer.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ids = token_ids()
+    assert_equal_outputs(load_clip_text_encoder(tmp_path)(ids), peer_output(peer, ids))
+
+
+def test_pooled_is_the_state_of_the_first_end_token():
+    states, pooled = tiny_encoder()(token_ids())
+    np.testing.assert_array_equal(pooled, states[np.arange(3), [5, 9, 12]])
+
+
+def test_end_token_2_pools_at_the_highest_id():
+    states, pooled = tiny_encoder(eos_token_id=2)(token_ids())
+    np.testing.assert_array_equal(pooled, states[:, 0])
+
+
+def test_states_depend_on_no_later_token():
+    encoder, ids = tiny_encoder(), token_ids()
+    other = ids.copy()
+    other[:, 8:] = 7
+    np.testing.assert_array_equal(encoder(ids)[0][:, :8], encoder(other)[0][:, :8])
+
+
+def test_more_tokens_than_positions_are_refused():
+    with pytest.raises(ValueError, match="input_ids has 17 tokens"):
+        tiny_encoder()(np.zeros((1, 17), int))
+
+
+def test_position_ids_and_missing_prefix_load(tmp_path):
+    encoder = tiny_encoder()
+    export_clip_text_encoder(encoder, tmp_path, dtype=jnp.float32)
+    file = tmp_path / "model.safetensors"
+    tensors = {key.removeprefix("text_model."): value for key, value in load_file(file).items()}
+    save_file({**tensors, "embeddings.position_ids": np.arange(16)[None]}, file)
+    np.testing.assert_array_equal(
+        load_clip_text_encoder(tmp_path)(token_ids())[0], encoder(token_ids())[0]
+    )
+
+
+def test_export_then_load_keeps_every_bit(tmp_path):
+    encoder = tiny_encoder()
+    export_clip_text_encoder(encoder, tmp_path, dtype=jnp.float32)
+    loaded = load_clip_text_encoder(tmp_path)
+    assert loaded.config == encoder.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(encoder))
+
+
+def test_the_peer_reads_an_export(tmp_path):
+    pytest.importorskip("torch")
+    from transformers import CLIPTextModel
+
+    encoder = tiny_encoder()
+    export_clip_text_encoder(encoder, tmp_path, dtype=jnp.float32)
+    peer, report = CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert_equal_outputs(encoder(token_ids()), peer_output(peer, token_ids()))
+
+
+def test_every_parameter_gets_a_gradient():
+    encoder = tiny_encoder(dtype=jnp.bfloat16)
+
+    @nnx.jit
+    def gradient(encoder):
+        weights = jnp.arange(24.0)
+        return nnx.grad(lambda e: jnp.sum(e(token_ids())[0].astype(jnp.float32) * weights))(encoder)
+
+    for path, value in nnx.to_flat_state(gradient(encoder)):
+        assert value[...].dtype == jnp.float32
+        assert jnp.any(value[...] != 0), path
+
+
+@pytest.mark.parametrize("key,value", [("hidden_act", "relu"), ("model_type", "siglip_text_model")])
+def test_an_unsupported_config_is_named(key, value):
+    values = {**dataclasses.asdict(CLIPTextConfig(**TINY)), key: value}
+    with pytest.raises(CheckpointError, match=f"{key} = '{value}'"):
+        CLIPTextConfig.from_json(values)
