@@ -1,0 +1,231 @@
+"""The whole FLUX pipeline against diffusers, its repeatability and its refusals."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+from models.checkpoint_io import CheckpointError
+from models.pipeline import image_ids, pack, unpack
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+from tiny_pipeline import make_tiny_flux  # noqa: E402 (needs diffusers)
+
+PROMPTS = ["a cat, 3d style", "two red hats on a table, flat"]
+SIZE = {"height": 32, "width": 48}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
+def tiny(request, tmp_path_factory):
+    """Return a model folder, diffusers' pipeline and ours."""
+    folder = tmp_path_factory.mktemp("tiny")
+    peer = make_tiny_flux(folder, dev=request.param)
+    peer.set_progress_bar_config(disable=True)
+    return folder, peer, models.load_pipeline(folder, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("schnell")
+    make_tiny_flux(folder, dev=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(schnell):
+    return models.load_pipeline(schnell, dtype=jnp.float32)
+
+
+def relative_error(found, expected):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def run_both(tiny, *, true_cfg_scale=1.0, output_type):
+    """Return our result and diffusers', from the same noise."""
+    _, peer, ours = tiny
+    noise = ours.initial_noise(jax.random.key(1), len(PROMPTS), **SIZE)
+    guidance = {"guidance_scale": 2.5} if ours.transformer.config.guidance_embeds else {}
+    options = {**SIZE, **guidance, "num_inference_steps": 3, "true_cfg_scale": true_cfg_scale}
+    expected = peer(
+        PROMPTS,
+        negative_prompt=["blurry"] * len(PROMPTS),
+        latents=torch.from_numpy(np.array(noise)),
+        max_sequence_length=peer.tokenizer_2.model_max_length,
+        output_type=output_type,
+        **options,
+    ).images
+    found = ours(
+        PROMPTS,
+        negative_prompt="blurry",
+        latents=noise,
+        progress=False,
+        output_type=output_type,
+        **options,
+    )
+    return found, expected
+
+
+def test_final_latents_match_diffusers(tiny):
+    found, expected = run_both(tiny, output_type="latent")
+    assert relative_error(found, expected) <= 1e-4
+
+
+def test_final_latents_match_diffusers_with_true_guidance(tiny):
+    found, expected = run_both(tiny, true_cfg_scale=3.0, output_type="latent")
+    assert relative_error(found, expected) <= 1e-4
+
+
+def test_images_match_diffusers(tiny):
+    found, expected = run_both(tiny, output_type="np")
+    assert found.shape == (2, 32, 48, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_steps_default_to_the_model_kind(tiny):
+    _, peer, ours = tiny
+    expected = 28 if peer.transformer.config.guidance_embeds else 4
+    assert ours.defaults.num_inference_steps == expected
+
+
+def test_packing_matches_diffusers(tiny):
+    _, peer, _ = tiny
+    latents = np.random.default_rng(0).normal(size=(2, 6, 4, 3)).astype(np.float32)
+    channels_first = torch.from_numpy(latents.transpose(0, 3, 1, 2))
+    expected = peer._pack_latents(channels_first.contiguous(), 2, 3, 6, 4)
+    np.testing.assert_array_equal(pack(latents), expected)
+
+
+def test_unpack_inverts_pack():
+    latents = np.random.default_rng(0).normal(size=(2, 6, 4, 3))
+    np.testing.assert_array_equal(unpack(pack(latents), 3, 2), latents)
+
+
+def test_image_ids_match_diffusers(tiny):
+    _, peer, _ = tiny
+    expected = peer._prepare_latent_image_ids(1, 3, 2, "cpu", torch.float32)
+    np.testing.assert_array_equal(image_ids(3, 2), expected)
+
+
+def test_same_seed_gives_the_same_bytes(pipeline):
+    first, again = (
+        pipeline(PROMPTS, **SIZE, seed=3, num_inference_steps=2, progress=False) for _ in range(2)
+    )
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
+
+
+def test_noise_of_an_image_does_not_depend_on_the_batch(pipeline):
+    two, three = (pipeline.initial_noise(jax.random.key(0), n, **SIZE) for n in (2, 3))
+    np.testing.assert_array_equal(two, three[:2])
+    assert not np.array_equal(three[0], three[1])
+
+
+def test_weights_are_not_baked_into_the_compiled_step(schnell):
+    pipeline = models.load_pipeline(schnell, dtype=jnp.float32)
+    options = {**SIZE, "num_inference_steps": 1, "progress": False, "output_type": "latent"}
+    before = pipeline("a cat", **options)
+    bias = pipeline.transformer.final_layer.linear.bias
+    bias[...] = bias[...] + 1.0
+    np.testing.assert_allclose(pipeline("a cat", **options), before - 1.0, atol=1e-5)
+
+
+def test_bfloat16_pipeline_keeps_float32_latents(schnell):
+    pipeline = models.load_pipeline(schnell)
+    options = {**SIZE, "num_inference_steps": 2, "progress": False, "output_type": "latent"}
+    latents = pipeline("a cat", **options)
+    assert latents.dtype == jnp.float32
+    assert np.all(np.isfinite(latents))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": ["a cat", 3]}, "prompts holds 3"),
+        ({"width": 40}, "width is 40.* multiple of 16"),
+        ({"height": 0}, "height is 0.* multiple of 16"),
+        ({"guidance_scale": 3.5}, "guidance_scale is 3.5.* no guidance embedding"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"output_type": "gif"}, "output_type is 'gif'"),
+        ({"latents": np.zeros((1, 5, 16))}, r"latents has shape \(1, 5, 16\)"),
+    ],
+)
+def test_bad_argument_is_named(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"prompts": "a cat", **SIZE, "progress": False, **arguments})
+
+
+def test_component_loads_by_class_name(schnell):
+    kinds = {
+        "transformer": "FluxTransformer",
+        "text_encoder": "CLIPTextEncoder",
+        "text_encoder_2": "T5Encoder",
+        "vae": "AutoencoderKL",
+    }
+    for name, kind in kinds.items():
+        assert type(models.load_component(schnell / name)).__name__ == kind
+
+
+def test_given_transformer_takes_the_place_of_the_folders(schnell, pipeline, tmp_path):
+    folder = shutil.copytree(schnell, tmp_path / "model")
+    shutil.rmtree(folder / "transformer")
+    loaded = models.load_pipeline(folder, transformer=pipeline.transformer)
+    assert loaded.transformer is pipeline.transformer
+
+
+def edit_index(folder, **values):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_folder_can_set_defaults(schnell, tmp_path):
+    folder = shutil.copytree(schnell, tmp_path / "model")
+    edit_index(folder, _generation_defaults={"num_inference_steps": 7, "height": 128})
+    defaults = models.load_pipeline(folder).defaults
+    assert (defaults.num_inference_steps, defaults.height, defaults.width) == (7, 128, 1024)
+
+
+def test_diffusers_ignores_the_defaults(schnell, tmp_path):
+    import diffusers
+
+    folder = shutil.copytree(schnell, tmp_path / "model")
+    edit_index(folder, _generation_defaults={"num_inference_steps": 7})
+    assert isinstance(diffusers.DiffusionPipeline.from_pretrained(folder), diffusers.FluxPipeline)
+
+
+def test_folder_without_index_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"model_index\.json does not exist"):
+        models.load_pipeline(tmp_path)
+
+
+def test_other_pipeline_is_refused(schnell, tmp_path):
+    folder = shutil.copytree(schnell, tmp_path / "model")
+    edit_index(folder, _class_name="StableDiffusionPipeline")
+    with pytest.raises(CheckpointError, match="_class_name is 'StableDiffusionPipeline'"):
+        models.load_pipeline(folder)
+
+
+def test_missing_component_is_named(schnell, tmp_path):
+    folder = shutil.copytree(schnell, tmp_path / "model")
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(CheckpointError, match="lacks the component folders vae"):
+        models.load_pipeline(folder)
+
+
+def test_unreadable_tokenizer_is_named(schnell, tmp_path):
+    folder = shutil.copytree(schnell, tmp_path / "model")
+    for file in (folder / "tokenizer_2").iterdir():
+        file.unlink()
+    with pytest.raises(CheckpointError, match="tokenizer_2 holds no tokenizer"):
+        models.load_pipeline(folder)
+
+
+def test_unknown_component_class_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(CheckpointError, match="class UNet2DModel is not supported"):
+        models.load_component(tmp_path)
