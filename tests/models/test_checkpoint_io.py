@@ -112,7 +112,7 @@ def test_an_ignored_tensor_is_not_unexpected(folder):
 
 def test_all_problems_are_listed_together(folder):
     change(folder, **{"norm.bias": None, "extra": np.zeros(2, np.float32)})
-    with pytest.raises(CheckpointError, match="missing norm.bias; unexpected extra"):
+    with pytest.raises(CheckpointError, match=r"missing norm\.bias; unexpected extra"):
         load(folder)
 
 

@@ -25,6 +25,9 @@ TINY = {
 }
 EOS = 40  # not the highest id, so that the two rules for the pooled token differ
 
+# Compiled once for all tests that share a shape.
+run = nnx.jit(CLIPTextEncoder.__call__)
+
 
 def relative_error(ours, theirs):
     return np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs)
@@ -78,7 +81,7 @@ def test_states_and_pooled_equal_the_peer(eos_token_id, hidden_act, tmp_path):
     peer = build_peer(eos_token_id, hidden_act)
     peer.save_pretrained(tmp_path)
     ids = token_ids()
-    assert_equal_outputs(load_clip_text_encoder(tmp_path)(ids), peer_output(peer, ids))
+    assert_equal_outputs(run(load_clip_text_encoder(tmp_path), ids), peer_output(peer, ids))
 
 
 def test_masked_states_equal_the_peer(tmp_path):
@@ -86,7 +89,7 @@ def test_masked_states_equal_the_peer(tmp_path):
     peer.save_pretrained(tmp_path)
     ids, mask = token_ids(), np.ones((3, 16), int)
     mask[0, 6:] = 0
-    ours = load_clip_text_encoder(tmp_path)(ids, jnp.asarray(mask))
+    ours = run(load_clip_text_encoder(tmp_path), ids, jnp.asarray(mask))
     assert_equal_outputs(ours, peer_output(peer, ids, mask))
 
 
@@ -94,7 +97,7 @@ def test_short_prompts_equal_the_peer(tmp_path):
     peer = build_peer()
     peer.save_pretrained(tmp_path)
     ids = token_ids()[:, :13]
-    assert_equal_outputs(load_clip_text_encoder(tmp_path)(ids), peer_output(peer, ids))
+    assert_equal_outputs(run(load_clip_text_encoder(tmp_path), ids), peer_output(peer, ids))
 
 
 def test_sharded_files_load(tmp_path):
@@ -102,16 +105,16 @@ def test_sharded_files_load(tmp_path):
     peer.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = token_ids()
-    assert_equal_outputs(load_clip_text_encoder(tmp_path)(ids), peer_output(peer, ids))
+    assert_equal_outputs(run(load_clip_text_encoder(tmp_path), ids), peer_output(peer, ids))
 
 
 def test_pooled_is_the_state_of_the_first_end_token():
-    states, pooled = tiny_encoder()(token_ids())
+    states, pooled = run(tiny_encoder(), token_ids())
     np.testing.assert_array_equal(pooled, states[np.arange(3), [5, 9, 12]])
 
 
 def test_end_token_2_pools_at_the_highest_id():
-    states, pooled = tiny_encoder(eos_token_id=2)(token_ids())
+    states, pooled = run(tiny_encoder(eos_token_id=2), token_ids())
     np.testing.assert_array_equal(pooled, states[:, 0])
 
 
@@ -119,7 +122,7 @@ def test_states_depend_on_no_later_token():
     encoder, ids = tiny_encoder(), token_ids()
     other = ids.copy()
     other[:, 8:] = 7
-    np.testing.assert_array_equal(encoder(ids)[0][:, :8], encoder(other)[0][:, :8])
+    np.testing.assert_array_equal(run(encoder, ids)[0][:, :8], run(encoder, other)[0][:, :8])
 
 
 def test_more_tokens_than_positions_are_refused():
@@ -134,7 +137,7 @@ def test_position_ids_and_missing_prefix_load(tmp_path):
     tensors = {key.removeprefix("text_model."): value for key, value in load_file(file).items()}
     save_file({**tensors, "embeddings.position_ids": np.arange(16)[None]}, file)
     np.testing.assert_array_equal(
-        load_clip_text_encoder(tmp_path)(token_ids())[0], encoder(token_ids())[0]
+        run(load_clip_text_encoder(tmp_path), token_ids())[0], run(encoder, token_ids())[0]
     )
 
 
@@ -154,7 +157,7 @@ def test_the_peer_reads_an_export(tmp_path):
     export_clip_text_encoder(encoder, tmp_path, dtype=jnp.float32)
     peer, report = CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert_equal_outputs(encoder(token_ids()), peer_output(peer, token_ids()))
+    assert_equal_outputs(run(encoder, token_ids()), peer_output(peer, token_ids()))
 
 
 def test_every_parameter_gets_a_gradient():

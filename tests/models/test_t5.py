@@ -13,6 +13,9 @@ from models.text_encoders.t5 import relative_position_buckets
 
 TINY = {"vocab_size": 50, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
 
+# Compiled once for all tests that share a shape.
+run = nnx.jit(T5Encoder.__call__)
+
 
 def relative_error(ours, theirs):
     return np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs)
@@ -53,14 +56,14 @@ def peer_states(model, ids, mask=None):
 def test_states_equal_the_peer(peer, tmp_path):
     peer.save_pretrained(tmp_path)
     ids = token_ids()
-    assert relative_error(load_t5_encoder(tmp_path)(ids), peer_states(peer, ids)) < 1e-4
+    assert relative_error(run(load_t5_encoder(tmp_path), ids), peer_states(peer, ids)) < 1e-4
 
 
 def test_masked_states_equal_the_peer(peer, tmp_path):
     peer.save_pretrained(tmp_path)
     ids, mask = token_ids(), np.ones((2, 21), int)
     mask[1, 9:] = 0
-    ours = load_t5_encoder(tmp_path)(ids, jnp.asarray(mask))
+    ours = run(load_t5_encoder(tmp_path), ids, jnp.asarray(mask))
     assert relative_error(ours, peer_states(peer, ids, mask)) < 1e-4
 
 
@@ -69,20 +72,20 @@ def test_masked_tokens_leave_the_others_alone():
     mask[:, 9:] = 0
     other = np.where(mask, ids, (ids + 1) % 50)
     mask = jnp.asarray(mask)
-    np.testing.assert_array_equal(encoder(ids, mask)[:, :9], encoder(other, mask)[:, :9])
+    np.testing.assert_array_equal(run(encoder, ids, mask)[:, :9], run(encoder, other, mask)[:, :9])
 
 
 def test_long_prompts_equal_the_peer(peer, tmp_path):
     peer.save_pretrained(tmp_path)
     ids = token_ids(tokens=300, batch=1)
-    assert relative_error(load_t5_encoder(tmp_path)(ids), peer_states(peer, ids)) < 1e-4
+    assert relative_error(run(load_t5_encoder(tmp_path), ids), peer_states(peer, ids)) < 1e-4
 
 
 def test_sharded_files_load(peer, tmp_path):
     peer.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = token_ids()
-    assert relative_error(load_t5_encoder(tmp_path)(ids), peer_states(peer, ids)) < 1e-4
+    assert relative_error(run(load_t5_encoder(tmp_path), ids), peer_states(peer, ids)) < 1e-4
 
 
 @pytest.mark.parametrize("buckets,distance", [(32, 128), (16, 64), (8, 20), (32, 100)])
@@ -115,7 +118,7 @@ def test_either_name_of_the_token_embedding_loads(names, tmp_path):
 
     renamed(tmp_path, rename)
     ids = token_ids()
-    np.testing.assert_array_equal(load_t5_encoder(tmp_path)(ids), encoder(ids))
+    np.testing.assert_array_equal(run(load_t5_encoder(tmp_path), ids), run(encoder, ids))
 
 
 def test_decoder_tensors_are_left_alone(tmp_path):
@@ -143,19 +146,19 @@ def test_the_peer_reads_an_export(feed_forward_proj, tmp_path):
     export_t5_encoder(encoder, tmp_path, dtype=jnp.float32)
     ids = token_ids()
     theirs = peer_states(T5EncoderModel.from_pretrained(tmp_path), ids)
-    assert relative_error(encoder(ids), theirs) < 1e-4
+    assert relative_error(run(encoder, ids), theirs) < 1e-4
 
 
 def test_export_stores_bfloat16_by_default(tmp_path):
     export_t5_encoder(tiny_encoder(), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert {value.dtype for value in tensors.values()} == {jnp.dtype(jnp.bfloat16)}
-    assert load_t5_encoder(tmp_path, jnp.bfloat16)(token_ids()).dtype == jnp.bfloat16
+    assert run(load_t5_encoder(tmp_path, jnp.bfloat16), token_ids()).dtype == jnp.bfloat16
 
 
 def test_bfloat16_computation_is_close_to_float32():
     ids = token_ids()
-    exact, rounded = tiny_encoder()(ids), tiny_encoder(dtype=jnp.bfloat16)(ids)
+    exact, rounded = run(tiny_encoder(), ids), run(tiny_encoder(dtype=jnp.bfloat16), ids)
     assert rounded.dtype == jnp.bfloat16
     # bfloat16 keeps 8 bits: 2**-9 a rounding, some ten of them in a row.
     assert relative_error(rounded.astype(jnp.float32), exact) < 0.03
