@@ -1,6 +1,4 @@
-"""Quantized matmul left to XLA, with the exact dot that each platform does fast."""
-
-import functools
+"""Quantized matmul left to XLA: weights decoded to int8, then one int8 dot."""
 
 import jax
 import jax.numpy as jnp
@@ -53,30 +51,22 @@ def int8_dot(
     x: jax.Array,  # [m, k], int8
     w: jax.Array,  # [n, k], int8
 ) -> jax.Array:
-    """Return the exact int32 sums over k, [m, n], chosen by the platform that is lowered for."""
+    """Return the exact int32 sums over k, [m, n]."""
     target = device.current()
-    no_int8_units = target.platform == "tpu" and not target.int8
-    accelerator = functools.partial(_chunked_dot, dtype=jnp.bfloat16) if no_int8_units else _dot
-    # XLA's int8 dot on the CPU is a scalar loop.
-    cpu = functools.partial(_chunked_dot, dtype=jnp.float32)
-    return lax.platform_dependent(x, w, cpu=cpu, default=accelerator)
-
-
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    if target.platform == "tpu" and not target.int8:
+        return chunked_dot(x, w)
     return lax.dot_general(x, w, _LAST_AXES, preferred_element_type=jnp.int32)
 
 
-def _chunked_dot(x: jax.Array, w: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    """Sum over k in chunks that floating-point accumulation does exactly."""
+def chunked_dot(
+    x: jax.Array,  # [m, k], int8
+    w: jax.Array,  # [n, k], int8
+) -> jax.Array:
+    """Return the same sums from bfloat16 units: in chunks of k that float32 adds up exactly."""
     acc = jnp.zeros((x.shape[0], w.shape[0]), jnp.int32)
     for start in range(0, x.shape[1], _EXACT_K):
         part = slice(start, start + _EXACT_K)
-        dot = lax.dot_general(
-            x[:, part].astype(dtype),
-            w[:, part].astype(dtype),
-            _LAST_AXES,
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        a, b = x[:, part].astype(jnp.bfloat16), w[:, part].astype(jnp.bfloat16)
+        dot = lax.dot_general(a, b, _LAST_AXES, preferred_element_type=jnp.float32)
         acc = acc + dot.astype(jnp.int32)
     return acc
