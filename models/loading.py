@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from transformers import AutoTokenizer
 
 from models.checkpoint_io import CheckpointError, read_json
 from models.flux.params import load_flux_transformer
@@ -94,6 +93,8 @@ def _defaults(given: dict[str, Any], guidance_embeds: bool) -> GenerationDefault
 
 
 def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # here, as importing it takes seconds
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever its readers happen to
