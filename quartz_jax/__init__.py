@@ -2,17 +2,28 @@
 
 from quartz_jax.codec import decode, dequantize, quantize, quantize_int, quantize_weight
 from quartz_jax.config import QuartzConfig
+from quartz_jax.convert import quantize_model
+from quartz_jax.linear import QuartzLinear
 from quartz_jax.matmul import quartz_matmul
+from quartz_jax.recipe import Format, Recipe, Rule, get_recipe
+from quartz_jax.report import Report
 from quartz_jax.tensor import IntTensor, QuartzTensor
 
 __all__ = [
+    "Format",
     "IntTensor",
     "QuartzConfig",
+    "QuartzLinear",
     "QuartzTensor",
+    "Recipe",
+    "Report",
+    "Rule",
     "decode",
     "dequantize",
+    "get_recipe",
     "quantize",
     "quantize_int",
+    "quantize_model",
     "quantize_weight",
     "quartz_matmul",
 ]

@@ -1,0 +1,77 @@
+"""Similarity of images and its uncertainty, for comparing a quantized model with its original."""
+
+import dataclasses
+
+import numpy as np
+from skimage.metrics import structural_similarity
+
+PSNR_OF_EQUAL = 100.0  # dB; stands for infinity, so that means and JSON stay finite
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean and its bootstrap interval."""
+
+    mean: float  # of the sample
+    low: float  # lower end
+    high: float  # upper end
+
+
+def psnr(
+    images: np.ndarray,  # [batch, height, width, 3], floats in 0..1
+    reference: np.ndarray,  # the same shape
+) -> np.ndarray:
+    """Return the peak signal-to-noise ratio of each image in dB, float64 `[batch]`.
+
+    `-10 log10(mean squared error)`, at most `PSNR_OF_EQUAL`. Raises ValueError if shapes differ.
+    """
+    images, reference = _pair(images, reference)
+    error = np.mean((images - reference) ** 2, axis=(1, 2, 3))
+    return -10 * np.log10(np.maximum(error, 10 ** (-PSNR_OF_EQUAL / 10)))
+
+
+def ssim(
+    images: np.ndarray,  # [batch, height, width, 3], floats in 0..1
+    reference: np.ndarray,  # the same shape
+) -> np.ndarray:
+    """Return the structural similarity of each image, float64 `[batch]`, at most 1.
+
+    Wang et al. 2004 with their Gaussian window (sigma 1.5, population covariance), averaged over
+    the colour channels, from scikit-image. Raises ValueError if shapes differ.
+    """
+    options = {"channel_axis": -1, "data_range": 1.0, "gaussian_weights": True}
+    pairs = zip(*_pair(images, reference), strict=True)
+    return np.array(
+        [structural_similarity(a, b, use_sample_covariance=False, **options) for a, b in pairs]
+    )
+
+
+def bootstrap_interval(
+    values: np.ndarray,  # [n], one figure an image
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean of a sample with its percentile bootstrap interval (Efron 1979).
+
+    The seed is fixed, so the same values always give the same interval.
+    Raises ValueError for an empty sample.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not values.size:
+        raise ValueError(f"values has shape {values.shape}; give one figure an image, at least one")
+    picks = np.random.default_rng(seed).integers(values.size, size=(resamples, values.size))
+    means = values[picks].mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(mean=float(values.mean()), low=float(low), high=float(high))
+
+
+def _pair(images: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    images, reference = np.asarray(images, np.float64), np.asarray(reference, np.float64)
+    if images.shape != reference.shape or images.ndim != 4:
+        raise ValueError(
+            f"images {images.shape} and reference {reference.shape} must have one shape, "
+            "[batch, height, width, 3]"
+        )
+    return images, reference

@@ -1,0 +1,154 @@
+"""What quantizing a model did to each layer: error, size and use of the shifts."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels import codec
+from quartz_jax.codec import dequantize
+from quartz_jax.recipe import Rule
+from quartz_jax.tensor import IntTensor, QuartzTensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One quantized linear."""
+
+    path: str  # of the layer in the model
+    weight: str  # format of the weight, in words
+    activation: str  # format of the input, in words
+    relative_error: float  # norm(weight - dequantized) / norm(weight), of the 16-bit weight
+    elements: int  # of the weight
+    weight_bytes: int  # as stored: codes, shifts and scales
+    bias_bytes: int  # 16-bit
+    # groups a stored shift (or integer step less one), from 0 up; None where there are no groups
+    shifts: tuple[int, ...] | None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the layer as stored."""
+        return self.weight_bytes + self.bias_bytes
+
+    @property
+    def bytes_bf16(self) -> int:
+        """Bytes of the layer in 16 bits."""
+        return 2 * self.elements + self.bias_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """A quantized model."""
+
+    recipe: str  # name of the recipe
+    layers: tuple[LayerReport, ...]  # the quantized linears, in the model's order
+    other_bytes: int  # of everything that stays 16-bit
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole model as stored."""
+        return self.other_bytes + sum(layer.bytes for layer in self.layers)
+
+    @property
+    def bytes_bf16(self) -> int:
+        """Bytes of the whole model in 16 bits."""
+        return self.other_bytes + sum(layer.bytes_bf16 for layer in self.layers)
+
+    @property
+    def relative_error(self) -> float:
+        """Mean of the layers' relative weight errors; 0 without quantized layers."""
+        return sum(layer.relative_error for layer in self.layers) / max(len(self.layers), 1)
+
+    @property
+    def weight_bits(self) -> float:
+        """Stored bits an element over the quantized weights; 16 without any."""
+        elements = sum(layer.elements for layer in self.layers)
+        stored = sum(layer.weight_bytes for layer in self.layers)
+        return 8 * stored / elements if elements else 16.0
+
+    def table(self) -> str:
+        """Return the report as aligned text, a line a layer and three lines of totals."""
+        rows = [("layer", "weight", "input", "error", "bytes", "of bf16", "shifts, %")]
+        for x in self.layers:
+            numbers = (f"{x.relative_error:.4f}", f"{x.bytes:,}", f"{x.bytes / x.bytes_bf16:.3f}")
+            rows.append((x.path, x.weight, x.activation, *numbers, _shares(x.shifts)))
+        other, total = f"{self.other_bytes:,}", f"{self.bytes:,}"
+        ratio = f"{self.bytes / max(self.bytes_bf16, 1):.3f}"
+        rows.append(("everything else", "bf16", "bf16", "", other, "1.000", ""))
+        rows.append(("total", "", "", f"{self.relative_error:.4f}", total, ratio, ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        right = (False, False, False, True, True, True, False)  # numbers are aligned to the right
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if flush else cell.ljust(width)
+                for cell, width, flush in zip(row, widths, right, strict=True)
+            ).rstrip()
+            for row in rows
+        )
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Inverse of `to_json`; raises ValueError for anything else."""
+        try:
+            layers = [
+                LayerReport(**layer | {"shifts": layer["shifts"] and tuple(layer["shifts"])})
+                for layer in value["layers"]
+            ]
+            report = cls(
+                recipe=value["recipe"], layers=tuple(layers), other_bytes=value["other_bytes"]
+            )
+            if report.bytes != value["bytes"]:
+                raise ValueError("report: the layers' bytes don't add up to the total")
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"report is malformed: {error!r}") from None
+        return report
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object with every field and the totals."""
+        totals = {
+            name: getattr(self, name)
+            for name in ("bytes", "bytes_bf16", "relative_error", "weight_bits")
+        }
+        return dataclasses.asdict(self) | totals
+
+
+def measure_layer(
+    path: str, linear: nnx.Linear, weight: QuartzTensor | IntTensor, rule: Rule
+) -> LayerReport:
+    """Compare a layer's quantized weight with the bfloat16 values of its kernel."""
+    bias = linear.bias
+    return LayerReport(
+        path=path,
+        weight=str(rule.weight),
+        activation=str(rule.activation),
+        relative_error=float(_relative_error(linear.kernel.get_value(), weight)),
+        elements=weight.size,
+        weight_bytes=weight.nbytes,
+        bias_bytes=0 if bias is None else 2 * bias.get_value().size,
+        shifts=_count_shifts(weight) if isinstance(weight, QuartzTensor) else None,
+    )
+
+
+@jax.jit
+def _relative_error(
+    kernel: jax.Array,  # [k, n]
+    weight: QuartzTensor | IntTensor,  # [n, k]
+) -> jax.Array:
+    exact = kernel.T.astype(jnp.bfloat16).astype(jnp.float32)
+    norm = jnp.linalg.norm(exact)
+    return jnp.linalg.norm(dequantize(weight) - exact) / jnp.where(norm == 0, 1, norm)
+
+
+def _count_shifts(weight: QuartzTensor) -> tuple[int, ...]:
+    groups = -(-weight.k // weight.config.group_size)
+    shifts = np.asarray(codec.unpack(weight.shifts, signed=False))[..., :groups]
+    kinds = 5 if weight.config.step == "power" else 16
+    return tuple(np.bincount(shifts.ravel(), minlength=kinds).tolist())
+
+
+def _shares(shifts: tuple[int, ...] | None) -> str:
+    total = sum(shifts or ())
+    return " ".join(f"{100 * count / total:.0f}" for count in shifts) if total else ""
