@@ -1,0 +1,63 @@
+"""What the scripts share: arguments, and one clear line with exit code 2 for bad input."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors are ValueErrors, for `run` to print on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        raise ValueError(f"{message} (see --help)")
+
+
+def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Call a script's main and return its exit code: 0, or 2 after one line on stderr.
+
+    ValueError and OSError are how the libraries report bad input; anything else is a defect and
+    keeps its traceback.
+    """
+    try:
+        main(argv)
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that shape an image; all default to the model's own settings."""
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's")
+    parser.add_argument("--guidance", type=float, help="distilled guidance; default: the model's")
+    parser.add_argument("--true-cfg", type=float, help="classifier-free; default: the model's")
+    parser.add_argument("--size", metavar="WxH", help="multiples of 16; default: the model's")
+
+
+def parse_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
+    """Return (width, height) in pixels from text such as "1024x768"; (None, None) from None.
+
+    Raises ValueError for other text and for sides that are no positive multiple of 16.
+    """
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise ValueError(f"size is {text!r}; write WIDTHxHEIGHT, such as 1024x768")
+    sides = {"width": int(match[1]), "height": int(match[2])}
+    for side, pixels in sides.items():
+        if pixels == 0 or pixels % 16:
+            raise ValueError(f"{side} is {pixels}; it must be a positive multiple of 16")
+    return sides["width"], sides["height"]
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """Return the prompts; raises ValueError if there is none or one is blank."""
+    if not prompts:
+        raise ValueError("no prompt was given; write --prompt followed by one text or several")
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("prompt is empty; write some text")
+    return list(prompts)

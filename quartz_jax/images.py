@@ -1,0 +1,46 @@
+"""Grids of images as PNG files."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from quartz_jax.files import atomic_file
+
+_LABEL_HEIGHT = 20  # pixels
+
+
+def grid(
+    rows: Sequence[Sequence[np.ndarray]],  # [height, width, 3] each, floats in 0..1, one size
+    labels: Sequence[str] = (),  # one a column, or none
+) -> Image.Image:
+    """Return images laid out in rows, with a line of labels above if there are any."""
+    height, width, _ = rows[0][0].shape
+    top = _LABEL_HEIGHT if labels else 0
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", (columns * width, top + len(rows) * height), "white")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            sheet.paste(_to_pil(image), (j * width, top + i * height))
+    draw = ImageDraw.Draw(sheet)
+    for j, label in enumerate(labels):
+        draw.text((j * width + 4, 3), label, "black", ImageFont.load_default(12))
+    return sheet
+
+
+def square(images: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
+    """Return a list of images as the rows of an almost square grid."""
+    columns = math.ceil(math.sqrt(len(images)))
+    return [images[i : i + columns] for i in range(0, len(images), columns)]
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG; the file appears complete or not at all, and holds no time stamp."""
+    with atomic_file(path) as partial:
+        image.save(partial, format="PNG")
+
+
+def _to_pil(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.round(np.clip(image, 0, 1) * 255).astype(np.uint8))
