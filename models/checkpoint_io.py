@@ -216,11 +216,19 @@ def save_params(
       config: contents of config.json.
       filename: of the weights, such as "model.safetensors".
       dtype: floating dtype that every tensor is stored in.
+
+    Raises:
+      CheckpointError: the folder holds weights under another name, which would be loaded instead.
     """
     folder = Path(folder)
+    partial = folder / f"{filename}.partial"
+    others = {file.name for file in folder.glob("*.safetensors*")} - {filename, partial.name}
+    if others:
+        raise CheckpointError(
+            f"{folder} already holds {', '.join(sorted(others))}; save to an empty folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.astype(dtype) for key, value in export_params(module, rules).items()}
-    partial = folder / f"{filename}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
     partial.replace(folder / filename)

@@ -18,7 +18,7 @@ RULES = (
     Rule(pattern=r"(.+)\.upsample", sources=r"\1.upsamplers.0.conv"),
 )
 
-# Files from before diffusers 0.15 name the attention's projections otherwise.
+# Files of early diffusers releases name the attention's projections otherwise.
 _OLD_RULES = (
     *(
         Rule(pattern=_ATTENTION + ours, sources=rf"\1.attentions.0.{theirs}")

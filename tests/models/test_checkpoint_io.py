@@ -154,6 +154,12 @@ def test_an_interrupted_save_leaves_nothing_that_loads(tmp_path, monkeypatch):
         open_checkpoint(tmp_path)
 
 
+def test_saving_beside_other_weights_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"already holds model\.safetensors\.index\.json"):
+        save_params(Small(), tmp_path, RULES, config={}, filename=FILE, dtype=jnp.float32)
+
+
 @pytest.mark.parametrize("content", [None, "{", "[1]", "\x00"])
 def test_a_bad_json_file_is_named(tmp_path, content):
     path = tmp_path / "config.json"

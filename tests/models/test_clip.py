@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from random_weights import random_module
 from safetensors.numpy import load_file, save_file
 
 from models.checkpoint_io import CheckpointError
@@ -44,7 +45,7 @@ def token_ids(tokens=16):
 
 def tiny_encoder(eos_token_id=EOS, hidden_act="quick_gelu", **options):
     config = CLIPTextConfig(**TINY, eos_token_id=eos_token_id, hidden_act=hidden_act)
-    return CLIPTextEncoder(config, rngs=nnx.Rngs(0), **options)
+    return random_module(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0), **options))
 
 
 def build_peer(eos_token_id=EOS, hidden_act="quick_gelu"):

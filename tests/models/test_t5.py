@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from random_weights import random_module
 from safetensors.numpy import load_file, save_file
 
 from models.checkpoint_io import CheckpointError
@@ -27,7 +28,7 @@ def token_ids(tokens=21, batch=2, vocab_size=50):
 
 def tiny_encoder(feed_forward_proj="gated-gelu", **options):
     config = T5Config(**TINY, feed_forward_proj=feed_forward_proj)
-    return T5Encoder(config, rngs=nnx.Rngs(0), **options)
+    return random_module(lambda: T5Encoder(config, rngs=nnx.Rngs(0), **options))
 
 
 @pytest.fixture(params=["relu", "gated-gelu"])
@@ -164,6 +165,10 @@ def test_bfloat16_computation_is_close_to_float32():
     assert relative_error(rounded.astype(jnp.float32), exact) < 0.03
 
 
+def test_a_token_outside_the_vocabulary_gives_nan():
+    assert np.isnan(run(tiny_encoder(), np.full((2, 21), 50))).all()
+
+
 def test_every_parameter_gets_a_gradient():
     encoder = tiny_encoder(dtype=jnp.bfloat16)
     ids = token_ids()
@@ -180,7 +185,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_initial_query_weights_make_logits_of_order_one():
-    config = T5Config(**{**TINY, "d_model": 256, "d_kv": 64})
+    config = T5Config(**{**TINY, "d_model": 256, "d_kv": 64, "num_layers": 1})
     kernel = T5Encoder(config, rngs=nnx.Rngs(0)).blocks[0].attention.q.kernel[...]
     assert float(kernel.std()) == pytest.approx((256 * 64) ** -0.5, rel=0.05)
 
