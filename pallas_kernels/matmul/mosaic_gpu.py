@@ -1,0 +1,473 @@
+"""Quantized matmul for Hopper GPUs: wgmma on int8, 4-bit weights decoded in registers.
+
+The product is made transposed. A tile of 128 weight rows is the first operand: from shared memory
+if the weights are int8, from registers if they are 4 bits wide and decoded on the way; tokens are
+the second, so one decoded weight serves `tokens` of them. One warpgroup copies tiles to shared
+memory, two multiply 64 weight rows each; while a tile multiplies, the next one is decoded.
+
+A 32-bit register of the operand holds four consecutive k of one row. With U four codes plus 8 as
+unsigned bytes and P the step of their group, U * P + (0x80808080 - 0x08080808 * P) has the bytes
+code * P + 128, without a carry between them since |code * P| <= 112; flipping the top bits gives
+code * P as int8. P is 2**shift or the integer step, so one kernel serves both.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
+
+from pallas_kernels import codec
+
+TILE_K = 128  # bytes of k in a tile: the widest swizzle of shared memory
+ROWS = 64  # weight rows of a warpgroup: the first extent of wgmma
+WARPGROUPS = 2  # that multiply
+TILE_N = ROWS * WARPGROUPS
+EPILOGUE_TOKENS = 64  # tokens converted and written at a time, at most
+STEP_UNIT = 16  # k that share one register's step: groups must be multiples of this
+SHARED_MEMORY = 227 * 1024  # bytes a block may use on Hopper
+# Extents that integer wgmma takes as its second
+TOKEN_TILES = (256, 240, 224, 208, 192, 176, 160, 128, 96, 64, 32, 16, 8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tile sizes of one call."""
+
+    tokens: int  # tokens of a tile, a multiple of 8, at most 256
+    stages: int  # tiles of k in flight
+    snake: int = 8  # row tiles that share a band of the walk over the output
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "steps", "column_sums"],
+    meta_fields=["n", "k"],
+)
+@dataclasses.dataclass(frozen=True)
+class TiledWeights:
+    """4-bit weights in the order in which the kernel's threads read them; see `prepare_weights`."""
+
+    codes: jax.Array  # int32 [n_tiles, k_tiles, 16, 128]: codes plus 8, eight a word
+    steps: jax.Array  # int32 [n_tiles, k_tiles, 128]: step minus 1 of 16 k, eight a word
+    column_sums: jax.Array  # int32 [n padded]: sum over k of the decoded weights
+    n: int  # weight rows
+    k: int  # contraction length
+
+
+def prepare_weights(
+    codes: jax.Array,  # [n, k_padded / 2], uint8: packed symmetric codes
+    shifts: jax.Array,  # [n, ceil(groups / 2)], uint8: packed shifts
+    *,
+    group_size: int,
+    step: str,
+) -> TiledWeights:
+    """Reorder packed weights for the kernel: once, at load time.
+
+    Thread t of a warpgroup holds rows 16 (t // 32) + t % 32 // 4 and 8 further, and of each 32 k
+    those from 4 (t % 4) and from 16 further; the first four k are the low nibbles of a word.
+    """
+    signed = codec.unpack(codes, signed=True)
+    n, k = signed.shape
+    groups = codec.unpack(shifts, signed=False)[:, : k // group_size].astype(jnp.int32)
+    sums = codec.decode_packed(codes, shifts, group_size=group_size, step=step)
+    sums = jnp.sum(sums, axis=1, dtype=jnp.int32)
+    steps = groups if step == "integer" else (1 << groups) - 1
+    steps = jnp.repeat(steps, group_size // STEP_UNIT, axis=1)
+    nibbles = _pad(signed.astype(jnp.int32) + 8, TILE_N, TILE_K, value=8)
+    steps = _pad(steps, TILE_N, TILE_K // STEP_UNIT)
+    n_tiles, k_tiles = nibbles.shape[0] // TILE_N, nibbles.shape[1] // TILE_K
+    # n: tile, warpgroup, warp, half, row; k: tile, pair, step of 32, half, quad, byte
+    nibbles = nibbles.reshape(n_tiles, WARPGROUPS, 4, 2, 8, k_tiles, 2, 2, 2, 4, 4)
+    words = _join(nibbles.transpose(0, 5, 1, 6, 2, 4, 9, 7, 3, 8, 10), (0, 8, 16, 24))
+    words = _join(words, (0, 4))
+    steps = steps.reshape(n_tiles, TILE_N, k_tiles, 8).transpose(0, 2, 1, 3)
+    return TiledWeights(
+        codes=words.reshape(n_tiles, k_tiles, TILE_N // 8, 128),
+        steps=_join(steps, range(0, 32, 4)),
+        column_sums=jnp.pad(sums, (0, -n % TILE_N)),
+        n=n,
+        k=k,
+    )
+
+
+def _pad(x: jax.Array, rows: int, columns: int, value: int = 0) -> jax.Array:
+    missing = [(0, -x.shape[0] % rows), (0, -x.shape[1] % columns)]
+    return jnp.pad(x, missing, constant_values=value)
+
+
+def _join(fields: jax.Array, offsets) -> jax.Array:
+    """Join the last axis to one int32, element i at bit offsets[i]."""
+    bits = fields.astype(jnp.uint32) << jnp.array(offsets, jnp.uint32)
+    return lax.bitcast_convert_type(jnp.sum(bits, axis=-1, dtype=jnp.uint32), jnp.int32)
+
+
+def matmul_tiled(
+    x: jax.Array,  # [m, k], int8
+    w: TiledWeights,  # [n, k]
+    x_scale: jax.Array,  # [m, 1], float32
+    w_scale: jax.Array,  # [n, 1], float32
+    *,
+    bias: jax.Array | None = None,  # [n]
+    x_lo: jax.Array | None = None,  # [m, 1], float32
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    config: Config | None = None,
+    interpret=None,
+) -> jax.Array:
+    """Multiply by weights that `prepare_weights` made; see `pallas_kernels.matmul.matmul`."""
+    return _call(
+        x,
+        (w.codes, w.steps),
+        w.column_sums if x_lo is not None else None,
+        x_scale,
+        w_scale,
+        bias=bias,
+        x_lo=x_lo,
+        out_dtype=out_dtype,
+        config=config,
+        interpret=interpret,
+    )
+
+
+def matmul(
+    x: jax.Array,  # [m, k], int8
+    w_codes: jax.Array,  # [n, k_padded / 2], uint8
+    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
+    x_scale: jax.Array,  # [m, 1], float32
+    w_scale: jax.Array,  # [n, 1], float32
+    *,
+    group_size: int,
+    step: str,
+    **epilogue,
+) -> jax.Array:
+    """Reorder the weights, then multiply; see `pallas_kernels.matmul.matmul`.
+
+    The reordering costs a pass over the weights: callers that multiply more than once should keep
+    what `prepare_weights` returns and call `matmul_tiled`.
+    """
+    w = prepare_weights(w_codes, w_shifts, group_size=group_size, step=step)
+    return matmul_tiled(x, w, x_scale, w_scale, **epilogue)
+
+
+def matmul_int8(
+    x: jax.Array,  # [m, k], int8
+    w: jax.Array,  # [n, k], int8
+    x_scale: jax.Array,  # [m, 1], float32
+    w_scale: jax.Array,  # [n, 1], float32
+    *,
+    bias: jax.Array | None = None,  # [n]
+    x_lo: jax.Array | None = None,  # [m, 1], float32
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    config: Config | None = None,
+    interpret=None,
+) -> jax.Array:
+    """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
+    sums = None
+    if x_lo is not None:
+        sums = jnp.pad(jnp.sum(w, axis=1, dtype=jnp.int32), (0, -w.shape[0] % TILE_N))
+    return _call(
+        x,
+        (_pad(w, TILE_N, TILE_K),),
+        sums,
+        x_scale,
+        w_scale,
+        bias=bias,
+        x_lo=x_lo,
+        out_dtype=out_dtype,
+        config=config,
+        interpret=interpret,
+    )
+
+
+def choose_config(m: int, n: int, *, decode: bool, sms: int = 132) -> Config:
+    """Return the tiles that leave the fewest processors idle in the last wave."""
+
+    def cost(tokens: int) -> int:
+        tiles = -(-m // tokens) * -(-n // TILE_N)
+        # Each tile pays about as much as 24 tokens for its start and end.
+        return -(-tiles // sms) * (tokens + 24)
+
+    tokens = min(TOKEN_TILES, key=cost)
+    stage = TILE_K * tokens + (TILE_N * TILE_K // 2 + TILE_N * 4 if decode else TILE_N * TILE_K)
+    spare = SHARED_MEMORY - 2048 - _output_bytes(tokens)
+    return Config(tokens=tokens, stages=min(4, spare // stage))
+
+
+def _epilogue_tokens(tokens: int) -> int:
+    """Return the largest part of a tile that is written at once."""
+    return max(part for part in range(8, EPILOGUE_TOKENS + 1, 8) if tokens % part == 0)
+
+
+def _output_bytes(tokens: int) -> int:
+    return WARPGROUPS * 2 * _epilogue_tokens(tokens) * ROWS * 2
+
+
+def _call(
+    x: jax.Array,
+    weights: tuple[jax.Array, ...],  # codes and steps, or int8 [n padded, k padded]
+    sums: jax.Array | None,
+    x_scale: jax.Array,
+    w_scale: jax.Array,
+    *,
+    bias: jax.Array | None,
+    x_lo: jax.Array | None,
+    out_dtype: jnp.dtype,
+    config: Config | None,
+    interpret,
+) -> jax.Array:
+    m, n = x.shape[0], w_scale.shape[0]
+    decode = len(weights) == 2
+    sms = _multiprocessors()
+    config = config or choose_config(m, n, decode=decode, sms=sms)
+    # Copies clip at the end of an array, but its rows must be whole in units of 16 bytes.
+    x = _pad(x, config.tokens if interpret else 1, TILE_K)
+    columns = n + -n % (TILE_N if interpret else 8)
+    out = jax.ShapeDtypeStruct((x.shape[0], columns), out_dtype)
+    token = lambda v: None if v is None else jnp.pad(v[:, 0], (0, -m % config.tokens))
+    row = lambda v: None if v is None else jnp.pad(v, (0, -v.shape[0] % TILE_N))
+    bias = None if bias is None else bias.astype(jnp.float32)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, config=config, decode=decode),
+        out_type=out,
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=_scratch(config, decode, out_dtype),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    y = kernel(x, weights, row(w_scale[:, 0]), token(x_scale), row(bias), token(x_lo), sums)
+    return y[:m, :n]
+
+
+def _multiprocessors() -> int:
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.num_cores
+    return getattr(jax.devices()[0], "core_count", 132)
+
+
+def _scratch(config: Config, decode: bool, out_dtype) -> dict:
+    swizzled = lambda columns: (
+        plgpu.TilingTransform((8, columns)),
+        plgpu.SwizzleTransform(128),
+    )
+    stages = config.stages
+    if decode:
+        weights = (
+            plgpu.SMEM((stages, TILE_N // 8, 128), jnp.int32),
+            plgpu.SMEM((stages, TILE_N), jnp.int32),
+        )
+    else:
+        weights = (plgpu.SMEM((stages, TILE_N, TILE_K), jnp.int8, transforms=swizzled(TILE_K)),)
+    return {
+        "x_tiles": plgpu.SMEM(
+            (stages, config.tokens, TILE_K), jnp.int8, transforms=swizzled(TILE_K)
+        ),
+        "w_tiles": weights,
+        "out_tiles": plgpu.SMEM(
+            (WARPGROUPS, 2, _epilogue_tokens(config.tokens), ROWS),
+            out_dtype,
+            transforms=swizzled(ROWS),
+        ),
+        "filled": plgpu.Barrier(num_arrivals=1 + len(weights), num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+    }
+
+
+def _kernel(
+    x,  # [m, k], int8
+    weights,  # codes [n_tiles, k_tiles, 16, 128] and steps [n_tiles, k_tiles, 128]; or [n, k]
+    w_scale,  # [n padded], float32
+    x_scale,  # [m padded], float32
+    bias,  # [n padded], float32, or None
+    x_lo,  # [m padded], float32, or None
+    sums,  # [n padded], int32, or None
+    out,  # [m, n]
+    *,
+    config: Config,
+    decode: bool,
+    x_tiles,  # [stages, tokens, TILE_K]
+    w_tiles,  # like weights, a tile for each stage
+    out_tiles,  # [warpgroup, slot, part of tokens, ROWS]
+    filled,
+    free,
+):
+    tokens, stages = config.tokens, config.stages
+    k_tiles = x.shape[1] // TILE_K
+    grid = (w_scale.shape[0] // TILE_N, pl.cdiv(out.shape[0], tokens))
+    warpgroup = lax.axis_index("warpgroup")
+
+    def walk(body):
+        """Run body(n_tile, m_tile, first step) over this processor's share of the tiles."""
+
+        @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="sm")
+        def _(info):
+            n_tile, m_tile = plgpu.planar_snake(info.index[0], grid, 0, config.snake)
+            body(n_tile, m_tile, info.local_index * k_tiles)
+
+    def slot_of(step):
+        return lax.rem(step, jnp.array(stages, step.dtype))
+
+    def fill(n_tile, m_tile, first):
+        @pl.loop(0, k_tiles)
+        def _(k_tile):
+            step = first + k_tile
+            slot = slot_of(step)
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            span = pl.ds(k_tile * TILE_K, TILE_K)
+            tile = x.at[pl.ds(m_tile * tokens, tokens), span]
+            plgpu.copy_gmem_to_smem(tile, x_tiles.at[slot], filled.at[slot])
+            for source, target in zip(weights, w_tiles, strict=True):
+                rows = pl.ds(n_tile * TILE_N, TILE_N)
+                tile = source.at[n_tile, k_tile] if decode else source.at[rows, span]
+                plgpu.copy_gmem_to_smem(tile, target.at[slot], filled.at[slot])
+
+    def operand(step):
+        """Wait for a tile of k and return this warpgroup's weights of it."""
+        slot = slot_of(step)
+        plgpu.barrier_wait(filled.at[slot])
+        if not decode:
+            return ()
+        codes, steps = w_tiles
+        part = TILE_N // 8 // WARPGROUPS
+        words = plgpu.load(
+            codes.at[slot, pl.ds(warpgroup * part, part)],
+            (),
+            layout=plgpu.Layout.WG_STRIDED((part, 128), vec_size=4),
+        )
+        steps = plgpu.load(
+            steps.at[slot, pl.ds(warpgroup * ROWS, ROWS)],
+            (),
+            layout=plgpu.Layout.WGMMA_8BIT.reduce(1),
+        )
+        return decode_tile(words, steps)
+
+    def multiply_step(acc, weight, step, prefetch):
+        slot = slot_of(step)
+        if not decode:
+            weight = w_tiles[0].at[slot, pl.ds(warpgroup * ROWS, ROWS)]
+        plgpu.wgmma(acc, weight, x_tiles.at[slot].transpose((1, 0)))
+        following = operand(step + 1) if prefetch else None
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(free.at[slot])
+        return following
+
+    def multiply(n_tile, m_tile, first):
+        def dot(acc):
+            # In pairs, so that a decoded tile never lands in registers that are being multiplied.
+            def pair(i, weight):
+                step = first + 2 * i
+                weight = multiply_step(acc, weight, step, True)
+                return multiply_step(acc, weight, step + 1, True)
+
+            pairs = (k_tiles - 1) // 2
+            weight = lax.fori_loop(0, pairs, pair, operand(first))
+            for k_tile in range(2 * pairs, k_tiles):
+                weight = multiply_step(acc, weight, first + k_tile, k_tile < k_tiles - 1)
+            return acc[...]
+
+        acc = pl.run_scoped(dot, plgpu.ACC((ROWS, tokens), jnp.int32))
+        write(acc, n_tile * TILE_N + warpgroup * ROWS, m_tile * tokens)
+
+    def write(acc, row, token):
+        """Scale, round and write a tile of [ROWS, tokens] sums, transposed."""
+        part = out_tiles.shape[2]
+        load_rows = lambda ref: plgpu.load(
+            ref.at[pl.ds(row, ROWS)], (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
+        )
+        load_tokens = lambda ref, start: plgpu.load(
+            ref.at[pl.ds(start, part)], (), layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+        )
+        down = lambda v: lax.broadcast_in_dim(v, (ROWS, part), [0])
+        along = lambda v: lax.broadcast_in_dim(v, (ROWS, part), [1])
+        scale = load_rows(w_scale)
+        column = None if sums is None else load_rows(sums)
+        offset = None if bias is None else load_rows(bias)
+        for i in range(tokens // part):
+            start = token + i * part
+            sum_ = acc[:, i * part : (i + 1) * part]
+            if x_lo is not None:
+                sum_ = sum_ + down(128 * column)
+            y = sum_.astype(jnp.float32) * along(load_tokens(x_scale, start)) * down(scale)
+            if x_lo is not None:
+                lo = along(load_tokens(x_lo, start)) * down(scale)
+                y = y + lo * down(column.astype(jnp.float32))
+            if offset is not None:
+                y = y + down(offset)
+            y = plgpu.layout_cast(y.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            slot = out_tiles.at[warpgroup, i % 2]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            slot.transpose((1, 0))[...] = y
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(slot, out.at[pl.ds(start, part), pl.ds(row, ROWS)])
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        walk(fill)
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        walk(multiply)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+@plgpu.inline_mgpu(
+    arg_types=(
+        plgpu.Layout.WG_STRIDED((TILE_N // 8 // WARPGROUPS, 128), vec_size=4),
+        plgpu.Layout.WGMMA_8BIT.reduce(1),
+    ),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, TILE_K), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT),
+)
+def decode_tile(ctx, words, steps):
+    """Decode a warpgroup's [ROWS, TILE_K] weights to the first operand of wgmma.
+
+    Args:
+      ctx: unused.
+      words: int32 [8, 128]: see `prepare_weights`.
+      steps: int32 [ROWS]: step minus 1 of each 16 k, four bits each.
+
+    Returns:
+      int8 [ROWS, TILE_K].
+    """
+    del ctx
+    i32, i8 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+    constant = lambda value: mgpu.c(value, i32)
+    item = lambda vector_value, i: vector.extract(vector_value, [], [i])
+    layout = mgpu.WGMMA_LAYOUT_8BIT
+    registers = np.empty((1, TILE_K // 16, 1, 1, 2, 1, 1, 1, 1), dtype=object)
+    for half, packed in enumerate(steps.registers.flat):
+        packed = item(packed, 0)
+        low, one = constant(0x0F0F0F0F), constant(0x01010101)
+        even = arith.addi(arith.andi(packed, low), one)
+        odd = arith.addi(arith.andi(arith.shrui(packed, constant(4)), low), one)
+        for k in range(TILE_K // 32):
+            word = item(words.registers.flat[k // 2], 2 * (k % 2) + half)
+            shift = constant(8 * k)
+            pair = [arith.andi(arith.shrui(p, shift), constant(255)) for p in (even, odd)]
+            for j, register in enumerate(_decode_word(word, pair, constant)):
+                register = vector.bitcast(
+                    ir.VectorType.get((4,), i8),
+                    vector.broadcast(ir.VectorType.get((1,), i32), register),
+                )
+                registers[0, 2 * k + j, 0, 0, half, 0, 0, 0, 0] = register
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+
+def _decode_word(word, steps, constant):
+    """Decode the eight codes of a word to two registers of four int8; see the file's docstring."""
+    low, bias, sign = constant(0x0F0F0F0F), constant(0x08080808), constant(-0x7F7F7F80)
+    codes = (arith.andi(word, low), arith.andi(arith.shrui(word, constant(4)), low))
+    for code, step in zip(codes, steps, strict=True):
+        offset = arith.subi(sign, arith.muli(step, bias))
+        yield arith.xori(arith.addi(arith.muli(code, step), offset), sign)
