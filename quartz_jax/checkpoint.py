@@ -120,16 +120,17 @@ def save(
     """
     base, folder = Path(base).resolve(), Path(folder).absolute()
     check_output(folder, folder=True, overwrite=overwrite)
+    index = _read_base(base, "model_index.json")
     manifest = Manifest(
         recipe=recipe,
         report=report,
         base_name=base.name,
         base_sha256=_sha256(base / _TRANSFORMER),
-        config=json.loads((base / _TRANSFORMER / "config.json").read_text()),
+        config=_read_base(base, f"{_TRANSFORMER}/config.json"),
         library_version=_library_version(),
     )
     with atomic_folder(folder) as partial:
-        _copy_components(base, partial)
+        _copy_components(base, partial, index)
         ocp.save(partial / _TRANSFORMER, _stored(nnx.state(model)))
         (partial / _MANIFEST).write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
 
@@ -195,6 +196,13 @@ def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _read_base(base: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((base / name).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base {base} has no usable {name}: {error}") from None
+
+
 def _sha256(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -207,8 +215,7 @@ def _sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _copy_components(base: Path, folder: Path) -> None:
-    index = json.loads((base / "model_index.json").read_text())
+def _copy_components(base: Path, folder: Path, index: dict[str, Any]) -> None:
     for name, value in index.items():
         if isinstance(value, list) and name != _TRANSFORMER and (base / name).is_dir():
             shutil.copytree(base / name, folder / name)
