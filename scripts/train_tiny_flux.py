@@ -1,0 +1,178 @@
+"""Train the embedded model from captioned images, stage by stage, into a diffusers folder.
+
+    python scripts/train_tiny_flux.py vae     --data emoji128.npz --work train/
+    python scripts/train_tiny_flux.py flow    --data emoji128.npz --work train/
+    python scripts/train_tiny_flux.py distill --data emoji128.npz --work train/
+    python scripts/train_tiny_flux.py export  --data emoji128.npz --work train/ --out OUT
+
+Every stage resumes from the state it saved under --work. It uses all local devices.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.flux.params import export_flux_transformer
+from models.text_encoders.clip import export_clip_text_encoder
+from models.text_encoders.t5 import export_t5_encoder
+from models.tiny_flux import architecture, dataset, training
+from models.vae.params import export_autoencoder_kl, load_autoencoder_kl
+
+# Measured to converge on two H200 GPUs; --minutes and --batch-size change them.
+STAGES = {
+    "vae": training.TrainingConfig(
+        steps=40_000, minutes=5.0, batch_size=64, learning_rate=6e-4, ema_decay=0.999
+    ),
+    "flow": training.TrainingConfig(
+        steps=40_000, minutes=14.0, batch_size=512, learning_rate=1e-3, warmup=1000
+    ),
+    "distill": training.TrainingConfig(
+        steps=8_000, minutes=3.0, batch_size=512, learning_rate=3e-4, ema_decay=0.998
+    ),
+}
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=[*STAGES, "export"])
+    parser.add_argument("--data", type=Path, required=True, help="the .npz of captioned images")
+    parser.add_argument("--work", type=Path, required=True, help="states and the growing model")
+    parser.add_argument("--out", type=Path, help="export: the model folder to write")
+    parser.add_argument("--minutes", type=float, help="training time of the stage")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch-size", type=int, help="over all devices")
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="minutes; resumable")
+    parser.add_argument("--latent-channels", type=int, default=4)
+    parser.add_argument("--caption-dropout", type=float, default=0.1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run one stage."""
+    args = parse()
+    if args.stage == "vae":
+        train_vae(args)
+    elif args.stage == "export":
+        export(args)
+    else:
+        train_transformer(args)
+
+
+def stage_config(args: argparse.Namespace, stage: str) -> training.TrainingConfig:
+    """Return the stage's defaults with the command line's changes."""
+    changes = {"minutes": args.minutes, "batch_size": args.batch_size, "steps": args.steps}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(STAGES[stage], **given)
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    """Train the autoencoder and export it with its latents' mean and deviation."""
+    data = dataset.read_captioned_images(args.data)
+    vae = architecture.build_vae(args.latent_channels, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(vae)
+    config = stage_config(args, "vae")
+    loss = training.vae_loss(graphdef, config.batch_size)
+    ema, finished = training.train(
+        "vae", config, loss, params, data.images, args.work / "vae", stop_after=args.stop_after
+    )
+    if not finished:
+        return
+    latents = training.encode_dataset(graphdef, ema, data.images)
+    vae = nnx.merge(graphdef, ema)
+    vae.config = dataclasses.replace(
+        vae.config,
+        scaling_factor=float(1 / latents.std()),
+        shift_factor=float(latents.mean()),
+    )
+    export_autoencoder_kl(vae, args.work / "model" / "vae")
+    print(f"latents: mean {latents.mean():.4f}, deviation {latents.std():.4f}")
+
+
+def conditioned_latents(args: argparse.Namespace):
+    """Return the training arrays: packed latents and both forms of every caption."""
+    data = dataset.read_captioned_images(args.data)
+    vae = load_autoencoder_kl(args.work / "model" / "vae", dtype=jnp.bfloat16)
+    latents = training.encode_dataset(*nnx.split(vae), data.images)
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    t5, clip = make_tokenizers(data)
+    forms = (data.prompts, data.prompts_bare)
+    rows = {
+        "latents": np.asarray(training.pack(jnp.asarray(latents)).astype(jnp.bfloat16)),
+        "t5": np.stack([dataset.token_ids(t5, form) for form in forms], axis=1),
+        "clip": np.stack([dataset.token_ids(clip, form) for form in forms], axis=1),
+    }
+    empty = {
+        "empty_t5": dataset.token_ids(t5, [""]),
+        "empty_clip": dataset.token_ids(clip, [""]),
+    }
+    return {"rows": rows, **empty}, vae.config.latent_channels
+
+
+def make_tokenizers(data: dataset.CaptionedImages):
+    """Return T5's and CLIP's tokenizer, both made from the captions."""
+    length = architecture.TEXT_TOKENS
+    t5 = dataset.train_t5_tokenizer(data.prompts, architecture.T5_CONFIG.vocab_size, length)
+    clip = dataset.train_clip_tokenizer(data.prompts, architecture.CLIP_CONFIG.vocab_size, length)
+    return t5, clip
+
+
+def train_transformer(args: argparse.Namespace) -> None:
+    """Train transformer and text encoders, or distill guidance into the transformer."""
+    data, channels = conditioned_latents(args)
+    graphdef, params = training.initialise(architecture.transformer_config(channels), seed=0)
+    config = stage_config(args, args.stage)
+    frozen = None
+    if args.stage == "flow":
+        loss = training.flow_loss(graphdef, config.batch_size, args.caption_dropout)
+    else:
+        params = frozen = training.restore_ema(args.work / "flow", params)
+        loss = training.guidance_loss(graphdef, config.batch_size)
+    training.train(
+        args.stage,
+        config,
+        loss,
+        params,
+        data,
+        args.work / args.stage,
+        frozen=frozen,
+        stop_after=args.stop_after,
+    )
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the whole model folder: the last stage that ran, and the autoencoder."""
+    if args.out is None:
+        raise SystemExit("export needs --out FOLDER")
+    vae = load_autoencoder_kl(args.work / "model" / "vae", dtype=jnp.bfloat16)
+    config = architecture.transformer_config(vae.config.latent_channels)
+    graphdef, params = training.initialise(config, seed=0)
+    last = "distill" if (args.work / "distill").exists() else "flow"
+    model = nnx.merge(graphdef, training.restore_ema(args.work / last, params))
+    export_flux_transformer(model.transformer, args.out / "transformer")
+    export_clip_text_encoder(model.clip, args.out / "text_encoder")
+    export_t5_encoder(model.t5, args.out / "text_encoder_2")
+    export_autoencoder_kl(vae, args.out / "vae")
+    t5, clip = make_tokenizers(dataset.read_captioned_images(args.data))
+    clip.save_pretrained(args.out / "tokenizer")
+    t5.save_pretrained(args.out / "tokenizer_2")
+    write_json(args.out / "scheduler" / "scheduler_config.json", architecture.SCHEDULER_CONFIG)
+    write_json(args.out / "model_index.json", architecture.MODEL_INDEX)
+    print(f"{last} weights from {jax.device_count()} device(s) written to {args.out}")
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON object, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
