@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
-from pallas_kernels import codec
+from pallas_kernels import codec, compat
 
 TILE_K = 128  # bytes of k in a tile: the widest swizzle of shared memory
 ROWS = 64  # weight rows of a warpgroup: the first extent of wgmma
@@ -119,7 +119,7 @@ def matmul_tiled(
     x_lo: jax.Array | None = None,  # [m, 1], float32
     out_dtype: jnp.dtype = jnp.bfloat16,
     config: Config | None = None,
-    interpret=None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Multiply by weights that `prepare_weights` made; see `pallas_kernels.matmul.matmul`."""
     return _call(
@@ -166,7 +166,7 @@ def matmul_int8(
     x_lo: jax.Array | None = None,  # [m, 1], float32
     out_dtype: jnp.dtype = jnp.bfloat16,
     config: Config | None = None,
-    interpret=None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
     sums = None
@@ -220,29 +220,29 @@ def _call(
     x_lo: jax.Array | None,
     out_dtype: jnp.dtype,
     config: Config | None,
-    interpret,
+    interpret: bool,
 ) -> jax.Array:
     m, n = x.shape[0], w_scale.shape[0]
     decode = len(weights) == 2
     sms = _multiprocessors()
     config = config or choose_config(m, n, decode=decode, sms=sms)
-    # Copies clip at the end of an array, but its rows must be whole in units of 16 bytes.
-    x = _pad(x, config.tokens if interpret else 1, TILE_K)
+    # Copies clip at the end of an array, but it must hold whole rows of the swizzle.
+    x = _pad(x, config.tokens if interpret else 8, TILE_K)
     columns = n + -n % (TILE_N if interpret else 8)
     out = jax.ShapeDtypeStruct((x.shape[0], columns), out_dtype)
     token = lambda v: None if v is None else jnp.pad(v[:, 0], (0, -m % config.tokens))
     row = lambda v: None if v is None else jnp.pad(v, (0, -v.shape[0] % TILE_N))
     bias = None if bias is None else bias.astype(jnp.float32)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, config=config, decode=decode),
+        functools.partial(_kernel, config=config, decode=decode, interpret=interpret),
         out_type=out,
         grid=(sms,),
         grid_names=("sm",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(config, decode, out_dtype),
+        scratch_types=_scratch(config, decode, out_dtype, interpret),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=compat.gpu_interpret_params() if interpret else False,
     )
     y = kernel(x, weights, row(w_scale[:, 0]), token(x_scale), row(bias), token(x_lo), sums)
     return y[:m, :n]
@@ -255,7 +255,7 @@ def _multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", 132)
 
 
-def _scratch(config: Config, decode: bool, out_dtype) -> dict:
+def _scratch(config: Config, decode: bool, out_dtype, interpret: bool) -> dict:
     swizzled = lambda columns: (
         plgpu.TilingTransform((8, columns)),
         plgpu.SwizzleTransform(128),
@@ -280,6 +280,8 @@ def _scratch(config: Config, decode: bool, out_dtype) -> dict:
         ),
         "filled": plgpu.Barrier(num_arrivals=1 + len(weights), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        # The interpreter's wgmma reads its first operand from memory only.
+        "decoded": (plgpu.SMEM((WARPGROUPS, ROWS, TILE_K), jnp.int8),) * (decode and interpret),
     }
 
 
@@ -295,16 +297,18 @@ def _kernel(
     *,
     config: Config,
     decode: bool,
+    interpret: bool,
     x_tiles,  # [stages, tokens, TILE_K]
     w_tiles,  # like weights, a tile for each stage
     out_tiles,  # [warpgroup, slot, part of tokens, ROWS]
     filled,
     free,
+    decoded,  # [warpgroups, ROWS, TILE_K] where the interpreter wants it, else empty
 ):
     tokens, stages = config.tokens, config.stages
     k_tiles = x.shape[1] // TILE_K
     grid = (w_scale.shape[0] // TILE_N, pl.cdiv(out.shape[0], tokens))
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup, sms = lax.axis_index("warpgroup"), lax.axis_size("sm")
 
     def walk(body):
         """Run body(n_tile, m_tile, first step) over this processor's share of the tiles."""
@@ -339,22 +343,25 @@ def _kernel(
             return ()
         codes, steps = w_tiles
         part = TILE_N // 8 // WARPGROUPS
-        words = plgpu.load(
+        words = compat.gpu_load(
             codes.at[slot, pl.ds(warpgroup * part, part)],
-            (),
             layout=plgpu.Layout.WG_STRIDED((part, 128), vec_size=4),
         )
-        steps = plgpu.load(
+        steps = compat.gpu_load(
             steps.at[slot, pl.ds(warpgroup * ROWS, ROWS)],
-            (),
             layout=plgpu.Layout.WGMMA_8BIT.reduce(1),
         )
-        return decode_tile(words, steps)
+        if not interpret:
+            return decode_tile(words, steps)
+        decoded[0][warpgroup] = decode_tile_jnp(words, steps)
+        return ()
 
     def multiply_step(acc, weight, step, prefetch):
         slot = slot_of(step)
         if not decode:
             weight = w_tiles[0].at[slot, pl.ds(warpgroup * ROWS, ROWS)]
+        elif interpret:
+            weight = decoded[0].at[warpgroup]
         plgpu.wgmma(acc, weight, x_tiles.at[slot].transpose((1, 0)))
         following = operand(step + 1) if prefetch else None
         plgpu.wgmma_wait(0)
@@ -381,12 +388,15 @@ def _kernel(
     def write(acc, row, token):
         """Scale, round and write a tile of [ROWS, tokens] sums, transposed."""
         part = out_tiles.shape[2]
-        load_rows = lambda ref: plgpu.load(
-            ref.at[pl.ds(row, ROWS)], (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
-        )
-        load_tokens = lambda ref, start: plgpu.load(
-            ref.at[pl.ds(start, part)], (), layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-        )
+
+        def load_rows(ref):
+            layout = plgpu.Layout.WGMMA.reduce(1)
+            return compat.gpu_load(ref.at[pl.ds(row, ROWS)], layout=layout, optimized=False)
+
+        def load_tokens(ref, start):
+            layout = plgpu.Layout.WGMMA.reduce(0)
+            return compat.gpu_load(ref.at[pl.ds(start, part)], layout=layout, optimized=False)
+
         down = lambda v: lax.broadcast_in_dim(v, (ROWS, part), [0])
         along = lambda v: lax.broadcast_in_dim(v, (ROWS, part), [1])
         scale = load_rows(w_scale)
@@ -414,6 +424,11 @@ def _kernel(
     def _():
         plgpu.set_max_registers(40, action="decrease")
         walk(fill)
+        tiles = (grid[0] * grid[1] - lax.axis_index("sm") + sms - 1) // sms
+
+        @pl.loop(jnp.maximum(tiles * k_tiles - stages, 0), tiles * k_tiles)
+        def _(step):
+            plgpu.barrier_wait(free.at[slot_of(step)])
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
@@ -471,3 +486,13 @@ def _decode_word(word, steps, constant):
     for code, step in zip(codes, steps, strict=True):
         offset = arith.subi(sign, arith.muli(step, bias))
         yield arith.xori(arith.addi(arith.muli(code, step), offset), sign)
+
+
+def decode_tile_jnp(words: jax.Array, steps: jax.Array) -> jax.Array:
+    """Do what `decode_tile` does where there are no registers: in interpret mode."""
+    # pair of 32 k, warp, row, quad, step of 32, half of 16 rows, then a word's 16 k and 4 bytes
+    shifts = 4 * jnp.arange(2)[:, None] + 8 * jnp.arange(4)
+    words = words.reshape(2, 4, 8, 4, 2, 2, 1, 1) >> shifts
+    codes = words.transpose(1, 5, 2, 0, 4, 6, 3, 7).reshape(ROWS, TILE_K) & 15
+    steps = (steps[:, None] >> 4 * jnp.arange(8)) & 15
+    return ((codes - 8) * (jnp.repeat(steps, STEP_UNIT, axis=1) + 1)).astype(jnp.int8)
