@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) -> Path:
-    """Check before any work that an output can be made, and make the folder it goes into.
+    """Check before any work that an output can be made, without leaving a trace.
 
     Args:
       path: the file or folder that will be written.
@@ -24,8 +24,8 @@ def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) ->
     if path.exists() and path.is_dir() != folder:
         raise ValueError(f"output {path} is {'a file' if folder else 'a folder'}; choose another")
     try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
+        nearest = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise ValueError(f"output {path} can't be written: {error.strerror}") from None
@@ -36,6 +36,7 @@ def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) ->
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside a file, and put it in the file's place on success."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         os.replace(partial, path)
@@ -54,6 +55,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             os.replace(path, old)
         os.replace(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

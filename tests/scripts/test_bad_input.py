@@ -1,0 +1,150 @@
+"""Bad input to the scripts: one clear line, exit code 2, nothing half-written."""
+
+import json
+import shutil
+
+import evaluate
+import generate
+import numpy as np
+import pytest
+import quantize
+from safetensors.numpy import load_file, save_file
+
+from quartz_jax import cli
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Run a main that must refuse; gives its line. The output folder must stay as it was."""
+
+    def refused(main, *argv):
+        capsys.readouterr()
+        before = sorted(tmp_path.rglob("*"))
+        assert cli.run(main, [str(x) for x in argv]) == 2
+        out, err = capsys.readouterr()
+        assert (out, len(err.splitlines()), err[:7]) == ("", 1, "error: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return err
+
+    return refused
+
+
+@pytest.fixture
+def broken(tiny, tmp_path):
+    """A copy of the tiny model to break."""
+    return shutil.copytree(tiny, tmp_path / "broken")
+
+
+def test_unknown_recipe(refused, tmp_path):
+    argv = ("--prompt", "a", "--recipe", "w3a3", "--out", tmp_path / "x.png")
+    assert "unknown recipe 'w3a3'; use one of bf16" in refused(generate.main, *argv)
+    argv = ("--recipe", "w3a3", "--out", tmp_path / "x")
+    assert "unknown recipe 'w3a3'; use one of bf16" in refused(quantize.main, *argv)
+
+
+def test_a_rule_that_matches_nothing(refused, tiny, tmp_path):
+    rule = {"pattern": "blocks", "weight": {"kind": "int8"}, "activation": {"kind": "bf16"}}
+    recipe = tmp_path / "mine.json"
+    recipe.write_text(json.dumps({"name": "mine", "rules": [rule]}))
+    argv = ("--model", tiny, "--recipe", recipe, "--out", tmp_path / "x")
+    assert "rule 'blocks' matches no linear" in refused(quantize.main, *argv)
+
+
+@pytest.mark.parametrize("main", [quantize.main, generate.main])
+def test_a_folder_without_model_index(refused, tmp_path, main):
+    prompt = ("--prompt", "a") if main == generate.main else ()
+    argv = ("--model", tmp_path / "absent", "--out", tmp_path / "x", *prompt)
+    assert "model_index.json does not exist" in refused(main, *argv)
+
+
+def test_a_missing_tensor_is_named(refused, broken, tmp_path):
+    tensors = load_file(broken / WEIGHTS)
+    del tensors["proj_out.weight"]
+    save_file(tensors, broken / WEIGHTS)
+    line = refused(quantize.main, "--model", broken, "--out", tmp_path / "x")
+    assert "missing proj_out.weight" in line
+
+
+def test_a_misshapen_tensor_is_named(refused, broken, tmp_path):
+    tensors = load_file(broken / WEIGHTS) | {"proj_out.bias": np.zeros(3, np.float32)}
+    save_file(tensors, broken / WEIGHTS)
+    line = refused(quantize.main, "--model", broken, "--out", tmp_path / "x")
+    assert "misshapen proj_out.bias: [3], expected [16]" in line
+
+
+def test_corrupt_safetensors(refused, broken, tmp_path):
+    (broken / WEIGHTS).write_bytes(b"broken")
+    line = refused(quantize.main, "--model", broken, "--out", tmp_path / "x")
+    assert f"{WEIGHTS} is not a readable safetensors file" in line
+
+
+def test_a_checkpoint_of_a_newer_format_version(refused, quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "newer")
+    text = json.loads((folder / "quartz.json").read_text()) | {"format_version": 2}
+    (folder / "quartz.json").write_text(json.dumps(text))
+    line = refused(generate.main, "--model", folder, "--prompt", "a", "--out", tmp_path / "x.png")
+    assert "format_version is 2" in line
+    assert "install a newer one" in line
+
+
+@pytest.mark.parametrize("main", [generate.main, evaluate.main])
+def test_a_width_that_is_no_multiple_of_16(refused, tmp_path, main):
+    argv = ("--prompt", "a") if main == generate.main else ("--prompts", __file__)
+    argv += ("--size", "100x64", "--out", tmp_path / "x")
+    assert "width is 100; it must be a positive multiple of 16" in refused(main, *argv)
+
+
+@pytest.mark.parametrize("size", ["64", "64x", "axb", "-64x64", "0x64"])
+def test_a_size_that_is_none(refused, tmp_path, size):
+    line = refused(generate.main, f"--size={size}", "--prompt", "a", "--out", tmp_path / "x.png")
+    assert "WIDTHxHEIGHT" in line or "width is 0" in line
+
+
+@pytest.mark.parametrize("prompts", [[], ["--prompt"], ["--prompt", "a", " "]])
+def test_empty_prompts(refused, tmp_path, prompts):
+    line = refused(generate.main, *prompts, "--out", tmp_path / "x.png")
+    assert "no prompt was given" in line or "prompt is empty" in line
+
+
+def test_an_empty_file_of_prompts(refused, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    argv = ("--prompts", tmp_path / "empty.txt", "--out", tmp_path / "x.json")
+    assert "no prompt was given" in refused(evaluate.main, *argv)
+
+
+@pytest.mark.parametrize("script", ["generate", "quantize", "evaluate"])
+def test_an_output_under_a_file(refused, tmp_path, script):
+    mains = {"generate": generate.main, "quantize": quantize.main, "evaluate": evaluate.main}
+    needed = {"generate": ("--prompt", "a"), "quantize": (), "evaluate": ("--prompts", __file__)}
+    (tmp_path / "file").write_text("")
+    line = refused(mains[script], *needed[script], "--out", tmp_path / "file" / "x")
+    assert "can't be written" in line
+
+
+def test_an_output_file_that_is_a_folder(refused, tmp_path):
+    assert "is a folder" in refused(generate.main, "--prompt", "a", "--out", tmp_path)
+
+
+def test_an_output_folder_that_exists(refused, tmp_path):
+    assert "exists already" in refused(quantize.main, "--out", tmp_path)
+
+
+def test_another_recipe_than_the_checkpoint_s_own(refused, quantized, tmp_path):
+    argv = ("--model", quantized, "--recipe", "w8a8", "--prompt", "a", "--out", tmp_path / "x.png")
+    assert "is quantized as 'w4a4'; leave out --recipe" in refused(generate.main, *argv)
+
+
+def test_comparing_a_checkpoint_with_bf16(refused, quantized, tmp_path):
+    argv = ("--model", quantized, "--compare", "--prompt", "a", "--out", tmp_path / "x.png")
+    assert "--compare needs a 16-bit model" in refused(generate.main, *argv)
+
+
+def test_quantizing_what_is_quantized(refused, quantized, tmp_path):
+    line = refused(quantize.main, "--model", quantized, "--out", tmp_path / "x")
+    assert "is quantized already" in line
+
+
+def test_an_unknown_argument(refused):
+    assert "unrecognized arguments: --promt" in refused(generate.main, "--promt", "a")
