@@ -81,7 +81,7 @@ def quantize_8bit(
     block = scale_block or k
     # A short last block repeats its last element, which changes neither extreme.
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -k % block)], mode="edge")
-    blocks = x.reshape(*x.shape[:-1], -1, block)
+    blocks = _split(x, block)
     values, *scales = quantize_absmax(blocks) if range == "absmax" else quantize_minmax(blocks)
     scale, lo = (*(s[..., 0] for s in scales), None)[:2]
     return values.reshape(x.shape)[..., :k], scale, lo
@@ -111,7 +111,7 @@ def encode(
       [..., groups], 0..4, or p - 1 in 0..15 for the integer step.
     """
     padded = pad(values, group_size)
-    groups = padded.reshape(*padded.shape[:-1], -1, group_size).astype(jnp.int32)
+    groups = _split(padded, group_size).astype(jnp.int32)
     magnitude = jnp.abs(groups)
     peak = jnp.max(magnitude, axis=-1, keepdims=True)
     if step == "integer":
@@ -156,7 +156,7 @@ def decode(
     Returns:
       8-bit values of the shape and dtype of `codes`: -112..112, or 0..240 if asymmetric.
     """
-    groups = codes.reshape(*shifts.shape, -1).astype(jnp.int32)
+    groups = _split(codes, codes.shape[-1] // shifts.shape[-1]).astype(jnp.int32)
     shifts = shifts[..., None].astype(jnp.int32)
     values = groups * (shifts + 1) if step == "integer" else groups << shifts
     return values.astype(codes.dtype).reshape(codes.shape)
@@ -177,14 +177,14 @@ def pack(codes: jax.Array) -> jax.Array:
       uint8 [..., ceil(n / 2)].
     """
     codes = pad(codes, 2)
-    pairs = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], -1, 2) & 15
+    pairs = _split(codes.astype(jnp.uint8), 2) & 15
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
 def unpack(packed: jax.Array, *, signed: bool) -> jax.Array:
     """Undo `pack`: uint8 [..., n / 2] to int8 -8..7 if `signed`, else uint8 0..15, [..., n]."""
     nibbles = jnp.stack([packed & 15, packed >> 4], axis=-1)
-    nibbles = nibbles.reshape(*packed.shape[:-1], -1)
+    nibbles = nibbles.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
     return (nibbles.astype(jnp.int8) ^ 8) - 8 if signed else nibbles
 
 
@@ -200,6 +200,11 @@ def decode_packed(
     codes = unpack(codes, signed=signed)
     shifts = unpack(shifts, signed=False)[..., : codes.shape[-1] // group_size]
     return to_operand(decode(codes, shifts, step=step))
+
+
+def _split(values: jax.Array, size: int) -> jax.Array:
+    """Cut the last axis into pieces, [..., k] to [..., k / size, size]."""
+    return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)
 
 
 def _scale(extent: jax.Array, levels: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """Matmul of quantized tensors."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -42,9 +44,7 @@ def quartz_matmul(
     """
     _check(x, w, bias)
     values = decode_rows(x)
-    rows = (-1, x.scale.shape[-1])
-    x2 = values.reshape(-1, x.k)
-    x_scale, x_lo = x.scale.reshape(rows), None if x.lo is None else x.lo.reshape(rows)
+    x2, x_scale, x_lo = jax.tree.map(_flatten, (values, x.scale, x.lo))
     options = {"bias": bias, "out_dtype": out_dtype, "implementation": implementation}
     if _block(x) or _block(w):
         y = _matmul_blocks(x2, w, x_scale, x_lo, block=_block(x) or _block(w), **options)
@@ -70,7 +70,7 @@ def _matmul_blocks(x, w, x_scale, x_lo, *, block, bias, out_dtype, implementatio
 
     def cut(values):  # [rows, k] to [blocks, rows, block], zeros after the end of k
         values = codec.pad(values, block)
-        return jnp.moveaxis(values.reshape(values.shape[0], -1, block), 1, 0)
+        return jnp.moveaxis(values.reshape(values.shape[0], blocks, block), 1, 0)
 
     blocks = -(-x.shape[1] // block)
 
@@ -95,6 +95,11 @@ def _matmul_blocks(x, w, x_scale, x_lo, *, block, bias, out_dtype, implementatio
     first, _ = add(jnp.float32(0), jax.tree.map(lambda part: part[0], parts))
     total, _ = lax.scan(add, first, jax.tree.map(lambda part: part[1:], parts))
     return (total if bias is None else total + bias.astype(jnp.float32)).astype(out_dtype)
+
+
+def _flatten(array: jax.Array) -> jax.Array:
+    """Make all leading axes one, [..., k] to [m, k]."""
+    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
 
 
 def _block(tensor: QuartzTensor | IntTensor) -> int | None:

@@ -1,0 +1,190 @@
+"""The codec against an independent oracle, and odd inputs."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import spec_oracle
+import strategies
+from hypothesis import given
+
+import quartz_jax
+from quartz_jax import QuartzConfig
+
+CONFIGS = {
+    "power": QuartzConfig(),
+    "truncate": QuartzConfig(rounding="truncate"),
+    "integer": QuartzConfig(step="integer", group_size=8),
+    "minmax": QuartzConfig(range="minmax"),
+    "minmax-truncate": QuartzConfig(range="minmax", rounding="truncate", group_size=8),
+    "block": QuartzConfig(scale_block=32),
+    "minmax-block": QuartzConfig(range="minmax", scale_block=32),
+}
+SHAPES = ((2, 37), (1, 2, 64), (3, 1))
+
+
+def assert_stored(q, expected):
+    """Compare every stored array, and the decoded integers, for equality."""
+    np.testing.assert_array_equal(q.codes, expected.codes)
+    np.testing.assert_array_equal(q.shifts, expected.shifts)
+    np.testing.assert_array_equal(q.scale, expected.scale)
+    np.testing.assert_array_equal(quartz_jax.decode(q), expected.decoded)
+    if expected.lo is not None:
+        np.testing.assert_array_equal(q.lo, expected.lo)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@given(x=strategies.floats(*SHAPES))
+def test_quantize_equals_the_oracle_bit_for_bit(config, x):
+    assert_stored(quartz_jax.quantize(x, config), spec_oracle.quantize(x, config))
+
+
+@pytest.mark.parametrize("range_", ["absmax", "minmax"])
+@given(x=strategies.floats((2, 37), dtypes=strategies.FLOATS))
+def test_input_dtype_changes_nothing_but_its_own_rounding(range_, x):
+    config = QuartzConfig(range=range_)
+    assert_stored(quartz_jax.quantize(x, config), spec_oracle.quantize(x, config))
+
+
+@given(x=strategies.floats((2, 37)))
+def test_searched_steps_equal_exhaustive_search(x):
+    config = QuartzConfig(step="integer")
+    expected = spec_oracle.quantize(x, config, search=True)
+    assert_stored(quartz_jax.quantize(x, config, search=True), expected)
+
+
+@given(x=strategies.floats((2, 37)))
+def test_eager_and_jit_store_the_same(x):
+    with jax.disable_jit():
+        eager = quartz_jax.quantize(jnp.asarray(x))
+    chex.assert_trees_all_equal(quartz_jax.quantize(x), eager)
+
+
+@pytest.mark.parametrize("range_", ["absmax", "minmax"])
+@given(x=strategies.floats((2, 37)))
+def test_eight_bits_are_stage_one(range_, x):
+    q = quartz_jax.quantize_int(x, range=range_)
+    row = spec_oracle.int8_row if range_ == "absmax" else spec_oracle.uint8_row
+    for i, data in enumerate(x):
+        values, *scales = row(data)
+        np.testing.assert_array_equal(q.values[i], np.array(values) - 128 * (range_ == "minmax"))
+        np.testing.assert_array_equal([q.scale[i, 0]], scales[:1])
+        np.testing.assert_array_equal([] if q.lo is None else [q.lo[i, 0]], scales[1:])
+
+
+@given(x=strategies.floats((2, 37)))
+def test_four_bit_integers_are_round_to_nearest_of_seven_steps(x):
+    q = quartz_jax.quantize_int(x, bits=4)
+    for i, data in enumerate(x):
+        values, scale = spec_oracle.int8_row(data, limit=7)
+        np.testing.assert_array_equal(quartz_jax.decode(q)[i], values)
+        np.testing.assert_array_equal(q.scale[i, 0], scale)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@given(x=strategies.floats((2, 37)))
+def test_dequantize_is_decoded_times_scale_plus_lo(config, x):
+    # Bounded so that the sum of product and lo can't overflow; a fused product-and-add is allowed.
+    q = quartz_jax.quantize(np.clip(x, -1e30, 1e30), config)
+    offset = 0 if q.lo is None else 128
+    product = (np.asarray(quartz_jax.decode(q), np.float64) + offset) * spread(q.scale)
+    lo = np.float64(0) if q.lo is None else np.float64(spread(q.lo))
+    bound = 2.0**-23 * (np.abs(product) + np.abs(lo)) + 2.0**-126
+    assert (np.abs(quartz_jax.dequantize(q) - (product + lo)) <= bound).all()
+
+
+def spread(scale):
+    """Repeat scales [rows, 1 or 2] to the elements that they belong to, [rows, 37]."""
+    return np.repeat(np.asarray(scale), 37 if scale.shape[1] == 1 else 32, axis=1)[:, :37]
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOATS)
+def test_dequantize_returns_the_asked_dtype(dtype):
+    q = quartz_jax.quantize(jnp.ones((2, 16)))
+    assert quartz_jax.dequantize(q, dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_zero_rows_come_back_as_zeros(config):
+    q = quartz_jax.quantize(jnp.zeros((2, 40)), config)
+    np.testing.assert_array_equal(quartz_jax.dequantize(q), np.zeros((2, 40)))
+    np.testing.assert_array_equal(q.scale, np.zeros_like(q.scale))
+
+
+def test_constant_rows_come_back_exactly_from_the_asymmetric_range():
+    q = quartz_jax.quantize(jnp.full((2, 40), 3.3), QuartzConfig(range="minmax"))
+    np.testing.assert_array_equal(quartz_jax.dequantize(q), np.full((2, 40), np.float32(3.3)))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("shape", [(1,), (5,), (16,), (0, 20), (2, 3, 4, 17), (2, 1)])
+def test_any_shape_keeps_its_shape(shape, config):
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    q = quartz_jax.quantize(x, config)
+    assert q.shape == quartz_jax.decode(q).shape == quartz_jax.dequantize(q).shape == shape
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -3, -2, -1])
+def test_any_axis_equals_moving_it_last_first(axis):
+    x = np.random.default_rng(0).standard_normal((5, 18, 21)).astype(np.float32)
+    q = quartz_jax.quantize(x, axis=axis)
+    last = quartz_jax.quantize(np.moveaxis(x, axis, -1))
+    assert q.shape == x.shape
+    np.testing.assert_array_equal(q.codes, last.codes)
+    np.testing.assert_array_equal(
+        np.moveaxis(quartz_jax.dequantize(q), axis, -1), quartz_jax.dequantize(last)
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("range_", ["absmax", "minmax"])
+@pytest.mark.parametrize("quantize", ["quantize", "quantize_int"])
+def test_a_bad_activation_makes_its_row_nan_and_no_other(quantize, range_, bad):
+    x = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32)
+    x[1, 7] = bad
+    if quantize == "quantize":
+        q = quartz_jax.quantize(x, QuartzConfig(range=range_))
+    else:
+        q = quartz_jax.quantize_int(x, range=range_)
+    y = np.asarray(quartz_jax.dequantize(q))
+    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
+
+
+def test_a_range_that_overflows_float32_is_nan():
+    x = jnp.array([[-3e38, 3e38, 0.0]])
+    assert jnp.isnan(quartz_jax.dequantize(quartz_jax.quantize_int(x, range="minmax"))).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_bad_weight_is_refused_by_name(dtype, bad):
+    w = np.ones((3, 40), dtype)
+    w[2, 3] = bad
+    with pytest.raises(ValueError, match=r"weight blocks\.3\.proj holds NaN or infinity"):
+        quartz_jax.quantize_weight("blocks.3.proj", w)
+
+
+def test_a_good_weight_is_quantized_as_any_array():
+    w = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)
+    config = QuartzConfig(step="integer")
+    got = quartz_jax.quantize_weight("w", w, config, axis=0, search=True)
+    chex.assert_trees_all_equal(got, quartz_jax.quantize(w, config, axis=0, search=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: quartz_jax.quantize(x.astype(jnp.int8)), "x has dtype int8"),
+        (lambda x: quartz_jax.quantize(x[0, 0]), "axis is -1"),
+        (lambda x: quartz_jax.quantize(x, axis=2), "axis is 2"),
+        (lambda x: quartz_jax.quantize(x[:, :0]), "must not be empty"),
+        (lambda x: quartz_jax.quantize(x, search=True), "search is True with step='power'"),
+        (lambda x: quartz_jax.quantize_int(x, bits=5), "bits is 5"),
+        (lambda x: quartz_jax.quantize_int(x, bits=4, range="minmax"), "bits is 4"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.ones((2, 16)))

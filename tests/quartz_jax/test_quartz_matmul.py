@@ -1,0 +1,183 @@
+"""quartz_matmul against integer sums, in every mix of operands."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import spec_oracle
+import strategies
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import quartz_jax
+from quartz_jax import QuartzConfig
+
+ACTIVATIONS = {
+    "a4": lambda x: quartz_jax.quantize(x),
+    "a4 asymmetric": lambda x: quartz_jax.quantize(x, QuartzConfig(range="minmax")),
+    "a8": lambda x: quartz_jax.quantize_int(x),
+    "a8 asymmetric": lambda x: quartz_jax.quantize_int(x, range="minmax"),
+    "int4": lambda x: quartz_jax.quantize_int(x, bits=4),
+}
+WEIGHTS = {
+    "w4": lambda w: quartz_jax.quantize(w),
+    "w4 integer": lambda w: quartz_jax.quantize(w, QuartzConfig(step="integer"), search=True),
+    "w8": lambda w: quartz_jax.quantize_int(w),
+    "int4": lambda w: quartz_jax.quantize_int(w, bits=4),
+}
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+every_weight = pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
+every_backend = pytest.mark.parametrize("implementation", ["xla", "reference"])
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+matmul = jax.jit(quartz_jax.quartz_matmul, static_argnames=("out_dtype", "implementation"))
+matmul_f32 = functools.partial(matmul, out_dtype=jnp.float32)
+
+
+def expected(x, w):
+    """Multiply the dequantized operands in float64, and bound the error of the float32 epilogue."""
+    x, w = (np.asarray(quartz_jax.dequantize(q), np.float64) for q in (x, w))
+    return x @ w.T, 2.0**-20 * (np.abs(x) @ np.abs(w).T)
+
+
+@every_backend
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    weight=st.sampled_from(list(WEIGHTS)),
+)
+def test_equals_the_matmul_of_dequantized_operands(implementation, activation, weight, seed):
+    x = ACTIVATIONS[activation](normal(2, 3, 37, seed=seed))
+    w = WEIGHTS[weight](normal(5, 37, seed=seed + 1))
+    exact, bound = expected(x, w)
+    assert (np.abs(matmul_f32(x, w, implementation=implementation) - exact) <= bound).all()
+
+
+@every_backend
+@given(
+    activation=st.sampled_from(["a4", "a8", "int4"]),
+    weight=st.sampled_from(list(WEIGHTS)),
+    x=strategies.floats((3, 37)),
+    w=strategies.floats((5, 37)),
+)
+def test_symmetric_products_are_the_exact_integers_times_both_scales(
+    implementation, activation, weight, x, w
+):
+    # Powers of two as scales leave the epilogue exact, so that equality tests the integers.
+    x, w = with_scale(ACTIVATIONS[activation](x), 0.5), with_scale(WEIGHTS[weight](w), 0.25)
+    integers = spec_oracle.matmul_int(*map(np.asarray, map(quartz_jax.decode, (x, w))))
+    y = matmul_f32(x, w, implementation=implementation)
+    np.testing.assert_array_equal(y, integers.astype(np.float32) / 8)
+
+
+def with_scale(q, scale):
+    return type(q)(**{**vars(q), "scale": jnp.full_like(q.scale, scale)})
+
+
+@every_backend
+def test_integer_sums_are_exact_past_what_float32_holds(implementation):
+    # 127 * 127 * 3000 = 48,387,000 > 2**24, and odd once the last product is changed.
+    x, w = np.full((1, 3000), 127.0, np.float32), np.full((1, 3000), 127.0, np.float32)
+    w[0, -1] = 126
+    q = [with_scale(quartz_jax.quantize_int(a), 1) for a in (x, w)]
+    total = 127 * int(np.sum(np.asarray(q[1].values), dtype=np.int64))
+    assert total % 2 == 1
+    y = matmul(*q, out_dtype=jnp.float32, implementation=implementation)
+    assert y[0, 0] == np.float32(total)
+
+
+@every_backend
+@every_activation
+def test_bias_is_added_in_float32_before_the_cast(implementation, activation):
+    x, w, bias = activation(normal(3, 40)), quartz_jax.quantize(normal(5, 40, seed=1)), normal(5)
+    y = matmul(x, w, bias=bias, implementation=implementation)
+    plain = matmul(x, w, out_dtype=jnp.float32, implementation=implementation)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(np.float32), plain + bias, rtol=2.0**-8)
+
+
+@pytest.mark.parametrize("blocks", [("x",), ("w",), ("x", "w")])
+@pytest.mark.parametrize("range_", ["absmax", "minmax"])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_scale_blocks_equal_the_matmul_of_dequantized_operands(blocks, range_, seed):
+    block = dict.fromkeys(blocks, 32)
+    x = quartz_jax.quantize(
+        normal(3, 70, seed=seed), QuartzConfig(range=range_, scale_block=block.get("x"))
+    )
+    w = quartz_jax.quantize(normal(5, 70, seed=seed + 1), QuartzConfig(scale_block=block.get("w")))
+    exact, bound = expected(x, w)
+    y = matmul_f32(x, w, bias=jnp.ones(5))
+    assert (np.abs(y - 1 - exact) <= bound + 2.0**-22 * (1 + np.abs(exact))).all()
+
+
+def test_weights_quantized_along_their_first_axis_multiply_as_their_transpose():
+    x, w = quartz_jax.quantize(normal(3, 40)), normal(5, 40, seed=1)
+    np.testing.assert_array_equal(
+        quartz_jax.quartz_matmul(x, quartz_jax.quantize(w.T, axis=0)),
+        quartz_jax.quartz_matmul(x, quartz_jax.quantize(w)),
+    )
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (0,), (2, 1, 3)])
+def test_any_leading_axes_of_x_are_kept(lead):
+    x, w = quartz_jax.quantize(normal(*lead, 1)), quartz_jax.quantize(normal(5, 1))
+    assert matmul(x, w).shape == (*lead, 5)
+
+
+@every_activation
+def test_vmap_and_jit_equal_the_whole(activation):
+    x, w = activation(normal(4, 3, 40)), quartz_jax.quantize(normal(5, 40, seed=1))
+    whole = matmul(x, w)
+    mapped = jax.jit(jax.vmap(quartz_jax.quartz_matmul, in_axes=(0, None)))(x, w)
+    np.testing.assert_array_equal(mapped, whole)
+
+
+@every_activation
+@every_weight
+def test_shard_map_over_output_channels_equals_the_whole(activation, weight):
+    x, w = activation(normal(3, 40)), weight(normal(6, 40, seed=1))
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("n",))
+    sharded = jax.shard_map(
+        quartz_jax.quartz_matmul, mesh=mesh, in_specs=(P(), P("n")), out_specs=P(None, "n")
+    )
+    np.testing.assert_array_equal(jax.jit(sharded)(x, w), matmul(x, w))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@every_backend
+@every_activation
+def test_a_bad_activation_row_is_nan_even_against_zero_weights(activation, implementation, bad):
+    x = normal(3, 40)
+    x[1, 0] = bad
+    w = quartz_jax.quantize(np.zeros((5, 40), np.float32))
+    y = matmul(activation(x), w, implementation=implementation)
+    assert jnp.isnan(y[1]).all() and (y[jnp.array([0, 2])] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": normal(3, 40)}, "x is a ndarray; quantize it first"),
+        ({"w": quartz_jax.quantize(normal(5, 48))}, "k=40 and w"),
+        ({"w": quartz_jax.quantize(normal(40))}, "w has shape"),
+        ({"w": quartz_jax.quantize(normal(5, 40), QuartzConfig(range="minmax"))}, "asymmetric"),
+        ({"w": quartz_jax.quantize(normal(5, 40), QuartzConfig(scale_block=16))}, "scale_block"),
+        ({"bias": jnp.ones(4)}, "bias has shape"),
+        ({"implementation": "abacus"}, "unknown implementation 'abacus'"),
+    ],
+)
+def test_operands_that_do_not_agree_are_refused(change, message):
+    call = {
+        "x": quartz_jax.quantize(normal(3, 40), QuartzConfig(scale_block=32)),
+        "w": quartz_jax.quantize(normal(5, 40)),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        quartz_jax.quartz_matmul(call.pop("x"), call.pop("w"), **call)
