@@ -42,7 +42,8 @@ class Manifest:
     recipe: Recipe  # that the transformer was quantized with
     report: Report  # formats, errors and sizes of the layers
     base_name: str  # folder name of the 16-bit model
-    base_sha256: str  # of its transformer's safetensors files, in the order of their names
+    base_sha256: str  # of its transformer's safetensors files, see `_sha256`
+    sha256: str  # of the quantized transformer's files
     config: dict[str, Any]  # the transformer's config.json
     library_version: str  # of quartz-jax when it was written
     format_version: int = FORMAT_VERSION
@@ -121,17 +122,21 @@ def save(
     base, folder = Path(base).resolve(), Path(folder).absolute()
     check_output(folder, folder=True, overwrite=overwrite)
     index = _read_base(base, "model_index.json")
-    manifest = Manifest(
-        recipe=recipe,
-        report=report,
-        base_name=base.name,
-        base_sha256=_sha256(base / _TRANSFORMER),
-        config=_read_base(base, f"{_TRANSFORMER}/config.json"),
-        library_version=_library_version(),
-    )
+    config = _read_base(base, f"{_TRANSFORMER}/config.json")
+    if not any((base / _TRANSFORMER).glob("*.safetensors")):
+        raise ValueError(f"base {base} has no {_TRANSFORMER}/*.safetensors; give a 16-bit model")
     with atomic_folder(folder) as partial:
         _copy_components(base, partial, index)
         ocp.save(partial / _TRANSFORMER, _stored(nnx.state(model)))
+        manifest = Manifest(
+            recipe=recipe,
+            report=report,
+            base_name=base.name,
+            base_sha256=_sha256(base / _TRANSFORMER, "*.safetensors"),
+            sha256=_sha256(partial / _TRANSFORMER, "*"),
+            config=config,
+            library_version=_library_version(),
+        )
         (partial / _MANIFEST).write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
 
 
@@ -147,8 +152,11 @@ def load(folder: Path | str, build: Callable[[dict[str, Any]], M]) -> tuple[M, M
       ValueError: quartz.json or a tensor is missing, misshapen, corrupt or of a newer version.
     """
     manifest = read_manifest(folder)
+    transformer = Path(folder).absolute() / _TRANSFORMER
+    if _sha256(transformer, "*") != manifest.sha256:
+        raise ValueError(f"{transformer} is corrupt or incomplete: its SHA-256 isn't quartz.json's")
     graphdef, state = nnx.split(abstract_quantized(lambda: build(manifest.config), manifest.recipe))
-    stored = _read(Path(folder).absolute() / _TRANSFORMER, jax.eval_shape(_stored, state))
+    stored = _read(transformer, jax.eval_shape(_stored, state))
     filled = jax.tree_util.tree_map_with_path(
         lambda path, leaf: stored[_name(path)].astype(leaf.dtype), nnx.to_pure_dict(state)
     )
@@ -169,10 +177,7 @@ def _name(path: tuple) -> str:
 
 
 def _read(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    try:
-        found = {name: x.shape for name, x in ocp.metadata(path).metadata.items()}
-    except Exception as error:
-        raise ValueError(f"{path} is no readable Orbax checkpoint: {_line(error)}") from None
+    found = {name: x.shape for name, x in ocp.metadata(path).metadata.items()}
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]
     problems += [
@@ -186,14 +191,7 @@ def _read(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, ja
     wanted = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in expected.items()
     }
-    try:
-        return ocp.load(path, wanted)
-    except Exception as error:
-        raise ValueError(f"{path} can't be read: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return ocp.load(path, wanted)
 
 
 def _read_base(base: Path, name: str) -> dict[str, Any]:
@@ -203,24 +201,22 @@ def _read_base(base: Path, name: str) -> dict[str, Any]:
         raise ValueError(f"base {base} has no usable {name}: {error}") from None
 
 
-def _sha256(folder: Path) -> str:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no safetensors files; base must be a 16-bit model folder")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def _copy_components(base: Path, folder: Path, index: dict[str, Any]) -> None:
     for name, value in index.items():
         if isinstance(value, list) and name != _TRANSFORMER and (base / name).is_dir():
             shutil.copytree(base / name, folder / name)
     for file in {file for pattern in _TEXTS for file in base.glob(pattern)}:
         shutil.copyfile(file, folder / file.name)
+
+
+def _sha256(folder: Path, pattern: str) -> str:
+    """Hash the names and contents of the files below a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob(pattern) if file.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _library_version() -> str:

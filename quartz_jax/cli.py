@@ -31,10 +31,17 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that shape an image; all default to the model's own settings."""
-    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's")
+    parser.add_argument("--steps", type=positive, help="denoising steps; default: the model's")
     parser.add_argument("--guidance", type=float, help="distilled guidance; default: the model's")
     parser.add_argument("--true-cfg", type=float, help="classifier-free; default: the model's")
     parser.add_argument("--size", metavar="WxH", help="multiples of 16; default: the model's")
+
+
+def positive(text: str) -> int:
+    """Return a whole number of at least 1, for argparse."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def parse_size(text: str | None) -> tuple[int, int] | tuple[None, None]:

@@ -70,8 +70,6 @@ def sampler(
 
 def read_prompts(path: Path, count: int) -> list[str]:
     """Return `count` prompts from a file with one a line, from its start again at its end."""
-    if count < 1:
-        raise ValueError(f"count is {count}; it must be at least 1")
     lines = [line for line in path.read_text().splitlines() if line.strip()]
     return list(itertools.islice(itertools.cycle(cli.check_prompts(lines)), count))
 
@@ -84,8 +82,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=model, help="16-bit model folder")
     add("--recipes", default=_RECIPES, help="built-in recipes or .json files, with commas")
     add("--prompts", type=Path, default=model / "prompts.txt", help="file with one a line")
-    add("--count", type=int, default=128, help="images a recipe")
-    add("--batch", type=int, default=16, help="images at a time")
+    add("--count", type=cli.positive, default=128, help="images a recipe")
+    add("--batch", type=cli.positive, default=16, help="images at a time")
     cli.add_sampling(parser)
     add("--seed0", type=int, default=0, help="of the noise of all images")
     add("--out", type=Path, default=Path("outputs/evaluation.json"), help="results, resumed from")

@@ -146,5 +146,10 @@ def test_quantizing_what_is_quantized(refused, quantized, tmp_path):
     assert "is quantized already" in line
 
 
+@pytest.mark.parametrize("steps", ["0", "-1", "x"])
+def test_a_number_of_steps_that_is_not_positive(refused, steps):
+    assert f"--steps: invalid positive value: '{steps}'" in refused(generate.main, "--steps", steps)
+
+
 def test_an_unknown_argument(refused):
     assert "unrecognized arguments: --promt" in refused(generate.main, "--promt", "a")
