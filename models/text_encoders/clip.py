@@ -67,10 +67,11 @@ class CLIPTextEncoder(nnx.Module):
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width, init = config.hidden_size, nnx.initializers.normal(0.02)
         self.config = config
-        self.token_embedding = nnx.Embed(config.vocab_size, width, embedding_init=init, **options)
-        self.position_embedding = nnx.Embed(
-            config.max_position_embeddings, width, embedding_init=init, **options
-        )
+        self.dtype = dtype
+        # Looked up in the parameters' dtype: training then sums a token's gradients in float32.
+        lookup = options | {"dtype": param_dtype, "embedding_init": init}
+        self.token_embedding = nnx.Embed(config.vocab_size, width, **lookup)
+        self.position_embedding = nnx.Embed(config.max_position_embeddings, width, **lookup)
         self.layers = nnx.List([_Layer(config, **options) for _ in range(config.num_hidden_layers)])
         self.final_layer_norm = _norm(config, **options)
 
@@ -89,6 +90,7 @@ class CLIPTextEncoder(nnx.Module):
             limit = self.config.max_position_embeddings
             raise ValueError(f"input_ids has {tokens} tokens; truncate it to at most {limit}")
         x = self.token_embedding(input_ids) + self.position_embedding(jnp.arange(tokens))
+        x = x.astype(self.dtype)
         mask = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None]
         if attention_mask is not None:
             mask &= attention_mask.astype(bool)[:, None, None, :]

@@ -69,6 +69,7 @@ class T5Encoder(nnx.Module):
     ):
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
+        self.dtype = dtype
         self.embed = _embed(config.vocab_size, config.d_model, 1.0, **options)
         # One table for all blocks; the checkpoint keeps it in the first.
         self.relative_attention_bias = _embed(
@@ -86,7 +87,7 @@ class T5Encoder(nnx.Module):
         attention_mask: jax.Array | None = None,  # [batch, tokens], 0 for padding; None: no padding
     ) -> jax.Array:
         """Return the hidden states, [batch, tokens, d_model]."""
-        x = self.embed(input_ids)
+        x = self.embed(input_ids).astype(self.dtype)
         bias = self._position_bias(input_ids.shape[1])
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         for block in self.blocks:
@@ -101,7 +102,8 @@ class T5Encoder(nnx.Module):
             self.config.relative_attention_num_buckets,
             self.config.relative_attention_max_distance,
         )
-        return self.relative_attention_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
+        bias = self.relative_attention_bias(jnp.asarray(buckets)).astype(self.dtype)
+        return bias.transpose(2, 0, 1)[None]
 
 
 def relative_position_buckets(
@@ -183,6 +185,8 @@ def _linear(inputs: int, outputs: int, stddev: float, **options) -> nnx.Linear:
 
 
 def _embed(rows: int, width: int, stddev: float, **options) -> nnx.Embed:
+    # Looked up in the parameters' dtype: training then sums a token's gradients in float32.
+    options = options | {"dtype": options["param_dtype"]}
     return nnx.Embed(rows, width, embedding_init=nnx.initializers.normal(stddev), **options)
 
 
