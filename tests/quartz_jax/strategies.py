@@ -19,17 +19,24 @@ def floats(*shapes, dtypes=(np.float32,)):
 
 
 def int8s(*shape):
-    """Arrays of -127..127 whose groups differ in magnitude."""
-    bits = hnp.arrays(np.int32, (*shape[:-1], 1), elements=st.integers(0, 7))
+    """Arrays of -127..127 whose eights differ in magnitude."""
     values = hnp.arrays(np.int32, shape, elements=st.integers(-127, 127))
-    return st.tuples(values, bits).map(lambda pair: (pair[0] / 2 ** pair[1]).astype(np.int8))
+    return st.tuples(values, _shifts(shape)).map(
+        lambda pair: (np.sign(pair[0]) * (np.abs(pair[0]) >> pair[1])).astype(np.int8)
+    )
 
 
 def uint8s(*shape):
-    """Arrays of 0..255 whose groups differ in magnitude."""
-    bits = hnp.arrays(np.int32, (*shape[:-1], 1), elements=st.integers(0, 8))
+    """Arrays of 0..255 whose eights differ in magnitude."""
     values = hnp.arrays(np.int32, shape, elements=st.integers(0, 255))
-    return st.tuples(values, bits).map(lambda pair: (pair[0] >> pair[1]).astype(np.uint8))
+    return st.tuples(values, _shifts(shape)).map(lambda pair: (pair[0] >> pair[1]).astype(np.uint8))
+
+
+def _shifts(shape):
+    eights = (*shape[:-1], shape[-1] // 8)
+    return hnp.arrays(np.int32, eights, elements=st.integers(0, 7)).map(
+        lambda shifts: np.repeat(shifts, 8, axis=-1)
+    )
 
 
 def _any(shape):

@@ -1,0 +1,56 @@
+"""One-pass activation quantization against stage 1 and stage 2 done apart."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import codec, quantize
+
+X = np.random.default_rng(0).standard_normal((3, 37)).astype(np.float32)
+
+
+@pytest.mark.parametrize("range_", ["absmax", "minmax"])
+def test_eight_bits_are_stage_one(range_):
+    values, scale, lo = quantize.quantize(X, bits=8, range=range_)
+    wanted, wanted_scale, wanted_lo = codec.quantize_8bit(X, range=range_)
+    np.testing.assert_array_equal(values, codec.to_operand(wanted))
+    np.testing.assert_array_equal(scale, wanted_scale)
+    assert (lo is None) == (wanted_lo is None) == (range_ == "absmax")
+
+
+@pytest.mark.parametrize(
+    ("range_", "step", "rounding"),
+    [
+        ("absmax", "power", "nearest"),
+        ("absmax", "power", "truncate"),
+        ("absmax", "integer", "nearest"),
+        ("minmax", "power", "nearest"),
+    ],
+)
+def test_four_bits_are_both_stages_decoded(range_, step, rounding):
+    options = {"group_size": 8, "step": step, "rounding": rounding}
+    values, _, _ = quantize.quantize(X, bits=4, range=range_, **options)
+    codes, shifts = codec.encode(codec.quantize_8bit(X, range=range_)[0], **options)
+    wanted = codec.decode_packed(
+        codec.pack(codes),
+        codec.pack(shifts),
+        group_size=8,
+        step=step,
+        signed=range_ == "absmax",
+    )
+    np.testing.assert_array_equal(values, wanted[:, :37])
+    assert values.dtype == jnp.int8
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("range_", ["absmax", "minmax"])
+def test_a_row_with_nan_has_scale_nan(bits, range_):
+    x = X.copy()
+    x[1, 3] = np.nan
+    _, scale, _ = quantize.quantize(x, bits=bits, range=range_)
+    np.testing.assert_array_equal(np.isnan(scale[:, 0]), [False, True, False])
+
+
+def test_other_bits_are_refused():
+    with pytest.raises(ValueError, match="bits is 6; it must be 4 or 8"):
+        quantize.quantize(X, bits=6)
