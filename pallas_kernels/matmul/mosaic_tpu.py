@@ -30,7 +30,7 @@ _EIGHTS = 0x08080808  # the bias that makes stored nibbles unsigned
 _SIGN_BITS = -0x7F7F7F80  # 0x80808080 as int32
 
 # The limits divide the layers of FLUX, DiT and PixArt evenly, and fit the smallest VMEM.
-_TILE_M, _TILE_K, _TILE_N = 512, 1536, 1536
+_TILE_M, _TILE_K, _TILE_N = 768, 1536, 1536
 _KEPT_BYTES = 28 * 2**20  # of decoded weights; beyond it, every step decodes its tile again
 _VMEM_BYTES = 56 * 2**20  # v7x has 64 MiB, the others more
 
@@ -40,7 +40,7 @@ _LARGEST = {"bfloat16": (128, 127), "float8_e4m3fn": (240, 112)}
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "shifts", "column"],
+    data_fields=["values", "shifts", "scale", "column"],
     meta_fields=["k", "n", "group_size", "step"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class TpuWeights:
 
     values: jax.Array  # [k_tiles * tile_k / 8, n_pad] int32 words, or [.., n_pad] int8
     shifts: jax.Array | None  # [groups_pad / 8, n_pad] int32, eight shifts a word; None if int8
+    scale: jax.Array  # [1, n_pad] float32, of each output channel
     column: jax.Array  # [1, n_pad] int32, the sums over k of the decoded weights
     k: int  # logical contraction length
     n: int  # logical number of output channels
@@ -74,6 +75,7 @@ class _Plan:
 def prepare_weights(
     codes: jax.Array,  # [n, k_padded / 2], uint8: packed symmetric codes
     shifts: jax.Array,  # [n, ceil(groups / 2)], uint8: packed shifts
+    scale: jax.Array,  # [n, 1], float32
     *,
     k: int,
     group_size: int,
@@ -100,6 +102,7 @@ def prepare_weights(
     return TpuWeights(
         values=lax.bitcast_convert_type(words.reshape(-1, words.shape[-1]), jnp.int32),
         shifts=lax.bitcast_convert_type(shift_words, jnp.int32),
+        scale=_pad(scale.T, 1, tile_n),
         column=_column_sums(decoded[:, :k], tile_n),
         k=k,
         n=codes.shape[0],
@@ -110,6 +113,7 @@ def prepare_weights(
 
 def prepare_int8(
     w: jax.Array,  # [n, k], int8
+    scale: jax.Array,  # [n, 1], float32
 ) -> TpuWeights:
     """Transpose and pad int8 weights for the plain kernel: once, when they are loaded."""
     n, k = w.shape
@@ -117,6 +121,7 @@ def prepare_int8(
     return TpuWeights(
         values=_pad(w.T, tile_k, tile_n),
         shifts=None,
+        scale=_pad(scale.T, 1, tile_n),
         column=_column_sums(w, tile_n),
         k=k,
         n=n,
@@ -129,7 +134,6 @@ def matmul_prepared(
     x: jax.Array,  # [m, k], int8: decoded values, minus 128 if asymmetric
     weights: TpuWeights,
     x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
     *,
     bias: jax.Array | None = None,  # [n], any float
     x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
@@ -148,7 +152,6 @@ def matmul_prepared(
       x: the activations.
       weights: from `prepare_weights` or `prepare_int8`.
       x_scale: of each row of x.
-      w_scale: of each output channel.
       bias: added to y.
       x_lo: the offset of each row of asymmetric x.
       gelu: whether to apply GELU.
@@ -185,8 +188,9 @@ def matmul_prepared(
         gelu=gelu,
     )
     rows = {"x_scale": x_scale, "x_lo": x_lo}
-    columns = {"w_scale": w_scale.T, "bias": bias, "gate": gate}
+    columns = {"bias": bias, "gate": gate}
     epilogue = {key: _pad(a, tile_m, 1) for key, a in rows.items() if a is not None}
+    epilogue["w_scale"] = weights.scale
     for key, array in columns.items():
         if array is not None:
             epilogue[key] = _pad(array.astype(jnp.float32).reshape(1, n), 1, tile_n)
@@ -216,9 +220,7 @@ def matmul(
     Reorders the weights at every call: keep `prepare_weights`' result where that counts.
     """
     weights = prepare_weights(w_codes, w_shifts, k=x.shape[1], group_size=group_size, step=step)
-    return matmul_prepared(
-        x, weights, x_scale, w_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype
-    )
+    return matmul_prepared(x, weights, x_scale, w_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
 
 
 def matmul_int8(
@@ -232,14 +234,15 @@ def matmul_int8(
     out_dtype: jnp.dtype,
 ) -> jax.Array:
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
-    return matmul_prepared(
-        x, prepare_int8(w), x_scale, w_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype
-    )
+    weights = prepare_int8(w, w_scale)
+    return matmul_prepared(x, weights, x_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
 
 
-def why_not(target: device.Device, *args, **kwargs) -> str | None:
+def why_not(target: device.Device, x: jax.Array, w: jax.Array, *args, **kwargs) -> str | None:
     """Say why the device can't run these kernels, or return None."""
-    return None if target.platform == "tpu" else f"needs a TPU, not {target.platform}"
+    if target.platform != "tpu":
+        return f"needs a TPU, not {target.platform}"
+    return "needs at least one element" if 0 in (*x.shape, *w.shape) else None
 
 
 def _call(x, weights, epilogue, plan, tiles, operand, out_dtype) -> jax.Array:
