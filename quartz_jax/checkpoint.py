@@ -8,7 +8,6 @@ Layout of a checkpoint folder, version 1:
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -22,7 +21,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from quartz_jax.convert import abstract_quantized
-from quartz_jax.files import atomic_folder, check_output
+from quartz_jax.files import atomic_folder, check_output, hash_files
 from quartz_jax.linear import QuantizedWeight
 from quartz_jax.recipe import Recipe
 from quartz_jax.report import Report
@@ -42,7 +41,7 @@ class Manifest:
     recipe: Recipe  # that the transformer was quantized with
     report: Report  # formats, errors and sizes of the layers
     base_name: str  # folder name of the 16-bit model
-    base_sha256: str  # of its transformer's safetensors files, see `_sha256`
+    base_sha256: str  # of its transformer's safetensors files, see `hash_files`
     sha256: str  # of the quantized transformer's files
     config: dict[str, Any]  # the transformer's config.json
     library_version: str  # of quartz-jax when it was written
@@ -132,8 +131,8 @@ def save(
             recipe=recipe,
             report=report,
             base_name=base.name,
-            base_sha256=_sha256(base / _TRANSFORMER, "*.safetensors"),
-            sha256=_sha256(partial / _TRANSFORMER, "*"),
+            base_sha256=hash_files(base / _TRANSFORMER, "*.safetensors"),
+            sha256=hash_files(partial / _TRANSFORMER, "*"),
             config=config,
             library_version=_library_version(),
         )
@@ -153,7 +152,7 @@ def load(folder: Path | str, build: Callable[[dict[str, Any]], M]) -> tuple[M, M
     """
     manifest = read_manifest(folder)
     transformer = Path(folder).absolute() / _TRANSFORMER
-    if _sha256(transformer, "*") != manifest.sha256:
+    if hash_files(transformer, "*") != manifest.sha256:
         raise ValueError(f"{transformer} is corrupt or incomplete: its SHA-256 isn't quartz.json's")
     graphdef, state = nnx.split(abstract_quantized(lambda: build(manifest.config), manifest.recipe))
     stored = _read(transformer, jax.eval_shape(_stored, state))
@@ -207,16 +206,6 @@ def _copy_components(base: Path, folder: Path, index: dict[str, Any]) -> None:
             shutil.copytree(base / name, folder / name)
     for file in {file for pattern in _TEXTS for file in base.glob(pattern)}:
         shutil.copyfile(file, folder / file.name)
-
-
-def _sha256(folder: Path, pattern: str) -> str:
-    """Hash the names and contents of the files below a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob(pattern) if file.is_file()):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _library_version() -> str:

@@ -84,6 +84,15 @@ def open_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
+def open_scores(results: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's entry in the results; a new one unless it was made by the same rules."""
+    entry = results["recipes"].get(recipe.name)
+    if entry is None or entry["recipe"] != recipe.to_json():
+        entry = {"recipe": recipe.to_json(), "scores": {"psnr": [], "ssim": []}}
+        results["recipes"][recipe.name] = entry
+    return entry
+
+
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write the results with the date and the command; the file is never half-written."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,5 +1,6 @@
-"""Outputs that are checked before any work and appear complete or not at all."""
+"""Outputs that are checked before any work and appear complete or not at all; hashes."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -58,3 +59,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def hash_files(folder: Path, pattern: str) -> str:
+    """Return the SHA-256, in hex, of the names and contents of the files below a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob(pattern) if file.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from models import load_pipeline
 from models.pipeline import FluxPipeline
 from quartz_jax import cli, evaluation, get_recipe
-from quartz_jax.files import check_output
+from quartz_jax.files import check_output, hash_files
 
 _RECIPES = "w8a8,w4a16,w4a8x,w4a8,w4a4x,w4a4,w4a4-paper,int4"
 _SETTINGS = ("steps", "guidance", "true_cfg", "size", "seed0")  # arguments that shape the images
@@ -29,23 +29,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompts(args.prompts, args.count)
     cli.parse_size(args.size)  # refuse it before any work
     check_output(args.out)
-    settings = {"model": args.model.resolve().name, "prompts": prompts}
-    settings |= {name: getattr(args, name) for name in _SETTINGS}
-    results = evaluation.open_results(args.out, settings)
     original = load_pipeline(args.model, dtype=common.compute_dtype())
+    weights = hash_files(args.model / "transformer", "*.safetensors")
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    settings |= {"model": args.model.resolve().name, "sha256": weights, "prompts": prompts}
+    results = evaluation.open_results(args.out, settings)
     base, _ = common.apply_recipe(original, get_recipe("bf16"))
     reference = functools.cache(sampler(base, prompts, args))
     for recipe in recipes:
+        entry = evaluation.open_scores(results, recipe)
         pipeline, report = common.apply_recipe(original, recipe)
-        result = results["recipes"].setdefault(recipe.name, {"scores": {"psnr": [], "ssim": []}})
-        sample, scores = sampler(pipeline, prompts, args), result["scores"]
-        batches = evaluation.score(sample, reference, len(prompts), args.batch, scores)
-        done = len(scores["psnr"])
+        samples = (sampler(pipeline, prompts, args), reference)
+        batches = evaluation.score(*samples, len(prompts), args.batch, entry["scores"])
+        done = len(entry["scores"]["psnr"])
         with tqdm(total=len(prompts), initial=done, desc=recipe.name, unit="image") as bar:
             for images in batches:
                 evaluation.write_results(args.out, results)
                 bar.update(images)
-        result["summary"] = evaluation.summarize(recipe, report, scores)
+        entry["summary"] = evaluation.summarize(recipe, report, entry["scores"])
         evaluation.write_results(args.out, results)
     print(evaluation.markdown_table([results["recipes"][x.name]["summary"] for x in recipes]))
 

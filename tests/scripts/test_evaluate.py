@@ -49,6 +49,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(argv, out):
     assert scores(out, "int4") == [1.0, whole[1]]
 
 
+def test_a_recipe_whose_rules_changed_starts_again(argv, out):
+    evaluate.main(argv)
+    results = json.loads(out.read_text())
+    results["recipes"]["int4"] |= {"recipe": {}, "scores": {"psnr": [1.0], "ssim": [1.0]}}
+    out.write_text(json.dumps(results))
+    evaluate.main(argv)
+    assert 1.0 not in scores(out, "int4")
+
+
 def test_results_of_other_settings_are_not_mixed_in(argv, out, capsys):
     evaluate.main(argv)
     before = out.read_text()
