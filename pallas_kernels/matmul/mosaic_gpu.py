@@ -228,7 +228,7 @@ def _call(
     config = config or choose_config(m, n, decode=decode, sms=sms)
     # Copies clip at the end of an array, but it must hold whole rows of the swizzle.
     x = _pad(x, config.tokens if interpret else 8, TILE_K)
-    columns = n + -n % (TILE_N if interpret else 8)
+    columns = n + -n % ROWS
     out = jax.ShapeDtypeStruct((x.shape[0], columns), out_dtype)
     token = lambda v: None if v is None else jnp.pad(v[:, 0], (0, -m % config.tokens))
     row = lambda v: None if v is None else jnp.pad(v, (0, -v.shape[0] % TILE_N))
