@@ -87,6 +87,41 @@ def quantize_8bit(
     return values.reshape(x.shape)[..., :k], scale, lo
 
 
+def divide(
+    levels: int,  # 1..255
+    extent: jax.Array,  # float32, normal and positive, at least 2**-100
+) -> jax.Array:
+    """Return levels / extent correctly rounded, whatever the device's own division does.
+
+    XLA's division may be two units in the last place off on GPU and TPU.
+    """
+    return correct_quotient(levels / extent, levels, extent)
+
+
+def correct_quotient(
+    quotient: jax.Array,  # float32, at most two units in the last place off
+    levels: int,  # 1..255
+    extent: jax.Array,  # float32, normal and positive, at least 2**-100
+) -> jax.Array:
+    """Return the float32 nearest to levels / extent, given one nearby.
+
+    With 24-bit integers n and m for levels and extent, and g for the quotient, n * 2**23 - g * m
+    tells how far g is off. It is below 2**26, so that 32-bit products that wrap give it exactly.
+    A quotient of two floats never lies halfway between two others.
+    """
+    bits = lax.bitcast_convert_type(extent, jnp.int32)
+    guess_bits = lax.bitcast_convert_type(quotient, jnp.int32)
+    mantissa = (bits & 0x7FFFFF) | 0x800000
+    numerator = jnp.int32(levels << (24 - levels.bit_length()))
+    below = (numerator < mantissa).astype(jnp.int32)  # doubled, so that the quotient is 1 to 2
+    exponent = 253 + levels.bit_length() - (bits >> 23) - below
+    guess = guess_bits - ((exponent - 1) << 23)
+    twice = 2 * ((numerator << (23 + below)) - guess * mantissa)
+    up = (twice > mantissa).astype(jnp.int32) + (twice > 3 * mantissa)
+    down = (twice < -mantissa).astype(jnp.int32) + (twice < -3 * mantissa)
+    return lax.bitcast_convert_type(guess_bits + up - down, jnp.float32)
+
+
 def encode(
     values: jax.Array,  # [..., k], int8 or uint8
     *,
@@ -212,7 +247,7 @@ def _scale(extent: jax.Array, levels: int) -> tuple[jax.Array, jax.Array, jax.Ar
     live = (extent >= TINY_RANGE) & jnp.isfinite(extent)
     scale = extent * jnp.float32(1 / levels)
     scale = jnp.where(extent < TINY_RANGE, 0, jnp.where(live, scale, jnp.nan))
-    return scale, levels / jnp.where(live, extent, 1), live
+    return scale, divide(levels, jnp.where(live, extent, 1)), live
 
 
 def _shift_right(
