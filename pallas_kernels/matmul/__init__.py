@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Backend, Implementation, Operation
-from pallas_kernels.matmul import mosaic_tpu, reference, xla
+from pallas_kernels.matmul import mosaic_gpu, mosaic_tpu, reference, xla
 
 # The best first: a backend runs if nothing before it can.
 MATMUL = Operation(
     name="matmul",
     backends=(
         Backend(name="mosaic_tpu", run=mosaic_tpu.matmul, why_not=mosaic_tpu.why_not),
+        Backend(name="mosaic_gpu", run=mosaic_gpu.matmul, why_not=mosaic_gpu.why_not),
         Backend(name="xla", run=xla.matmul),
         Backend(name="reference", run=reference.matmul),
     ),
@@ -19,6 +20,7 @@ MATMUL_INT8 = Operation(
     name="matmul_int8",
     backends=(
         Backend(name="mosaic_tpu", run=mosaic_tpu.matmul_int8, why_not=mosaic_tpu.why_not),
+        Backend(name="mosaic_gpu", run=mosaic_gpu.matmul_int8, why_not=mosaic_gpu.why_not),
         Backend(name="xla", run=xla.matmul_int8),
         Backend(name="reference", run=reference.matmul_int8),
     ),

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
-from pallas_kernels import codec, compat
+from pallas_kernels import codec, compat, device
 
 TILE_K = 128  # bytes of k in a tile: the widest swizzle of shared memory
 ROWS = 64  # weight rows of a warpgroup: the first extent of wgmma
@@ -186,6 +186,19 @@ def matmul_int8(
     )
 
 
+def why_not(
+    target: device.Device, x: jax.Array, w: jax.Array, *args, group_size: int = STEP_UNIT, **kwargs
+) -> str | None:
+    """Say why the device can't run these kernels with these arguments, or return None."""
+    if target.platform != "gpu" or target.generation != 90:
+        return f"needs a Hopper GPU, not {target.kind}"
+    if group_size % STEP_UNIT:
+        return f"needs groups of a multiple of {STEP_UNIT}, not {group_size}"
+    if jnp.dtype(kwargs.get("out_dtype", jnp.bfloat16)).itemsize != 2:
+        return "writes 16-bit floats only"
+    return "needs at least one element" if 0 in (*x.shape, *w.shape) else None
+
+
 def choose_config(m: int, n: int, *, decode: bool, sms: int = 132) -> Config:
     """Return the tiles that leave the fewest processors idle in the last wave."""
 
@@ -224,7 +237,7 @@ def _call(
 ) -> jax.Array:
     m, n = x.shape[0], w_scale.shape[0]
     decode = len(weights) == 2
-    sms = _multiprocessors()
+    sms = 2 if interpret else _multiprocessors()
     config = config or choose_config(m, n, decode=decode, sms=sms)
     # Copies clip at the end of an array, but it must hold whole rows of the swizzle.
     x = _pad(x, config.tokens if interpret else 8, TILE_K)

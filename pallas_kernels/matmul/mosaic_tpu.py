@@ -219,8 +219,10 @@ def matmul(
 
     Reorders the weights at every call: keep `prepare_weights`' result where that counts.
     """
-    weights = prepare_weights(w_codes, w_shifts, k=x.shape[1], group_size=group_size, step=step)
-    return matmul_prepared(x, weights, x_scale, w_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
+    weights = prepare_weights(
+        w_codes, w_shifts, w_scale, k=x.shape[1], group_size=group_size, step=step
+    )
+    return matmul_prepared(x, weights, x_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
 
 
 def matmul_int8(

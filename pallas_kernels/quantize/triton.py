@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import codec
+from pallas_kernels import codec, device
 
 PART = 1024  # elements of a row handled at once, at most
 MAX_K = 32768  # elements of a row that registers hold
@@ -55,6 +55,15 @@ def quantize(
         name="quantize",
     )(x)
     return values[:, :k], scale[:, None], None if signed else lo[:, None]
+
+
+def why_not(target: device.Device, x: jax.Array, **kwargs) -> str | None:
+    """Say why the device can't run this kernel with these arguments, or return None."""
+    if target.platform != "gpu":
+        return f"needs a GPU, not {target.platform}"
+    if not 0 < x.shape[1] <= MAX_K:
+        return f"needs 1 to {MAX_K} elements a row, not {x.shape[1]}"
+    return None if x.shape[0] else "needs at least one row"
 
 
 def _kernel(x_ref, values_ref, scale_ref, lo_ref, *, encode, group_size, signed, interpret):
