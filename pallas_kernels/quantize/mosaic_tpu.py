@@ -1,10 +1,8 @@
 """Activation quantization on TPU in one pass over memory: floats to the int8 operand of a matmul.
 
-Three things here are not what one would write first.
+Two things here are not what one would write first.
 - 127 / a is an integer long division: the format wants the correctly rounded quotient, and the
   chip's own division isn't specified to give it. It runs once a row.
-- Rounding adds 1.5 * 2**23: the float32 sum then holds the rounded integer, halves to even, in
-  its low bits.
 - The largest level (step) of a group is found by the matrix unit, since lanes can't be regrouped
   cheaply. Level L becomes 2**(8 L - 127), a float whose bits are L << 26; up to 64 of them add up
   to less than the next level's, so the top bits of the sum are the largest L.
@@ -25,7 +23,6 @@ _BLOCK_ELEMENTS = 3 * 2**18  # of x that one grid step takes
 _BLOCK_ROWS = 128
 _CHUNK_ELEMENTS = 2**15  # in flight at once: more would spill registers
 _VMEM_BYTES = 48 * 2**20
-_ROUNDER = 1.5 * 2.0**23
 _INFINITY_BITS = 0x7F800000
 
 
@@ -93,9 +90,8 @@ def _kernel(x_ref, same_group_ref, values_ref, scale_ref, lo_ref=None, *, k, chu
     def body(i, _):
         at = pl.ds(pl.multiple_of(i * chunk, _LANES), chunk)
         x = _load(x_ref, at, asymmetric)
-        scaled = (x - lo if asymmetric else jnp.abs(x)) * multiplier + _ROUNDER
-        magnitude = lax.bitcast_convert_type(scaled, jnp.int32)
-        magnitude = (magnitude - lax.bitcast_convert_type(jnp.float32(_ROUNDER), jnp.int32)) & kept
+        scaled = (x - lo if asymmetric else jnp.abs(x)) * multiplier
+        magnitude = jnp.round(scaled).astype(jnp.int32) & kept
         if k % _LANES:
             magnitude = jnp.where(_column(i, x.shape) < k, magnitude, 0)
         values = _through_four_bits(magnitude, same_group_ref[...], asymmetric, **config)
@@ -150,8 +146,8 @@ def _divide(levels: int, extent: jax.Array) -> jax.Array:
     rest, quotient = jnp.full_like(bits, levels << align), jnp.zeros_like(bits)
     for _ in range(26):
         fits = rest >= divisor
-        quotient = 2 * quotient + jnp.where(fits, 1, 0)
-        rest = 2 * (rest - jnp.where(fits, divisor, 0))
+        quotient = (quotient << 1) + jnp.where(fits, 1, 0)
+        rest = (rest - jnp.where(fits, divisor, 0)) << 1
     # 25 or 26 bits, of which float32 keeps 24. What the division left counts as more than half.
     drop = jnp.where(quotient >= 1 << 25, 2, 1)
     kept = lax.shift_right_logical(quotient, drop)
