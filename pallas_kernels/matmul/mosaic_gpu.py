@@ -92,7 +92,7 @@ def prepare_weights(
     return TiledWeights(
         codes=words.reshape(n_tiles, k_tiles, TILE_N // 8, 128),
         steps=_join(steps, range(0, 32, 4)),
-        column_sums=jnp.pad(sums, (0, -n % TILE_N)),
+        column_sums=codec.pad(sums, TILE_N),
         n=n,
         k=k,
     )
@@ -171,7 +171,7 @@ def matmul_int8(
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
     sums = None
     if x_lo is not None:
-        sums = jnp.pad(jnp.sum(w, axis=1, dtype=jnp.int32), (0, -w.shape[0] % TILE_N))
+        sums = codec.pad(jnp.sum(w, axis=1, dtype=jnp.int32), TILE_N)
     return _call(
         x,
         (_pad(w, TILE_N, TILE_K),),
@@ -243,9 +243,8 @@ def _call(
     x = _pad(x, config.tokens if interpret else 8, TILE_K)
     columns = n + -n % ROWS
     out = jax.ShapeDtypeStruct((x.shape[0], columns), out_dtype)
-    token = lambda v: None if v is None else jnp.pad(v[:, 0], (0, -m % config.tokens))
-    row = lambda v: None if v is None else jnp.pad(v, (0, -v.shape[0] % TILE_N))
-    bias = None if bias is None else bias.astype(jnp.float32)
+    w_scale, bias = _flat(w_scale, TILE_N), _flat(bias, TILE_N)
+    x_scale, x_lo = _flat(x_scale, config.tokens), _flat(x_lo, config.tokens)
     kernel = plgpu.kernel(
         functools.partial(_kernel, config=config, decode=decode, interpret=interpret),
         out_type=out,
@@ -257,8 +256,13 @@ def _call(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=compat.gpu_interpret_params() if interpret else False,
     )
-    y = kernel(x, weights, row(w_scale[:, 0]), token(x_scale), row(bias), token(x_lo), sums)
+    y = kernel(x, weights, w_scale, x_scale, bias, x_lo, sums)
     return y[:m, :n]
+
+
+def _flat(x: jax.Array | None, multiple: int) -> jax.Array | None:
+    """Return float32 [n padded with zeros] of an [n] or [n, 1] array."""
+    return None if x is None else codec.pad(x.reshape(-1).astype(jnp.float32), multiple)
 
 
 def _multiprocessors() -> int:
@@ -269,10 +273,10 @@ def _multiprocessors() -> int:
 
 
 def _scratch(config: Config, decode: bool, out_dtype, interpret: bool) -> dict:
-    swizzled = lambda columns: (
-        plgpu.TilingTransform((8, columns)),
-        plgpu.SwizzleTransform(128),
-    )
+
+    def swizzled(columns):
+        return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
+
     stages = config.stages
     if decode:
         weights = (
@@ -410,8 +414,12 @@ def _kernel(
             layout = plgpu.Layout.WGMMA.reduce(0)
             return compat.gpu_load(ref.at[pl.ds(start, part)], layout=layout, optimized=False)
 
-        down = lambda v: lax.broadcast_in_dim(v, (ROWS, part), [0])
-        along = lambda v: lax.broadcast_in_dim(v, (ROWS, part), [1])
+        def down(v):
+            return lax.broadcast_in_dim(v, (ROWS, part), [0])
+
+        def along(v):
+            return lax.broadcast_in_dim(v, (ROWS, part), [1])
+
         scale = load_rows(w_scale)
         column = None if sums is None else load_rows(sums)
         offset = None if bias is None else load_rows(bias)
@@ -470,9 +478,13 @@ def decode_tile(ctx, words, steps):
     """
     del ctx
     i32, i8 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
-    constant = lambda value: mgpu.c(value, i32)
-    item = lambda vector_value, i: vector.extract(vector_value, [], [i])
-    layout = mgpu.WGMMA_LAYOUT_8BIT
+
+    def constant(value):
+        return mgpu.c(value, i32)
+
+    def item(register, i):
+        return vector.extract(register, [], [i])
+
     registers = np.empty((1, TILE_K // 16, 1, 1, 2, 1, 1, 1, 1), dtype=object)
     for half, packed in enumerate(steps.registers.flat):
         packed = item(packed, 0)
@@ -489,7 +501,9 @@ def decode_tile(ctx, words, steps):
                     vector.broadcast(ir.VectorType.get((1,), i32), register),
                 )
                 registers[0, 2 * k + j, 0, 0, half, 0, 0, 0, 0] = register
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+    return mgpu.FragmentedArray(
+        _registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=True
+    )
 
 
 def _decode_word(word, steps, constant):
