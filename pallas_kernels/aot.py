@@ -1,10 +1,16 @@
 """Compiling for a TPU that isn't there: libtpu holds the whole compiler."""
 
+import dataclasses
+import functools
 import os
+import re
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+from pallas_kernels.matmul import mosaic_tpu
 
 # Chip to the smallest topology that libtpu describes, and what the chip calls itself.
 TPU_CHIPS = {
@@ -42,3 +48,75 @@ def compile_for_tpu(
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=described)):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
     return lowered.compile()
+
+
+def tpu_matmul_arguments(
+    m: int, n: int, k: int, *, group_size: int | None = None, step: str = "power"
+) -> tuple:
+    """Return shapes of x, weights and scale for `mosaic_tpu.matmul_prepared`.
+
+    The weights are packed, or int8 if `group_size` is None.
+    """
+    shape = jax.ShapeDtypeStruct
+    scale = shape((n, 1), jnp.float32)
+    if group_size is None:
+        weights = jax.eval_shape(mosaic_tpu.prepare_int8, shape((n, k), jnp.int8), scale)
+    else:
+        groups = -(-k // group_size)
+        codes = shape((n, groups * group_size // 2), jnp.uint8)
+        shifts = shape((n, -(-groups // 2)), jnp.uint8)
+        prepare = functools.partial(
+            mosaic_tpu.prepare_weights, k=k, group_size=group_size, step=step
+        )
+        weights = jax.eval_shape(prepare, codes, shifts, scale)
+    return shape((m, k), jnp.int8), weights, shape((m, 1), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Static schedule of a kernel's innermost grid loop, in bundles (instruction words)."""
+
+    every_step: int  # bundles that every grid step runs
+    first: int  # in the branch before the dot: decoding, where it isn't done at every step
+    last: int  # in the branch after the dot: the epilogue
+    matrix: int  # of `every_step`, those in which a matrix unit works
+
+    def per_step(self, m_tiles: int, k_tiles: int) -> float:
+        """Return the mean over a grid whose first m tile takes `first`, last k tile `last`."""
+        return self.every_step + self.first / m_tiles + self.last / k_tiles
+
+
+def read_schedule(bundles: str, utilization: str) -> Schedule:
+    """Read the compiler's dump of a kernel.
+
+    Args:
+      bundles: text of its `*-final_bundles.txt`.
+      utilization: text of its `*-final_hlo-static-per-bundle-utilization.txt`.
+
+    Raises:
+      ValueError: no loop is found; this libtpu writes another format.
+    """
+    table = utilization.split("UTILIZATION:")[-1].strip().splitlines()
+    busy = [int(line.split()[0]) > 0 for line in table]
+    lines = re.findall(r"^ *0x([0-9a-f]+) +([A-Z]*):(.*(?:\n(?! *0x).*)*)", bundles, re.MULTILINE)
+    code = [(int(address, 16), label, text) for address, label, text in lines]
+    begin = next((address for address, label, _ in code if label == "LB"), None)
+    jumps = [(address, text) for address, _, text in code if "sbr.rel" in text]
+    if begin is None or not jumps:
+        raise ValueError("bundles has no grid loop; expected a dump of libtpu 0.0.42 to 0.0.50")
+    end = jumps[-1][0] + 1
+    matrix = [address for address in range(begin, end) if busy[address]]
+    first = last = 0
+    for address, text in jumps[:-1]:
+        target = re.search(r"target = \$region(\d+)", text)[1]
+        stop = next(
+            (a for a, _, t in code if a > address and f"/End empty region {target} " in t), address
+        )
+        # Branches around the whole step hold the dot as well; the others are short or its sides.
+        if stop <= matrix[0]:
+            first = max(first, stop - address)
+        elif address >= matrix[-1]:
+            last = max(last, stop - address)
+    return Schedule(
+        every_step=end - begin - first - last, first=first, last=last, matrix=len(matrix)
+    )

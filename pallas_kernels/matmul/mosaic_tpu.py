@@ -170,8 +170,7 @@ def matmul_prepared(
     operand = jnp.dtype(operand or _best_operand())
     _check(x, weights, operand)
     m, n = x.shape[0], weights.n
-    tile_k, tile_n = _weight_tiles(weights.k, n, weights.group_size)
-    tile_m = _tile(m, _TILE_M, 32)
+    tiles = tile_m, tile_k, tile_n = tile_sizes(m, n, weights.k, weights.group_size)
     x, offset = _as_operand(x, x_lo is not None, operand)
     x = _pad(x, tile_m, tile_k)
     k_tiles, m_tiles = x.shape[1] // tile_k, x.shape[0] // tile_m
@@ -198,7 +197,7 @@ def matmul_prepared(
         epilogue["column"] = weights.column
     if residual is not None:
         epilogue["residual"] = _pad(residual, tile_m, tile_n)
-    y = _call(x, weights, epilogue, plan, (tile_m, tile_k, tile_n), operand, out_dtype)
+    y = _call(x, weights, epilogue, plan, tiles, operand, out_dtype)
     return y[:m, :n]
 
 
@@ -238,6 +237,11 @@ def matmul_int8(
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
     weights = prepare_int8(w, w_scale)
     return matmul_prepared(x, weights, x_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
+
+
+def tile_sizes(m: int, n: int, k: int, group_size: int | None) -> tuple[int, int, int]:
+    """Return the tile sizes along m, k and n; `group_size` is None for int8 weights."""
+    return (_tile(m, _TILE_M, 32), *_weight_tiles(k, n, group_size))
 
 
 def why_not(target: device.Device, x: jax.Array, w: jax.Array, *args, **kwargs) -> str | None:
