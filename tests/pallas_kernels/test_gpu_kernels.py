@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import codec
-from pallas_kernels.matmul import mosaic_gpu, reference
+from pallas_kernels.matmul import mosaic_gpu, reference, triton
 from pallas_kernels.quantize import reference as quantize_reference
 from pallas_kernels.quantize import triton as quantize_triton
 
@@ -21,7 +21,7 @@ needs_mosaic = pytest.mark.skipif(
 interpreted = functools.partial(functools.partial, interpret=not ON_GPU)
 
 # m, n, k: less than a tile, several tiles, and nothing a multiple of anything
-SHAPES = [(1, 16, 16), (100, 200, 300)]
+SHAPES = [(1, 16, 16), (20, 72, 1056), (100, 200, 300)]
 GPU_SHAPES = [(4608, 3072, 3072), (300, 21504, 3072), (513, 3080, 1040)]
 
 
@@ -92,16 +92,21 @@ class MatmulTests:
         x_scale = x_scale.at[1].set(jnp.nan)
         self.check("matmul_int8", x, w, x_scale, w_scale)
 
-    def test_bias_and_asymmetric_terms_are_within_half_a_step_of_bfloat16(self, operands):
+    @pytest.mark.parametrize("name", ["matmul_int8", "matmul"])
+    def test_bias_and_asymmetric_terms_round_once(self, operands, name):
         # A compiler may fuse a product and a sum, so the last bit before rounding isn't defined.
-        x, w, x_scale, w_scale = operands
+        x, w, *scales = operands
         rng = np.random.default_rng(2)
-        epilogue = {
+        options = {
             "bias": jnp.asarray(rng.normal(size=w.shape[0]), jnp.float32),
             "x_lo": jnp.asarray(rng.normal(size=(x.shape[0], 1)), jnp.float32),
         }
-        found = interpreted(self.backend.matmul_int8)(x, w, x_scale, w_scale, **epilogue)
-        wanted = reference.matmul_int8(x, w, x_scale, w_scale, out_dtype=jnp.float32, **epilogue)
+        weights = (w,)
+        if name == "matmul":
+            options |= {"group_size": 32, "step": "integer"}
+            weights = self.pack(w, 32, "integer")
+        found = interpreted(getattr(self.backend, name))(x, *weights, *scales, **options)
+        wanted = getattr(reference, name)(x, *weights, *scales, out_dtype=jnp.float32, **options)
         scale = np.abs(wanted) + 1e-2 * np.max(np.abs(wanted))
         assert np.max(np.abs(np.asarray(found, np.float32) - wanted) / scale) <= 2.0**-8
 
@@ -109,6 +114,10 @@ class MatmulTests:
 @needs_mosaic
 class TestMosaicGpu(MatmulTests):
     backend = mosaic_gpu
+
+
+class TestTriton(MatmulTests):
+    backend = triton
 
 
 class TestQuantizeTriton:
