@@ -1,10 +1,26 @@
 """Every shim for differences between JAX versions; no other file checks the version."""
 
+import importlib.metadata
 import inspect
 from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# JAX release to the libtpu that it is built for.
+_LIBTPU = {"0.10": "0.0.42.", "0.11": "0.0.48.", "0.12": "0.0.50."}
+
+
+def libtpu_why_not() -> str | None:
+    """Say why the TPU compiler can't be used on this machine, or return None."""
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "libtpu isn't installed"
+    wanted = _LIBTPU.get(jax.__version__.rpartition(".")[0], "")
+    if found.startswith(wanted):
+        return None
+    return f"libtpu {found} doesn't match JAX {jax.__version__}; install libtpu=={wanted}*"
 
 
 def gpu_interpret_params() -> Any:

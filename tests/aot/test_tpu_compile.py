@@ -1,0 +1,119 @@
+"""TPU kernels through the real TPU compiler at FLUX shapes, on a machine without a TPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import aot, compat
+from pallas_kernels.matmul import MATMUL, mosaic_tpu
+from pallas_kernels.matmul.shapes import SHAPES
+from pallas_kernels.quantize import mosaic_tpu as quantize_tpu
+
+pytestmark = pytest.mark.skipif(
+    compat.libtpu_why_not() is not None, reason=f"no TPU compiler: {compat.libtpu_why_not()}"
+)
+
+CHIPS = list(aot.TPU_CHIPS)
+FLUX = [name for name in SHAPES if name.startswith("flux")]
+
+on_chips = pytest.mark.parametrize("chip", CHIPS)
+at_flux_shapes = pytest.mark.parametrize("shape", FLUX)
+
+
+def compiled_text(chip, shape, *, group_size=None, step="power", **options):
+    shape = SHAPES[shape]
+    arguments = aot.tpu_matmul_arguments(
+        shape.m, shape.n, shape.k, group_size=group_size, step=step
+    )
+    run = functools.partial(mosaic_tpu.matmul_prepared, **options)
+    return aot.compile_for_tpu(chip, run, *arguments).as_text()
+
+
+@on_chips
+@at_flux_shapes
+def test_packed_matmul_compiles(chip, shape):
+    assert "quartz_matmul" in compiled_text(chip, shape, group_size=16)
+
+
+@on_chips
+@at_flux_shapes
+def test_plain_int8_matmul_compiles(chip, shape):
+    assert "int8_matmul" in compiled_text(chip, shape)
+
+
+@on_chips
+@at_flux_shapes
+def test_integer_steps_compile(chip, shape):
+    assert "quartz_matmul" in compiled_text(chip, shape, group_size=32, step="integer")
+
+
+@at_flux_shapes
+def test_float8_operands_compile_for_v7x(shape):
+    text = compiled_text("v7x", shape, group_size=16, operand=jnp.float8_e4m3fn)
+    assert "f8e4m3fn" in text
+
+
+@on_chips
+def test_the_whole_epilogue_compiles(chip):
+    m, n = SHAPES["flux-single-out"].m, SHAPES["flux-single-out"].n
+
+    def run(x, weights, x_scale, column, residual):
+        return mosaic_tpu.matmul_prepared(
+            x,
+            weights,
+            x_scale,
+            x_lo=x_scale,
+            bias=column,
+            gelu=True,
+            gate=column,
+            residual=residual,
+        )
+
+    arguments = aot.tpu_matmul_arguments(m, n, SHAPES["flux-single-out"].k, group_size=16)
+    column = jax.ShapeDtypeStruct((n,), jnp.float32)
+    residual = jax.ShapeDtypeStruct((m, n), jnp.bfloat16)
+    assert aot.compile_for_tpu(chip, run, *arguments, column, residual)
+
+
+@on_chips
+@pytest.mark.parametrize("k", [3072, 12288, 15360])
+@pytest.mark.parametrize(
+    ("range_", "step", "bits"),
+    [
+        ("absmax", "power", 4),
+        ("minmax", "power", 4),
+        ("absmax", "integer", 4),
+        ("absmax", "power", 8),
+    ],
+)
+def test_quantize_compiles(chip, k, range_, step, bits):
+    run = functools.partial(
+        quantize_tpu.quantize,
+        bits=bits,
+        group_size=16,
+        range=range_,
+        step=step,
+        rounding="nearest",
+    )
+    x = jax.ShapeDtypeStruct((4608, k), jnp.bfloat16)
+    assert "quartz_quantize" in aot.compile_for_tpu(chip, run, x).as_text()
+
+
+@on_chips
+def test_dispatch_chooses_the_kernel_on_a_tpu(chip):
+    def run(x, codes, shifts, x_scale, w_scale):
+        return MATMUL(
+            x, codes, shifts, x_scale, w_scale, group_size=16, step="power", out_dtype=jnp.bfloat16
+        )
+
+    shape = jax.ShapeDtypeStruct
+    arguments = (
+        shape((100, 320), jnp.int8),
+        shape((200, 160), jnp.uint8),
+        shape((200, 10), jnp.uint8),
+        shape((100, 1), jnp.float32),
+        shape((200, 1), jnp.float32),
+    )
+    assert "quartz_matmul" in aot.compile_for_tpu(chip, run, *arguments).as_text()
