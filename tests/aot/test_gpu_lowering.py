@@ -131,7 +131,7 @@ def test_tiles_fit_shared_memory_and_leave_few_processors_idle(m, n, decode):
 @pytest.fixture(scope="module")
 def h100():
     """A mesh of one H100 to compile for, without having one."""
-    if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{v}") for v in (12, 13)):
+    if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)):
         pytest.skip("needs the CUDA plugin of this JAX version: jax-cuda12-plugin, jax-cuda12-pjrt")
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=H100_TARGET, topology="1x1x1"
