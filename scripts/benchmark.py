@@ -35,6 +35,11 @@ from pallas_kernels.quantize import QUANTIZE
 from pallas_kernels.quantize import reference as quantize_reference
 
 DEFAULT_SHAPES = ("flux-mlp-up", "flux-mlp-down", "flux-single-in", "flux-single-out", "flux-adaln")
+SWEEP = [
+    mosaic_gpu.Config(tokens=tokens, stages=stages, snake=snake)
+    for tokens, stages in ((256, 4), (224, 5), (192, 4), (192, 6))
+    for snake in (4, 16)
+]
 QUANTIZE_SHAPES = ((4608, 3072), (4608, 12288))
 
 
@@ -62,6 +67,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=20, help="calls a batch")
     parser.add_argument("--batches", type=int, default=7, help="batches whose median counts")
     parser.add_argument("--only", help="only backends whose name contains this")
+    parser.add_argument("--sweep", action="store_true", help="also time other tile sizes")
     parser.add_argument("--no-quantize", action="store_true", help="matmuls only")
     options = parser.parse_args()
     device = jax.devices()[0]
@@ -93,7 +99,7 @@ def run_matmuls(name: str, shape: Shape, options) -> list[Row]:
     weights = {"bfloat16": 2.0, "int8": 1.0, "g16": 0.53125, "g32": 0.515625}
     sets = [make_operands(seed, m, n, k) for seed in range(2)]
     rows = []
-    for backend, function, prepare, check in candidates(sets[0]):
+    for backend, function, prepare, check in candidates(sets[0], options.sweep and m > 64):
         if options.only and options.only not in backend:
             continue
         kind = next((kind for kind in weights if kind in backend), "g16")
@@ -114,7 +120,7 @@ def run_matmuls(name: str, shape: Shape, options) -> list[Row]:
     return rows
 
 
-def candidates(operands: dict):
+def candidates(operands: dict, sweep: bool):
     """Yield name, function, how to make its arguments, and how to check it, the fastest first."""
     x, w = operands["x"], operands["w"]
 
@@ -139,7 +145,12 @@ def candidates(operands: dict):
         for backend in able(MATMUL, x, w, **options):
             name = f"{label} {backend.name}"
             if backend.name == "mosaic_gpu":
-                yield name, mosaic_gpu.matmul_tiled, functools.partial(tile, **options), check
+                arrange = functools.partial(tile, **options)
+                yield name, mosaic_gpu.matmul_tiled, arrange, check
+                for config in SWEEP if sweep and label == "g16" else ():
+                    run = functools.partial(mosaic_gpu.matmul_tiled, config=config)
+                    label_of = f"{label} {config.tokens}x{config.stages} snake {config.snake}"
+                    yield label_of, run, arrange, None
             elif step == "power" and group_size == 16:
                 run = functools.partial(backend.run, out_dtype=jnp.bfloat16, **options)
                 yield name, run, packed, check
