@@ -41,7 +41,7 @@ def quantize_absmax(
     """
     x = x.astype(jnp.float32)
     a = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale, multiplier, live = _scale(a, limit)
+    scale, multiplier, live = _scale(_nan_unless_finite(x, a), limit)
     q = jnp.clip(jnp.round(x * multiplier), -limit, limit)
     return jnp.where(live, q, 0).astype(jnp.int8), scale
 
@@ -60,7 +60,8 @@ def quantize_minmax(
     x = x.astype(jnp.float32)
     x = jnp.where(jnp.abs(x) < _SMALLEST_NORMAL, 0, x)
     lo = jnp.min(x, axis=-1, keepdims=True)
-    scale, multiplier, live = _scale(jnp.max(x, axis=-1, keepdims=True) - lo, 255)
+    extent = jnp.max(x, axis=-1, keepdims=True) - lo
+    scale, multiplier, live = _scale(_nan_unless_finite(x, extent), 255)
     u = jnp.clip(jnp.round((x - lo) * multiplier), 0, 255)
     return jnp.where(live, u, 0).astype(jnp.uint8), scale, lo
 
@@ -240,6 +241,11 @@ def decode_packed(
 def _split(values: jax.Array, size: int) -> jax.Array:
     """Cut the last axis into pieces, [..., k] to [..., k / size, size]."""
     return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)
+
+
+def _nan_unless_finite(x: jax.Array, extent: jax.Array) -> jax.Array:
+    """Return extent, NaN where the row isn't finite: XLA's maximum drops NaN on CPUs."""
+    return jnp.where(jnp.isfinite(x).all(axis=-1, keepdims=True), extent, jnp.nan)
 
 
 def _scale(extent: jax.Array, levels: int) -> tuple[jax.Array, jax.Array, jax.Array]:

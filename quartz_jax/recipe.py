@@ -228,12 +228,12 @@ RECIPES = {
     for recipe in (
         Recipe(name="bf16", rules=()),
         # name, weights, activations, ranges of the inputs of mlp.down and linear2
-        _flux("w8a8", _INT8, _INT8, (_M, _A)),
+        _flux("w8a8", _INT8, _INT8, (_M, _M)),
         _flux("w4a16", _POWER, _BF16, (_A, _A)),
-        _flux("w4a8", _POWER, _INT8, (_M, _A)),
+        _flux("w4a8", _POWER, _INT8, (_M, _M)),
         _flux("w4a4", _POWER, _POWER, (_M, _A)),
         _flux("w4a4-paper", _TRUNCATE, _TRUNCATE, (_M, _A)),
-        _flux("w4a8x", _SEARCHED, _INT8, (_M, _A)),
+        _flux("w4a8x", _SEARCHED, _INT8, (_M, _M)),
         _flux("w4a4x", _SEARCHED, _INTEGER, (_A, _A)),
         _flux("int4", _INT4, _INT4, (_A, _A)),
     )
