@@ -39,6 +39,8 @@ def compile_for_tpu(
     # Without these libtpu asks a metadata server, for minutes, which machine this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # No device is held, so that other processes may compile too.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology, kind = TPU_CHIPS[chip]
     sharding = SingleDeviceSharding(topologies.get_topology_desc(topology, "tpu").devices[0])
     arguments = jax.tree.map(

@@ -85,27 +85,26 @@ def prepare_weights(
 
     Word [8 i + s, n] holds codes + 8: in nibble 2 b that of k = 64 i + 4 s + b and in nibble
     2 b + 1 that of k = 64 i + 32 + 4 s + b. Word [i, n] of the shifts holds those of groups
-    8 i ... 8 i + 7, the first in its lowest nibble. Both are padded with zeros to whole tiles.
+    8 i ... 8 i + 7, the first in its lowest nibble. Both are padded to whole tiles with zeros,
+    which meet zeros of x.
     """
-    tile_k, tile_n = _weight_tiles(k, codes.shape[0], group_size)
+    n = codes.shape[0]
+    tile_k, tile_n = _weight_tiles(k, n, group_size)
+    # [i, half, s, b // 2, n] of bytes with two k each; n last, which is what TPUs lay out well.
+    rows = codec.pad(codes, 32).T.reshape(-1, 2, 8, 2, n)
+    low, high = rows[:, 0], rows[:, 1]
+    even, odd = (low & 15) | (high << 4), (low >> 4) | (high & 0xF0)
+    # Flipping the sign bit of a two's complement nibble adds 8.
+    words = _words(jnp.stack([even, odd], axis=3).reshape(-1, n) ^ 0x88)
+    shift_words = _words(codec.pad(shifts, 4).T)
     decoded = codec.decode_packed(codes, shifts, group_size=group_size, step=step)
-    signed = codec.unpack(codes, signed=True)[:, :k].T + 8
-    nibbles = _pad(signed, tile_k, tile_n, value=8).astype(jnp.uint32)
-    nibbles = nibbles.reshape(-1, 2, 8, 4, nibbles.shape[-1])
-    offsets = 8 * jnp.arange(4)[:, None] + 4 * jnp.arange(2)[:, None, None, None]
-    words = (nibbles << offsets.astype(jnp.uint32)).sum((1, 3), dtype=jnp.uint32)
-    steps = codec.unpack(shifts, signed=False)[:, : -(-k // group_size)].T
-    steps = _pad(steps, 8, tile_n).astype(jnp.uint32)
-    steps = steps.reshape(-1, 8, steps.shape[-1]) << (4 * jnp.arange(8, dtype=jnp.uint32)[:, None])
-    rows = -(-k // tile_k) * tile_k // (8 * group_size)
-    shift_words = _pad(steps.sum(1, dtype=jnp.uint32), rows, 1)
     return TpuWeights(
-        values=lax.bitcast_convert_type(words.reshape(-1, words.shape[-1]), jnp.int32),
-        shifts=lax.bitcast_convert_type(shift_words, jnp.int32),
+        values=_pad(words, tile_k // 8, tile_n),
+        shifts=_pad(shift_words, -(-k // tile_k) * tile_k // (8 * group_size), tile_n),
         scale=_pad(scale.T, 1, tile_n),
         column=_column_sums(decoded[:, :k], tile_n),
         k=k,
-        n=codes.shape[0],
+        n=n,
         group_size=group_size,
         step=step,
     )
@@ -409,6 +408,12 @@ def _pad(array: jax.Array, rows: int, columns: int, value: int = 0) -> jax.Array
     """Pad a matrix to multiples of `rows` and `columns`."""
     missing = [(0, -array.shape[0] % rows), (0, -array.shape[1] % columns)]
     return jnp.pad(array, missing, constant_values=value)
+
+
+def _words(values: jax.Array) -> jax.Array:
+    """Join bytes [4 j, n] to int32 [j, n], the first in the lowest byte."""
+    quads = values.reshape(-1, 4, values.shape[1]).astype(jnp.int32)
+    return quads[:, 0] | quads[:, 1] << 8 | quads[:, 2] << 16 | quads[:, 3] << 24
 
 
 def _column_sums(w: jax.Array, tile_n: int) -> jax.Array:
