@@ -21,7 +21,7 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operation:
-    """An operation and its backends, the best first; the last one must run everywhere."""
+    """An operation and its backends, the preferred first; one of them must run everywhere."""
 
     name: str  # such as "matmul", for messages
     backends: tuple[Backend, ...]  # in order of preference

@@ -66,6 +66,12 @@ MODEL_INDEX = {
     "tokenizer_2": ["transformers", "PreTrainedTokenizerFast"],
     "transformer": ["diffusers", "FluxTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
+    "_generation_defaults": {
+        "height": IMAGE_SIZE,
+        "width": IMAGE_SIZE,
+        "num_inference_steps": 12,
+        "guidance_scale": 2.5,
+    },
 }
 
 

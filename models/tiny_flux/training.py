@@ -345,3 +345,23 @@ def encode_dataset(
 
     starts = tqdm(range(0, len(images), batch_size), "encode images")
     return np.concatenate([np.asarray(encode(params, images[s : s + batch_size])) for s in starts])
+
+
+def reconstruction_psnr(
+    vae: nnx.Module,
+    images: np.ndarray,  # uint8 [n, height, width, 3]
+    batch_size: int = 16,
+) -> np.ndarray:
+    """Return the PSNR in dB of each image after encoding to the mean and decoding, float64 [n]."""
+    graphdef, params = nnx.split(vae)
+
+    @jax.jit
+    def reconstruct(params, batch):
+        vae = nnx.merge(graphdef, params)
+        decoded = vae.decode(vae.encode(batch.astype(jnp.float32) / 127.5 - 1)[0])
+        return jnp.round((jnp.clip(decoded, -1, 1) + 1) * 127.5)
+
+    starts = tqdm(range(0, len(images), batch_size), "reconstruct")
+    decoded = [np.asarray(reconstruct(params, images[s : s + batch_size])) for s in starts]
+    error = np.concatenate(decoded).astype(np.float64) - images
+    return 10 * np.log10(255**2 / np.maximum((error**2).mean(axis=(1, 2, 3)), 1e-3))

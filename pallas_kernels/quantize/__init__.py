@@ -5,13 +5,13 @@ import jax
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.quantize import mosaic_tpu, reference, triton
 
-# The best first: a backend runs if nothing before it can.
+# The first that can run does; the kernels wait for their check on hardware, as in `matmul`.
 QUANTIZE = Operation(
     name="quantize",
     backends=(
+        Backend(name="reference", run=reference.quantize),
         Backend(name="mosaic_tpu", run=mosaic_tpu.quantize, why_not=mosaic_tpu.why_not),
         Backend(name="triton", run=triton.quantize, why_not=triton.why_not),
-        Backend(name="reference", run=reference.quantize),
     ),
 )
 

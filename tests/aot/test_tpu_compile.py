@@ -102,11 +102,10 @@ def test_quantize_compiles(chip, k, range_, step, bits):
 
 
 @on_chips
-def test_dispatch_chooses_the_kernel_on_a_tpu(chip):
-    def run(x, codes, shifts, x_scale, w_scale):
-        return MATMUL(
-            x, codes, shifts, x_scale, w_scale, group_size=16, step="power", out_dtype=jnp.bfloat16
-        )
+def test_dispatch_runs_the_named_kernel_on_a_tpu(chip):
+    def run(*arguments):
+        options = {"group_size": 16, "step": "power", "out_dtype": jnp.bfloat16}
+        return MATMUL(*arguments, implementation="mosaic_tpu", **options)
 
     shape = jax.ShapeDtypeStruct
     arguments = (

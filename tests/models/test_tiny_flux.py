@@ -1,0 +1,91 @@
+"""The embedded model: its files, its parity with diffusers, and the parts that trained it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import load_pipeline
+from models.tiny_flux import architecture, dataset, training
+
+WEIGHTS = sorted(architecture.FOLDER.rglob("*.safetensors"))
+
+
+def test_weights_fit_the_repository():
+    sizes = [file.stat().st_size for file in WEIGHTS]
+    assert len(sizes) == 4 and sum(sizes) < 60e6 and max(sizes) < 50e6
+
+
+def test_final_latents_equal_those_of_diffusers():
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = load_pipeline(architecture.FOLDER, dtype=jnp.float32)
+    prompts = ["A pizza, 3d style", "a rocket, noto style"]
+    noise = pipeline.initial_noise(jax.random.key(3), 2, 96, 128)
+    options = {"height": 96, "width": 128, "num_inference_steps": 2, "guidance_scale": 2.5}
+    ours = pipeline(prompts, latents=noise, output_type="latent", progress=False, **options)
+    theirs = diffusers.FluxPipeline.from_pretrained(architecture.FOLDER, dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    options |= {"max_sequence_length": architecture.TEXT_TOKENS}  # diffusers pads to 512 otherwise
+    start = torch.tensor(np.array(noise))
+    wanted = theirs(prompts, latents=start, output_type="latent", **options).images.numpy()
+    assert np.linalg.norm(ours - wanted) <= 1e-4 * np.linalg.norm(wanted)
+
+
+def test_capitals_make_no_difference():
+    pipeline = load_pipeline(architecture.FOLDER, dtype=jnp.float32)
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        ids = dataset.token_ids(tokenizer, ["A Pizza, 3D style", "a pizza, 3d style"])
+        np.testing.assert_array_equal(*ids)
+
+
+def test_every_word_of_a_caption_is_one_token():
+    captions = ["a red panda, 3d style", "an unusual hat, noto style"]
+    tokenizer = dataset.train_t5_tokenizer(captions, vocab_size=120, length=12)
+    assert tokenizer.tokenize(captions[1]) == [
+        *("▁an", "▁unusual", "▁hat"),
+        *("▁,", "▁noto", "▁style"),
+    ]
+
+
+def test_training_packs_latents_as_the_pipeline_does():
+    from models.pipeline import pack
+
+    latents = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    np.testing.assert_array_equal(training.pack(latents), pack(latents))
+
+
+def regression(params, frozen, data, key):
+    rows = training.draw(key, data, 8)
+    return ((rows["x"] @ params["w"] - rows["y"]) ** 2).mean()
+
+
+def regression_data():
+    x = np.random.default_rng(0).standard_normal((64, 5)).astype(np.float32)
+    return {"x": x, "y": x @ np.arange(5, dtype=np.float32)}
+
+
+def run_regression(folder, **changes):
+    config = training.TrainingConfig(
+        steps=12, minutes=60, batch_size=8, learning_rate=0.1, warmup=2, scan=4
+    )
+    params = {"w": jnp.zeros(5)}
+    return training.train("test", config, regression, params, regression_data(), folder, **changes)
+
+
+def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
+    whole, finished = run_regression(tmp_path / "whole")
+    assert finished
+    _, finished = run_regression(tmp_path / "parts", stop_after=0)
+    assert not finished
+    resumed, finished = run_regression(tmp_path / "parts")
+    assert finished
+    np.testing.assert_array_equal(whole["w"], resumed["w"])
+    restored = training.restore_ema(tmp_path / "parts", {"w": jnp.zeros(5)})
+    np.testing.assert_array_equal(restored["w"], resumed["w"])
+
+
+def test_training_moves_towards_the_solution(tmp_path):
+    trained, _ = run_regression(tmp_path)
+    target = np.arange(5, dtype=np.float32)
+    assert np.linalg.norm(trained["w"] - target) < np.linalg.norm(target)
