@@ -30,10 +30,13 @@ def grid(
     return sheet
 
 
-def square(images: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
-    """Return a list of images as the rows of an almost square grid."""
-    columns = math.ceil(math.sqrt(len(images)))
-    return [images[i : i + columns] for i in range(0, len(images), columns)]
+def square(
+    items: Sequence[Sequence[np.ndarray]],  # images that stay side by side, as many in each item
+) -> list[list[np.ndarray]]:
+    """Return the rows of an almost square grid."""
+    columns = math.ceil(math.sqrt(len(items) / len(items[0])))
+    starts = range(0, len(items), columns)
+    return [[image for item in items[i : i + columns] for image in item] for i in starts]
 
 
 def save_png(image: Image.Image, path: Path) -> None:

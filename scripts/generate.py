@@ -31,13 +31,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     result |= {"transformer_bytes": report.bytes, "transformer_bytes_bf16": report.bytes_bf16}
     result |= {"psnr": None, "ssim": None, "out": str(args.out)}
     if base is None:
-        sheet = images.grid(images.square(pictures))
+        rows, labels = images.square([[picture] for picture in pictures]), []
     else:
         originals = sample(base, args, size)
         result["psnr"] = float(np.mean(psnr(pictures, originals)))
         result["ssim"] = float(np.mean(ssim(pictures, originals)))
-        sheet = images.grid(list(zip(originals, pictures, strict=True)), ["bf16", report.recipe])
-    images.save_png(sheet, args.out)
+        rows = images.square(list(zip(originals, pictures, strict=True)))
+        labels = ["bf16", report.recipe] * (len(rows[0]) // 2)
+    images.save_png(images.grid(rows, labels), args.out)
     show(result)
     if args.json:
         print(json.dumps(result))
