@@ -27,17 +27,22 @@ _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _DEFAULTS_KEY = "_generation_defaults"
 
 
-def load_component(folder: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> nnx.Module:
-    """Load one model by the class that its config.json names.
+def load_component(
+    folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
+) -> nnx.Module | FlowMatchEulerScheduler:
+    """Load one model, or the scheduler, by the class that its config names.
 
     Args:
-      folder: such as `<model>/transformer`; diffusers' `_class_name` or transformers'
-        `architectures` decides.
-      dtype: of the parameters and the computation.
+      folder: such as `<model>/transformer`, with config.json or scheduler_config.json; diffusers'
+        `_class_name` or transformers' `architectures` decides.
+      dtype: of a model's parameters and computation.
 
     Raises:
       CheckpointError: the class is unknown, or a file or tensor can't be used.
     """
+    path = Path(folder) / "scheduler_config.json"
+    if path.exists():
+        return FlowMatchEulerScheduler.from_json(read_json(path))
     path = Path(folder) / "config.json"
     config = read_json(path)
     name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
@@ -71,15 +76,12 @@ def load_pipeline(
             "expected 'FluxPipeline'"
         )
     given = {} if transformer is None else {"transformer": transformer}
-    needed = [name for name in (*_MODULES, *_TOKENIZERS, "scheduler") if name not in given]
-    if missing := [name for name in needed if not (folder / name).is_dir()]:
+    models = [name for name in (*_MODULES, "scheduler") if name not in given]
+    if missing := [name for name in (*models, *_TOKENIZERS) if not (folder / name).is_dir()]:
         raise CheckpointError(f"{folder} lacks the component folders {', '.join(missing)}")
 
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     parts: dict[str, Any] = {name: _load_tokenizer(folder / name) for name in _TOKENIZERS}
-    parts["scheduler"] = FlowMatchEulerScheduler.from_json(scheduler)
-    parts |= {name: load_component(folder / name, dtype) for name in _MODULES if name in needed}
-    parts |= given
+    parts |= {name: load_component(folder / name, dtype) for name in models} | given
     defaults = _defaults(index.get(_DEFAULTS_KEY, {}), parts["transformer"].config.guidance_embeds)
     return FluxPipeline(**parts, defaults=defaults)
 

@@ -166,6 +166,7 @@ def test_component_loads_by_class_name(schnell):
         "text_encoder": "CLIPTextEncoder",
         "text_encoder_2": "T5Encoder",
         "vae": "AutoencoderKL",
+        "scheduler": "FlowMatchEulerScheduler",
     }
     for name, kind in kinds.items():
         assert type(models.load_component(schnell / name)).__name__ == kind
