@@ -2,8 +2,8 @@
 
 Each stage is a pure step function scanned over many steps a call, with an exponential moving
 average (EMA) of the weights and a resumable Orbax state. Devices train side by side and average
-their whole state after every call (local SGD, Stich, arXiv 1805.09767): an all-reduce of every
-step's gradients took longer than the step where the devices had no fast link.
+their whole state after every call (local SGD, Stich, arXiv 1805.09767), so that no step waits for
+another device's gradients.
 
 Flow matching: x_t = (1 - t) x_0 + t noise, the network predicts noise - x_0, t is logit-normal
 (Esser et al., arXiv 2403.03206, section 3.1). Guidance distillation: the network, told the
