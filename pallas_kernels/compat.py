@@ -5,7 +5,9 @@ import inspect
 from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 
 # JAX release to the libtpu that it is built for.
 _LIBTPU = {"0.10": "0.0.42.", "0.11": "0.0.48.", "0.12": "0.0.50."}
@@ -17,7 +19,7 @@ def libtpu_why_not() -> str | None:
         found = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         return "libtpu isn't installed"
-    wanted = _LIBTPU.get(jax.__version__.rpartition(".")[0], "")
+    wanted = _LIBTPU.get(".".join(jax.__version__.split(".")[:2]), "")
     if found.startswith(wanted):
         return None
     return f"libtpu {found} doesn't match JAX {jax.__version__}; install libtpu=={wanted}*"
@@ -28,6 +30,12 @@ def gpu_interpret_params() -> Any:
     if not hasattr(plgpu, "InterpretGPUParams"):
         raise NotImplementedError("Mosaic GPU kernels run on the CPU only with JAX 0.11 or later")
     return plgpu.InterpretGPUParams()
+
+
+def tpu_reciprocal(x: jax.Array) -> jax.Array:
+    """Return the TPU's approximate 1 / x; it moved to `pallas.tpu` in JAX 0.11."""
+    module = pltpu if hasattr(pltpu, "reciprocal") else pl
+    return module.reciprocal(x, approx=True)
 
 
 def gpu_load(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Array:

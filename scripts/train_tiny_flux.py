@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from models.flux.params import export_flux_transformer
+from models.pipeline import pack
 from models.text_encoders.clip import export_clip_text_encoder
 from models.text_encoders.t5 import export_t5_encoder
 from models.tiny_flux import architecture, dataset, training
@@ -115,7 +116,7 @@ def conditioned_latents(args: argparse.Namespace):
     t5, clip = make_tokenizers(data)
     forms = (data.prompts, data.prompts_bare)
     rows = {
-        "latents": np.asarray(training.pack(jnp.asarray(latents)).astype(jnp.bfloat16)),
+        "latents": np.asarray(pack(jnp.asarray(latents)).astype(jnp.bfloat16)),
         "t5": np.stack([dataset.token_ids(t5, form) for form in forms], axis=1),
         "clip": np.stack([dataset.token_ids(clip, form) for form in forms], axis=1),
     }

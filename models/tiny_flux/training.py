@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from models.flux.config import FluxConfig
+from models.pipeline import image_ids
 from models.tiny_flux.architecture import TextToImage
 
 State = dict[str, Any]  # params, ema, optimizer, key: all arrays, saved as they are
@@ -239,20 +240,6 @@ def vae_loss(
     return loss
 
 
-def pack(latents: jax.Array) -> jax.Array:  # [batch, height, width, channels]
-    """Return tokens [batch, height/2 * width/2, 4 * channels] in diffusers' FluxPipeline order."""
-    batch, height, width, channels = latents.shape
-    split = latents.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return split.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, 4 * channels)
-
-
-def position_ids(side: int) -> jax.Array:
-    """Return the image tokens' float32 [side * side, 3] of (0, row, column)."""
-    rows, columns = jnp.mgrid[:side, :side]
-    stacked = jnp.stack([jnp.zeros_like(rows), rows, columns], axis=-1)
-    return stacked.reshape(-1, 3).astype(jnp.float32)
-
-
 def _noised(data: Any, key: jax.Array, batch_size: int, caption_dropout: float):
     """Draw tokens, captions and a noise level; some captions become the empty one."""
     keys = jax.random.split(key, 5)
@@ -271,12 +258,13 @@ def _noised(data: Any, key: jax.Array, batch_size: int, caption_dropout: float):
 
 
 def _predict(transformer, noised, embeds, pooled, time_, guidance) -> jax.Array:
+    side = math.isqrt(noised.shape[1])  # the images are square
     return transformer(
         hidden_states=noised,
         encoder_hidden_states=embeds,
         pooled_projections=pooled,
         timestep=time_,
-        img_ids=position_ids(math.isqrt(noised.shape[1])),
+        img_ids=image_ids(side, side),
         txt_ids=jnp.zeros((embeds.shape[1], 3)),
         guidance=guidance,
     ).astype(jnp.float32)

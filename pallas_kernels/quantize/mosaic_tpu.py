@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import codec, device
+from pallas_kernels import codec, compat, device
 
 _LANES = 128
 _BLOCK_ELEMENTS = 3 * 2**18  # of x that one grid step takes
@@ -183,7 +183,7 @@ def _through_four_bits(
     if step == "integer":
         # Multiples of 1/64 away from an integer, so that an approximate reciprocal will do.
         ratio = (2 * magnitude + level).astype(jnp.float32) + 0.5
-        ratio = ratio * pl.reciprocal((2 * level).astype(jnp.float32), approx=True)
+        ratio = ratio * compat.tpu_reciprocal((2 * level).astype(jnp.float32))
         return jnp.minimum(ratio.astype(jnp.int32), top) * level
     shift = level - 1
     half = 0 if rounding == "truncate" else (1 << shift) >> 1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from models import load_pipeline
+from models.pipeline import pack
 from models.tiny_flux import architecture, dataset, training
 
 WEIGHTS = sorted(architecture.FOLDER.rglob("*.safetensors"))
@@ -48,11 +49,13 @@ def test_every_word_of_a_caption_is_one_token():
     ]
 
 
-def test_training_packs_latents_as_the_pipeline_does():
-    from models.pipeline import pack
-
-    latents = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
-    np.testing.assert_array_equal(training.pack(latents), pack(latents))
+def test_latents_are_packed_as_diffusers_packs_them():
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    latents = np.random.default_rng(0).standard_normal((2, 4, 6, 3)).astype(np.float32)
+    channels_first = torch.tensor(latents).permute(0, 3, 1, 2)
+    wanted = diffusers.FluxPipeline._pack_latents(channels_first, 2, 3, 4, 6)
+    np.testing.assert_array_equal(pack(jnp.asarray(latents)), wanted.numpy())
 
 
 def regression(params, frozen, data, key):
