@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.matmul.reference import gelu
 from pallas_kernels.quantize import quantize as quantize_and_decode
+from pallas_kernels.quantize.reference import modulate
 from quartz_jax.codec import decode, dequantize, quantize, quantize_int
 from quartz_jax.matmul import quartz_matmul
 from quartz_jax.recipe import Format
@@ -33,15 +35,42 @@ class QuartzLinear(nnx.Module):
     def __call__(
         self,
         x: jax.Array,  # [..., k], floating
+        *,
+        modulation: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [b, 1, k]
+        activation: str | None = None,  # "gelu": its tanh form
+        gate: jax.Array | None = None,  # [b, 1, n]
+        residual: jax.Array | None = None,  # [..., n]
     ) -> jax.Array:
-        """Return [..., n] in the dtype of x."""
+        """Return [..., n] in the dtype of x: what `models.linear.Linear` does, quantized.
+
+        One batch element does all of it in the kernels; of several, each has a modulation and a
+        gate of its own, which are left to XLA.
+        """
         weight = self.weight.get_value()
         bias = None if self.bias is None else self.bias.get_value()
-        if self.activation.kind == "bf16":
-            return _weight_only(x, weight, bias)
-        rows = encode_activation(x.reshape(-1, x.shape[-1]), self.activation)
-        y = quartz_matmul(rows, weight, bias=bias, out_dtype=x.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        weight_only = self.activation.kind == "bf16"
+        norm = None
+        if modulation is not None:
+            if weight_only or modulation[0].size != x.shape[-1]:
+                x = modulate(x, *modulation)
+            else:
+                norm = tuple(part.reshape(-1) for part in modulation)
+        rows = x.reshape(-1, x.shape[-1])
+        inside = {"bias": bias, "activation": activation}
+        if weight_only:
+            y = _weight_only(rows, weight, bias)
+            y = y if activation is None else gelu(y.astype(jnp.float32)).astype(y.dtype)
+        else:
+            n = weight.scale.shape[0]
+            if residual is not None and (gate is None or gate.size == n):
+                inside["residual"] = residual.reshape(-1, n)
+                inside["gate"] = None if gate is None else gate.reshape(-1)
+                gate = residual = None
+            operand = encode_activation(rows, self.activation, norm)
+            y = quartz_matmul(operand, weight, out_dtype=x.dtype, **inside)
+        y = y.reshape(*x.shape[:-1], -1)
+        y = y if gate is None else gate * y
+        return y if residual is None else residual + y
 
 
 def encode_weight(
@@ -70,13 +99,19 @@ def abstract_weight(
 def encode_activation(
     x: jax.Array,  # [m, k], floating
     format: Format,
+    norm: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [k]
 ) -> QuartzTensor | IntTensor:
-    """Quantize the input of a layer; 4-bit codes come decoded, as the matmul wants them."""
+    """Quantize the input of a layer; 4-bit codes come decoded, as the matmul wants them.
+
+    With a norm, layer_norm(x) * (1 + scale) + shift is quantized instead.
+    """
+    config = format.config
+    if norm is not None and (format.kind == "int4" or (config and config.scale_block)):
+        x, norm = modulate(x, *norm), None
     if format.kind == "int4":
         return quantize_int(x, bits=4)
-    config = format.config
     if config is None:
-        values, scale, lo = quantize_and_decode(x, bits=8, range=format.range)
+        values, scale, lo = quantize_and_decode(x, bits=8, range=format.range, norm=norm)
     elif config.scale_block:
         return quantize(x, config)
     else:
@@ -87,6 +122,7 @@ def encode_activation(
             range=config.range,
             step=config.step,
             rounding=config.rounding,
+            norm=norm,
         )
     return IntTensor(values=values, scale=scale, lo=lo)
 

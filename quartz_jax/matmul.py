@@ -8,6 +8,7 @@ from jax import lax
 
 from pallas_kernels import codec, matmul
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.matmul import reference
 from quartz_jax.codec import decode_rows
 from quartz_jax.tensor import IntTensor, QuartzTensor
 
@@ -17,6 +18,9 @@ def quartz_matmul(
     w: QuartzTensor | IntTensor,  # [n, k]
     *,
     bias: jax.Array | None = None,  # [n], any float
+    activation: str | None = None,
+    gate: jax.Array | None = None,  # [n], any float
+    residual: jax.Array | None = None,  # [..., n], any float
     out_dtype: jnp.dtype = jnp.bfloat16,
     implementation: Implementation = None,
 ) -> jax.Array:
@@ -24,13 +28,17 @@ def quartz_matmul(
 
     With one scale a row the dot over k is one exact int32, acc; then in float32 and in this order
     y = acc * s_x * s_w + bias, or for an asymmetric x (held minus 128), with c = sum over k of w,
-    y = (acc + 128 c) * s_x * s_w + (lo_x * s_w) * c + bias; then the cast to `out_dtype`. With a
-    scale block the blocks' results are added in order in float32, and the bias last.
+    y = (acc + 128 c) * s_x * s_w + (lo_x * s_w) * c + bias; then activation, gate and residual, each
+    where given, and the cast to `out_dtype`. With a scale block the blocks' results are added in
+    order in float32 before the bias.
 
     Args:
       x: symmetric or asymmetric. Its contraction axis may be any; the result has the others.
       w: symmetric, two axes; the contraction axis may be either (w is [k, n] if it is the first).
       bias: added to every row.
+      activation: "gelu" applies its tanh form, or None.
+      gate: multiplies every row.
+      residual: added last.
       out_dtype: of the result.
       implementation: a backend of `pallas_kernels.matmul`, several in order of preference, or
         None for the best on this device.
@@ -45,7 +53,10 @@ def quartz_matmul(
     _check(x, w, bias)
     values = decode_rows(x)
     x2, x_scale, x_lo = jax.tree.map(_flatten, (values, x.scale, x.lo))
-    options = {"bias": bias, "out_dtype": out_dtype, "implementation": implementation}
+    if residual is not None:
+        residual = _flatten(residual)
+    options = {"bias": bias, "activation": activation, "gate": gate, "residual": residual}
+    options |= {"out_dtype": out_dtype, "implementation": implementation}
     if _block(x) or _block(w):
         y = _matmul_blocks(x2, w, x_scale, x_lo, block=_block(x) or _block(w), **options)
     elif isinstance(w, IntTensor):
@@ -65,7 +76,7 @@ def quartz_matmul(
     return y.reshape(*values.shape[:-1], w.scale.shape[0])
 
 
-def _matmul_blocks(x, w, x_scale, x_lo, *, block, bias, out_dtype, implementation) -> jax.Array:
+def _matmul_blocks(x, w, x_scale, x_lo, *, block, implementation, **epilogue) -> jax.Array:
     """Add up one matmul for each scale block, x [m, k], scales [m, 1 or blocks]."""
 
     def cut(values):  # [rows, k] to [blocks, rows, block], zeros after the end of k
@@ -94,7 +105,7 @@ def _matmul_blocks(x, w, x_scale, x_lo, *, block, bias, out_dtype, implementatio
     parts += () if x_lo is None else (spread(x_lo),)
     first, _ = add(jnp.float32(0), jax.tree.map(lambda part: part[0], parts))
     total, _ = lax.scan(add, first, jax.tree.map(lambda part: part[1:], parts))
-    return (total if bias is None else total + bias.astype(jnp.float32)).astype(out_dtype)
+    return reference.finish(total, **epilogue)
 
 
 def _flatten(array: jax.Array) -> jax.Array:

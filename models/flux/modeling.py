@@ -14,6 +14,7 @@ from flax import nnx
 
 from models.attention import dot_product_attention
 from models.flux.config import FluxConfig
+from models.linear import Linear
 
 _EPSILON = 1e-6  # of every norm
 _THETA = 10000.0  # base of both position and timestep frequencies
@@ -66,18 +67,6 @@ def attention(
     return out.reshape(*out.shape[:2], -1)
 
 
-def modulate(
-    x: jax.Array,  # [b, t, c]
-    shift: jax.Array,  # [b, 1, c]
-    scale: jax.Array,  # [b, 1, c]
-) -> jax.Array:
-    """Return layer_norm(x) * (1 + scale) + shift, computed in float32, in the dtype of x."""
-    wide = x.astype(jnp.float32)
-    wide = wide - wide.mean(axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + _EPSILON)
-    return (wide * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
-
-
 class Embedder(nnx.Module):
     """Two linears that bring one condition (time, guidance, pooled text) to hidden_size."""
 
@@ -113,9 +102,13 @@ class SelfAttention(nnx.Module):
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """[b, t, c] to normed queries, normed keys, and values, each [b, t, h, d]."""
-        q, k, v = split_heads(self.qkv(x), self.heads)
+    def project(
+        self,
+        x: jax.Array,  # [b, t, c]
+        modulation: tuple[jax.Array, jax.Array],  # shift and scale, [b, 1, c]
+    ) -> tuple[jax.Array, ...]:
+        """Return normed queries, normed keys, and values of the modulated x, each [b, t, h, d]."""
+        q, k, v = split_heads(self.qkv(x, modulation=modulation), self.heads)
         return self.query_norm(q), self.key_norm(k), v
 
 
@@ -135,9 +128,16 @@ class MLP(nnx.Module):
         self.up = linear(hidden, _MLP_RATIO * hidden)
         self.down = linear(_MLP_RATIO * hidden, hidden)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, t, c] to [b, t, c]."""
-        return self.down(nnx.gelu(self.up(x), approximate=True))
+    def __call__(
+        self,
+        x: jax.Array,  # [b, t, c]
+        shift: jax.Array,  # [b, 1, c], like scale and gate
+        scale: jax.Array,
+        gate: jax.Array,
+    ) -> jax.Array:
+        """Return x plus its gated update, [b, t, c]."""
+        wide = self.up(x, modulation=(shift, scale), activation="gelu")
+        return self.down(wide, gate=gate, residual=x)
 
 
 class DoubleStreamBlock(nnx.Module):
@@ -163,18 +163,14 @@ class DoubleStreamBlock(nnx.Module):
         shift, scale, gate, *img_mlp_mod = self.img_mod(vec)
         txt_shift, txt_scale, txt_gate, *txt_mlp_mod = self.txt_mod(vec)
 
-        img_qkv = self.img_attn.project(modulate(img, shift, scale))
-        txt_qkv = self.txt_attn.project(modulate(txt, txt_shift, txt_scale))
+        img_qkv = self.img_attn.project(img, (shift, scale))
+        txt_qkv = self.txt_attn.project(txt, (txt_shift, txt_scale))
         joint = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
         txt_out, img_out = jnp.split(attention(*joint, angles), [txt.shape[1]], axis=1)
 
-        img = img + gate * self.img_attn.proj(img_out)
-        txt = txt + txt_gate * self.txt_attn.proj(txt_out)
-        shift, scale, gate = img_mlp_mod
-        img = img + gate * self.img_mlp(modulate(img, shift, scale))
-        shift, scale, gate = txt_mlp_mod
-        txt = txt + gate * self.txt_mlp(modulate(txt, shift, scale))
-        return img, txt
+        img = self.img_attn.proj(img_out, gate=gate, residual=img)
+        txt = self.txt_attn.proj(txt_out, gate=txt_gate, residual=txt)
+        return self.img_mlp(img, *img_mlp_mod), self.txt_mlp(txt, *txt_mlp_mod)
 
 
 class SingleStreamBlock(nnx.Module):
@@ -197,11 +193,12 @@ class SingleStreamBlock(nnx.Module):
     ) -> jax.Array:
         """Return the tokens after this block, [b, t, c]."""
         shift, scale, gate = self.modulation(vec)
-        qkv, mlp = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
+        wide = self.linear1(x, modulation=(shift, scale))
+        qkv, mlp = jnp.split(wide, [3 * x.shape[-1]], axis=-1)
         q, k, v = split_heads(qkv, self.heads)
         attended = attention(self.query_norm(q), self.key_norm(k), v, angles)
         joined = jnp.concatenate([attended, nnx.gelu(mlp, approximate=True)], axis=-1)
-        return x + gate * self.linear2(joined)
+        return self.linear2(joined, gate=gate, residual=x)
 
 
 class FinalLayer(nnx.Module):
@@ -215,7 +212,7 @@ class FinalLayer(nnx.Module):
     def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
         """[b, t, c] and the condition [b, c] to [b, t, outputs]."""
         shift, scale = jnp.split(self.modulation(nnx.silu(vec))[:, None], 2, axis=-1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(x, modulation=(shift, scale))
 
 
 class FluxTransformer(nnx.Module):
@@ -229,7 +226,7 @@ class FluxTransformer(nnx.Module):
         dtype: jnp.dtype = jnp.float32,  # of the matmuls and of the tokens between blocks
         param_dtype: jnp.dtype = jnp.float32,
     ):
-        linear = partial(nnx.Linear, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        linear = partial(Linear, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         # float32 out of the norms: the rotation that follows wants it anyway
         norm = partial(
             nnx.RMSNorm, epsilon=_EPSILON, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs

@@ -37,10 +37,13 @@ def matmul(
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
     *,
-    bias: jax.Array | None = None,  # [n], any float
-    x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
     group_size: int,
     step: str,
+    bias: jax.Array | None = None,  # [n], any float
+    x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
+    activation: str | None = None,  # "gelu": its tanh form, after the bias
+    gate: jax.Array | None = None,  # [n], any float: multiplies the columns, after the activation
+    residual: jax.Array | None = None,  # [m, n], any float: added last
     out_dtype: jnp.dtype = jnp.bfloat16,
     implementation: Implementation = None,
 ) -> jax.Array:
@@ -53,27 +56,20 @@ def matmul(
       [m, n] of out_dtype. Rows whose scale is NaN are NaN.
 
     Raises:
-      ValueError: misshapen arguments, or a named implementation that can't run here.
+      ValueError: misshapen arguments, an unknown activation, or a named implementation that can't
+        run here.
     """
     if 2 * w_codes.shape[1] != -(-x.shape[1] // group_size) * group_size:
         raise ValueError(
             f"w_codes holds {2 * w_codes.shape[1]} elements a row, but x has k={x.shape[1]}; both "
             f"must have the same k, that of w_codes padded to a multiple of {group_size}"
         )
-    _check_rows(x, w_codes, x_scale, w_scale, x_lo, bias)
-    return MATMUL(
-        x,
-        w_codes,
-        w_shifts,
-        x_scale,
-        w_scale,
-        bias=bias,
-        x_lo=x_lo,
-        group_size=group_size,
-        step=step,
-        out_dtype=out_dtype,
-        implementation=implementation,
-    )
+    epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
+    epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
+    _check(x, w_codes, x_scale, w_scale, **epilogue)
+    operands = x, w_codes, w_shifts, x_scale, w_scale
+    options = {"group_size": group_size, "step": step, "implementation": implementation}
+    return MATMUL(*operands, **options, **epilogue)
 
 
 def matmul_int8(
@@ -84,30 +80,31 @@ def matmul_int8(
     *,
     bias: jax.Array | None = None,  # [n], any float
     x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
+    activation: str | None = None,  # "gelu": its tanh form, after the bias
+    gate: jax.Array | None = None,  # [n], any float: multiplies the columns, after the activation
+    residual: jax.Array | None = None,  # [m, n], any float: added last
     out_dtype: jnp.dtype = jnp.bfloat16,
     implementation: Implementation = None,
 ) -> jax.Array:
     """Multiply int8 activations by int8 weights; otherwise as `matmul`."""
     if x.shape[1] != w.shape[1]:
         raise ValueError(f"x has k={x.shape[1]} and w has k={w.shape[1]}; both must be the same")
-    _check_rows(x, w, x_scale, w_scale, x_lo, bias)
-    return MATMUL_INT8(
-        x,
-        w,
-        x_scale,
-        w_scale,
-        bias=bias,
-        x_lo=x_lo,
-        out_dtype=out_dtype,
-        implementation=implementation,
-    )
+    epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
+    epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
+    _check(x, w, x_scale, w_scale, **epilogue)
+    return MATMUL_INT8(x, w, x_scale, w_scale, implementation=implementation, **epilogue)
 
 
-def _check_rows(x, w, x_scale, w_scale, x_lo, bias) -> None:
+def _check(x, w, x_scale, w_scale, *, bias, x_lo, activation, gate, residual, out_dtype) -> None:
     """Refuse an argument whose shape doesn't follow from the rows of x [m, ...] and w [n, ...]."""
     m, n = x.shape[0], w.shape[0]
     wanted = {"x_scale": (x_scale, (m, 1)), "w_scale": (w_scale, (n, 1))}
     wanted |= {"x_lo": (x_lo, (m, 1)), "bias": (bias, (n,))}
+    wanted |= {"gate": (gate, (n,)), "residual": (residual, (m, n))}
     for name, (array, shape) in wanted.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {list(array.shape)}; it must be {list(shape)}")
+    if activation not in (None, "gelu"):
+        raise ValueError(f"activation is {activation!r}; it must be None or 'gelu'")
+    if not jnp.issubdtype(out_dtype, jnp.floating):
+        raise ValueError(f"out_dtype is {out_dtype}; it must be floating, such as bfloat16")

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import codec
 
+_SQRT_2_PI = 0.7978845608028654
+
 
 def matmul(
     x: jax.Array,  # [m, k], int8
@@ -13,15 +15,13 @@ def matmul(
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
     *,
-    bias: jax.Array | None = None,  # [n]
-    x_lo: jax.Array | None = None,  # [m, 1], float32
     group_size: int,
     step: str,
-    out_dtype: jnp.dtype,
+    **options,  # of `epilogue`
 ) -> jax.Array:
     """Multiply int8 activations by packed 4-bit weights; see `pallas_kernels.matmul.matmul`."""
     w = codec.decode_packed(w_codes, w_shifts, group_size=group_size, step=step)[:, : x.shape[1]]
-    return matmul_int8(x, w, x_scale, w_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
+    return matmul_int8(x, w, x_scale, w_scale, **options)
 
 
 def matmul_int8(
@@ -29,14 +29,11 @@ def matmul_int8(
     w: jax.Array,  # [n, k], int8
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
-    *,
-    bias: jax.Array | None = None,  # [n]
-    x_lo: jax.Array | None = None,  # [m, 1], float32
-    out_dtype: jnp.dtype,
+    **options,  # of `epilogue`
 ) -> jax.Array:
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
     acc = jnp.einsum("mk,nk->mn", x.astype(jnp.int32), w.astype(jnp.int32))
-    return epilogue(acc, w, x_scale, w_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
+    return epilogue(acc, w, x_scale, w_scale, **options)
 
 
 def epilogue(
@@ -45,15 +42,14 @@ def epilogue(
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
     *,
-    bias: jax.Array | None,  # [n]
-    x_lo: jax.Array | None,  # [m, 1], float32
-    out_dtype: jnp.dtype,
+    x_lo: jax.Array | None = None,  # [m, 1], float32
+    **options,  # of `finish`
 ) -> jax.Array:
     """Turn the integer dot into the result, in float32 and in this order, then cast.
 
-    Symmetric x: y = acc * s_x * s_w + bias.
+    Symmetric x: y = acc * s_x * s_w, then `finish`.
     Asymmetric x, held minus 128, with c = sum over k of w:
-    y = (acc + 128 c) * s_x * s_w + (lo_x * s_w) * c + bias.
+    y = (acc + 128 c) * s_x * s_w + (lo_x * s_w) * c, then `finish`.
     A compiler may fuse a product with the addition after it.
     """
     w_scale = w_scale.T
@@ -63,6 +59,34 @@ def epilogue(
         column = jnp.sum(w, axis=1, dtype=jnp.int32)
         y = (acc + 128 * column).astype(jnp.float32) * x_scale * w_scale
         y = y + (x_lo * w_scale) * column.astype(jnp.float32)
+    return finish(y, **options)
+
+
+def finish(
+    y: jax.Array,  # [m, n], float32
+    *,
+    bias: jax.Array | None = None,  # [n]
+    activation: str | None = None,  # None or "gelu"
+    gate: jax.Array | None = None,  # [n]
+    residual: jax.Array | None = None,  # [m, n]
+    out_dtype: jnp.dtype = jnp.bfloat16,
+) -> jax.Array:
+    """Return residual + gate * activation(y + bias), each where given, in float32, then cast."""
     if bias is not None:
         y = y + bias.astype(jnp.float32)
+    if activation == "gelu":
+        y = gelu(y)
+    if gate is not None:
+        y = gate.astype(jnp.float32) * y
+    if residual is not None:
+        y = residual.astype(jnp.float32) + y
     return y.astype(out_dtype)
+
+
+def gelu(y: jax.Array) -> jax.Array:
+    """Return the tanh form of GELU (arXiv 1606.08415), y * (1 + tanh(z)) / 2, elementwise.
+
+    With z = sqrt(2 / pi) (y + 0.044715 y**3) it is written y / (1 + exp(-2 z)), which keeps its
+    relative precision for negative y and takes no tanh.
+    """
+    return y / (1 + jnp.exp(y * (-2 * _SQRT_2_PI - 2 * _SQRT_2_PI * 0.044715 * (y * y))))

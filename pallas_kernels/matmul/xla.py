@@ -21,15 +21,13 @@ def matmul(
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
     *,
-    bias: jax.Array | None = None,  # [n]
-    x_lo: jax.Array | None = None,  # [m, 1], float32
     group_size: int,
     step: str,
-    out_dtype: jnp.dtype,
+    **options,  # of `reference.epilogue`
 ) -> jax.Array:
     """Decode the weights, then multiply; see `pallas_kernels.matmul.matmul`."""
     w = codec.decode_packed(w_codes, w_shifts, group_size=group_size, step=step)[:, : x.shape[1]]
-    return matmul_int8(x, w, x_scale, w_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
+    return matmul_int8(x, w, x_scale, w_scale, **options)
 
 
 def matmul_int8(
@@ -37,14 +35,10 @@ def matmul_int8(
     w: jax.Array,  # [n, k], int8
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
-    *,
-    bias: jax.Array | None = None,  # [n]
-    x_lo: jax.Array | None = None,  # [m, 1], float32
-    out_dtype: jnp.dtype,
+    **options,  # of `reference.epilogue`
 ) -> jax.Array:
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
-    acc = int8_dot(x, w)
-    return reference.epilogue(acc, w, x_scale, w_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
+    return reference.epilogue(int8_dot(x, w), w, x_scale, w_scale, **options)
 
 
 def int8_dot(

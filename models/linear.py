@@ -1,0 +1,44 @@
+"""The linear layer of the transformers here: what surrounds a matmul comes as arguments.
+
+A plain matmul gains nothing from that; a quantized one, which takes this layer's place, does the
+norm while it quantizes its input and the rest while it writes its output.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+_EPSILON = 1e-6  # of the layer norm
+
+
+def modulate(
+    x: jax.Array,  # [b, t, c]
+    shift: jax.Array,  # [b, 1, c]
+    scale: jax.Array,  # [b, 1, c]
+) -> jax.Array:
+    """Return layer_norm(x) * (1 + scale) + shift, computed in float32, in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + _EPSILON)
+    return (wide * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nnx.Linear):
+    """y = x W + b, with what comes before and after it in a transformer block."""
+
+    def __call__(
+        self,
+        x: jax.Array,  # [..., k]
+        *,
+        modulation: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [b, 1, k]
+        activation: str | None = None,  # "gelu": its tanh form
+        gate: jax.Array | None = None,  # [b, 1, n]
+        residual: jax.Array | None = None,  # [..., n]
+    ) -> jax.Array:
+        """Return residual + gate * activation(modulate(x) W + b), [..., n]; each part optional."""
+        y = super().__call__(x if modulation is None else modulate(x, *modulation))
+        if activation == "gelu":
+            y = nnx.gelu(y, approximate=True)
+        if gate is not None:
+            y = gate * y
+        return y if residual is None else residual + y
