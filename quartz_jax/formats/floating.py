@@ -1,0 +1,94 @@
+"""Four-bit floating point in blocks: MXFP4 and NVFP4.
+
+Both store elements in E2M1, whose magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.codec import TINY_RANGE
+from quartz_jax.formats.base import NumberFormat, Scales, absmax, check_block
+from quartz_jax.parts import part
+
+_E2M1_MAX = 6.0
+_E2M1_MAX_EXPONENT = 2  # of 6 = 1.5 * 2**2
+_E4M3_MAX = 448.0
+
+
+def round_e2m1(x: jax.Array) -> jax.Array:  # float32
+    """Return the nearest E2M1 value, ties to the even mantissa, saturating at 6."""
+    magnitude = jnp.abs(x)
+    step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
+    return jnp.sign(x) * jnp.minimum(jnp.round(magnitude / step) * step, _E2M1_MAX)
+
+
+@part
+class MXFP4(NumberFormat):
+    """OCP Microscaling Formats v1.0, section 6.3: one power-of-two scale (E8M0) for 32 elements.
+
+    scale = 2**(floor(log2(max|x|)) - 2), element = E2M1(x / scale). Values above 6 scales, which
+    this rule allows up to 8, saturate. A block with max|x| < 2**-100 is all zeros.
+    """
+
+    block: int = 32  # elements that share a scale; 32 in the standard
+
+    def __post_init__(self):
+        check_block("block", self.block)
+
+    def bits(self, k: int) -> float:
+        """Four, and eight for the scale."""
+        return 4 + 8 / self.block
+
+    def inner(self, blocks: jax.Array, outer: Scales) -> Scales:
+        """Return the scale of each block, 0 where the block is all zeros."""
+        peak = absmax(blocks)
+        _, exponent = jnp.frexp(peak)  # peak = m * 2**exponent with m in [0.5, 1)
+        scale = jnp.ldexp(jnp.ones_like(peak), exponent - 1 - _E2M1_MAX_EXPONENT)
+        return jnp.where(peak >= TINY_RANGE, scale, 0)
+
+    def round(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
+        """Return elements times scale."""
+        return round_e2m1(values / jnp.where(inner > 0, inner, 1)) * inner
+
+    def __str__(self):
+        return "mxfp4" + f" g{self.block}" * (self.block != 32)
+
+
+@part
+class NVFP4(NumberFormat):
+    """NVIDIA's two-level format: an E4M3 scale for 16 elements and a float32 one for the tensor.
+
+    g = max|tensor| / (448 * 6), scale = E4M3(max|block| / (6 g)), element = E2M1(x / (scale g)).
+    A tensor is the last two axes of an array: a whole weight, or one image's tokens, so that a
+    result never depends on what else is in the batch. g is found online for activations.
+    """
+
+    block: int = 16  # elements that share a scale; 16 in the standard
+
+    def __post_init__(self):
+        check_block("block", self.block)
+
+    def bits(self, k: int) -> float:
+        """Four, and eight for the scale; the tensor's scale is too little to count."""
+        return 4 + 8 / self.block
+
+    def outer(self, rows: jax.Array) -> Scales:
+        """Return g, the same for all rows of a tensor."""
+        peak = jnp.max(jnp.abs(rows), axis=tuple(range(-min(rows.ndim, 2), 0)), keepdims=True)
+        # The barrier keeps XLA from multiplying by a rounded 1 / 2688 instead.
+        largest = jax.lax.optimization_barrier(jnp.float32(_E4M3_MAX * _E2M1_MAX))
+        return jnp.broadcast_to(peak / largest, (*rows.shape[:-1], 1))
+
+    def inner(self, blocks: jax.Array, outer: Scales) -> Scales:
+        """Return scale times g of each block."""
+        live = outer >= TINY_RANGE
+        scale = absmax(blocks) / (_E2M1_MAX * jnp.where(live, outer, 1))
+        scale = jnp.minimum(scale, _E4M3_MAX).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+        return jnp.where(live, scale * outer, 0)
+
+    def round(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
+        """Return elements times both scales."""
+        return round_e2m1(values / jnp.where(inner > 0, inner, 1)) * inner
+
+    def __str__(self):
+        return "nvfp4" + f" g{self.block}" * (self.block != 16)
