@@ -1,6 +1,6 @@
 """Applying a recipe to a model, layer by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TypeVar
 
 import jax
@@ -56,6 +56,42 @@ def abstract_quantized(build: Callable[[], M], recipe: Recipe) -> M:
         linear = _child(parent, name)
         weight = abstract_weight(linear.kernel.get_value(), rule.weight)
         _set_child(parent, name, QuartzLinear(weight, linear.bias, rule.activation))
+    return model
+
+
+def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
+    """Return the linears of a model by path, such as "double_blocks.0.img_attn.qkv"."""
+    return {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Linear) and path
+    }
+
+
+def replace_linears(
+    model: M,
+    replace: Callable[[str, nnx.Linear], nnx.Module],
+    only: Container[str] | None = None,
+) -> M:
+    """Return a copy of a model with replace(path, linear) in the place of each linear.
+
+    Args:
+      model: is untouched; the copy shares its arrays.
+      replace: is called in the order of the paths that `linears` gives.
+      only: paths to replace; None for all.
+    """
+    model = nnx.clone(model)
+    modules = dict(nnx.iter_modules(model))
+    for path, linear in modules.items():
+        name = ".".join(map(str, path))
+        if isinstance(linear, nnx.Linear) and path and (only is None or name in only):
+            _set_child(modules[path[:-1]], path[-1], replace(name, linear))
+    return model
+
+
+def round_parameters(model: M) -> M:
+    """Round the parameters that a model still has to bfloat16 values, in place; return it."""
+    nnx.update(model, jax.tree.map(round_to_bf16, nnx.state(model, nnx.Param)))
     return model
 
 

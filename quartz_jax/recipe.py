@@ -192,6 +192,13 @@ _MODULATION = r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modul
 _MLP_DOWN = r"double_blocks\.\d+\.(img|txt)_mlp\.down"
 _SINGLE_OUT = r"single_blocks\.\d+\.linear2"
 _OTHERS = r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.up)|single_blocks\.\d+\.linear1"
+# The same by what their inputs are, for whatever has rules of its own.
+LINEARS = {
+    "modulation": _MODULATION,
+    "mlp_down": _MLP_DOWN,
+    "single_out": _SINGLE_OUT,
+    "others": _OTHERS,
+}
 
 _BF16 = Format(kind="bf16")
 _INT8 = Format(kind="int8")
