@@ -1,67 +1,200 @@
 """Paired comparison of recipes with the 16-bit model: the same prompts, the same noise."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from quartz_jax.convert import linears
 from quartz_jax.files import atomic_file
+from quartz_jax.linear import QuartzLinear, round_to_bf16
+from quartz_jax.methods import LayerStatistics, Method, SimulatedLinear, get_method
 from quartz_jax.metrics import bootstrap_interval, psnr, ssim
-from quartz_jax.recipe import Recipe
+from quartz_jax.recipe import RECIPES, Recipe, get_recipe
 from quartz_jax.report import Report
 
 Sample = Callable[[int, int], np.ndarray]  # images start..stop, [stop - start, h, w, 3] in 0..1
-Scores = dict[str, list[float]]  # "psnr" and "ssim", one figure an image
+Scores = dict[str, list[float]]  # "psnr", "ssim" and such, one figure an image
+Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images and reference to [batch]
 
-_COLUMNS = {
+METRICS: Mapping[str, Metric] = {"psnr": psnr, "ssim": ssim}
+COLUMNS = {
     "recipe": "recipe",
     "weight_bits": "bits/element W",
     "activation_bits": "A",
     "megabytes": "transformer MB",
     "psnr": "PSNR, dB [95 %]",
     "ssim": "SSIM [95 %]",
+    "stlpips": "ST-LPIPS [95 %]",
+    "kid": "KID-EffNetLite0 x1000 [95 %]",
+    "agreement": "class agreement [95 %]",
+    "velocity": "velocity error [95 %]",
+    "sqnr": "layer SQNR, dB",
     "relative_error": "weight error",
 }
+_DIGITS = {"psnr": 2, "kid": 2, "sqnr": 1, "megabytes": 1, "weight_bits": 2, "activation_bits": 2}
+
+
+def resolve(name: str) -> Recipe | Method:
+    """Return a recipe by name, one from a .json file of either kind, or a method by its parts.
+
+    Raises:
+      ValueError: none of them.
+    """
+    if name in RECIPES:
+        return get_recipe(name)
+    if not name.endswith(".json"):
+        return get_method(name)
+    try:
+        value = json.loads(Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"recipe file {name} can't be read: {error}") from None
+    return Method.from_json(value) if "method" in value else get_recipe(name)
 
 
 def score(
-    sample: Sample, reference: Sample, count: int, batch: int, scores: Scores
+    sample: Sample,
+    reference: Sample,
+    count: int,
+    batch: int,
+    scores: Scores,
+    metrics: Mapping[str, Metric] = METRICS,
+    keep: Callable[[int, np.ndarray], None] = lambda start, images: None,
 ) -> Iterator[int]:
     """Compare images batch by batch, adding to `scores`; what it already holds is not done again.
 
-    Yields the number of images of each batch, after its scores were added.
+    `keep` gets every batch with the index of its first image. Yields the number of images of each
+    batch, after its scores were added.
     """
     for start in range(len(scores["psnr"]), count, batch):
         stop = min(start + batch, count)
         images, originals = sample(start, stop), reference(start, stop)
-        scores["psnr"] += psnr(images, originals).tolist()
-        scores["ssim"] += ssim(images, originals).tolist()
+        keep(start, images)
+        new = {name: metric(images, originals).tolist() for name, metric in metrics.items()}
+        for name, values in new.items():
+            scores.setdefault(name, []).extend(values)
         yield stop - start
 
 
-def summarize(recipe: Recipe, report: Report, scores: Scores) -> dict[str, Any]:
+def summarize(
+    recipe: Recipe | Method, report: Report, scores: Scores, activation_bits: float, **more: Any
+) -> dict[str, Any]:
     """Return one row of the results: sizes, mean scores and their bootstrap intervals."""
     intervals = {name: vars(bootstrap_interval(values)) for name, values in scores.items()}
     return {
         "recipe": recipe.name,
         "weight_bits": report.weight_bits,
-        "activation_bits": recipe.activation_bits,
+        "activation_bits": activation_bits,
         "megabytes": report.bytes / 1e6,
         **intervals,
+        **more,
         "relative_error": report.relative_error,
     }
 
 
+def mean_activation_bits(model: nnx.Module, recipe: Recipe | Method) -> float:
+    """Return stored bits an element of the quantized inputs, scales included, mean over layers.
+
+    16 if all is weight-only.
+    """
+    found = linears(model)
+    bits = []
+    for path, rule in recipe.assign(found).items():
+        k, format_ = found[path].in_features, rule.activation
+        if isinstance(recipe, Method):
+            bits += [] if format_ is None else [format_.bits(k)]
+        elif format_.kind != "bf16":
+            block = (format_.config and format_.config.scale_block) or k
+            bits.append(format_.bits + (32 if format_.symmetric else 64) / block)
+    return float(np.mean(bits)) if bits else 16.0
+
+
+def layer_sqnr(
+    model: nnx.Module, quantized: nnx.Module, rows: dict[str, LayerStatistics]
+) -> dict[str, float]:
+    """Return 10 log10(|y|**2 / |y - y_quantized|**2) of each quantized linear on recorded inputs.
+
+    Inputs are the 16-bit model's, so that no layer's figure depends on another's error.
+    """
+    exact, found = linears(model), {}
+    for path, module in nnx.iter_modules(quantized):
+        name = ".".join(map(str, path))
+        if isinstance(module, QuartzLinear | SimulatedLinear):
+            linear = exact[name]
+            x = jnp.asarray(rows[name].rows)
+            bias = None if linear.bias is None else linear.bias.get_value()
+            graphdef, state = nnx.split(module)
+            found[name] = float(_sqnr(graphdef)(state, x, linear.kernel.get_value(), bias))
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _sqnr(graphdef: nnx.GraphDef) -> Callable:
+    def sqnr(state, x, kernel, bias):
+        y = jnp.matmul(x, round_to_bf16(kernel), precision=jax.lax.Precision.HIGHEST)
+        y = y if bias is None else y + round_to_bf16(bias)
+        error = nnx.merge(graphdef, state)(x) - y
+        return 10 * jnp.log10(jnp.sum(y**2) / jnp.maximum(jnp.sum(error**2), 1e-30))
+
+    return jax.jit(sqnr)
+
+
+def class_of_prompts(prompts: list[str], classes: list[dict[str, Any]]) -> np.ndarray:
+    """Return the index of the class whose name each prompt holds, the longest if several.
+
+    Raises:
+      ValueError: a prompt names no class; it is given.
+    """
+    names = [str(entry["name"]).lower() for entry in classes]
+    order = sorted(range(len(names)), key=lambda i: -len(names[i]))
+    found = []
+    for prompt in prompts:
+        index = next((i for i in order if names[i] in prompt.lower()), None)
+        if index is None:
+            raise ValueError(f"prompt {prompt!r} names no class of the class file")
+        found.append(index)
+    return np.array(found)
+
+
+class ImageStore:
+    """Images of one recipe as 8-bit .npy files, one a batch, each complete or absent."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def put(self, start: int, images: np.ndarray) -> None:
+        """Keep images [batch, h, w, 3] in 0..1; the first batch clears what was there."""
+        for old in self.folder.glob("*.npy") if start == 0 else ():
+            old.unlink()
+        with atomic_file(self.folder / f"{start:06d}.npy") as partial, partial.open("wb") as file:
+            np.save(file, np.round(np.clip(images, 0, 1) * 255).astype(np.uint8))
+
+    def load(self, count: int) -> np.ndarray:
+        """Return uint8 [count, h, w, 3].
+
+        Raises:
+          ValueError: images are missing.
+        """
+        parts = [np.load(path) for path in sorted(self.folder.glob("*.npy"))]
+        if sum(map(len, parts)) < count:
+            raise ValueError(f"{self.folder} lacks images; delete the results to make them again")
+        return np.concatenate(parts)[:count]
+
+
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows of `summarize` as a markdown table."""
-    lines = [_COLUMNS.values(), ["---"] * len(_COLUMNS)]
-    lines += [[_cell(name, row[name]) for name in _COLUMNS] for row in rows]
+    """Return the rows of `summarize` as a markdown table; columns that no row has are left out."""
+    columns = {name: title for name, title in COLUMNS.items() if any(name in row for row in rows)}
+    lines = [list(columns.values()), ["---"] * len(columns)]
+    lines += [[cell(name, row.get(name)) for name in columns] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -84,7 +217,7 @@ def open_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def open_scores(results: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+def open_scores(results: dict[str, Any], recipe: Recipe | Method) -> dict[str, Any]:
     """Return a recipe's entry in the results; a new one unless it was made by the same rules."""
     entry = results["recipes"].get(recipe.name)
     if entry is None or entry["recipe"] != recipe.to_json():
@@ -110,9 +243,11 @@ def _same_settings(found: Any, new: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _cell(name: str, value: Any) -> str:
+def cell(name: str, value: Any) -> str:
+    """Return a figure, or a mean with its interval, as text."""
+    if value is None or isinstance(value, str):
+        return value or "-"
+    digits = _DIGITS.get(name, 4)
     if isinstance(value, dict):
-        digits = 2 if name == "psnr" else 4
         return "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(d=digits, **value)
-    digits = {"relative_error": 4, "megabytes": 1}.get(name, 2)
-    return value if isinstance(value, str) else f"{value:.{digits}f}"
+    return f"{value:.{digits}f}"

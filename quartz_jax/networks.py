@@ -147,7 +147,7 @@ class ImageNetworks:
         self._stlpips = load_network(folder, "stlpips")
 
     def features(self, images: np.ndarray, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """Return features [n, 1280] and logits [n, 1000] of images [n, h, w, 3] in 0..1 or uint8."""
+        """Return features [n, 1280] and logits [n, 1000] of images in 0..1, or uint8."""
         parts = []
         for start in range(0, len(images), batch):
             part = images[start : start + batch]

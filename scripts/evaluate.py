@@ -1,9 +1,20 @@
-"""Compare recipes with bf16 over many prompts: PSNR and SSIM from the same noise, resumable."""
+"""Compare recipes and methods with bf16 over many prompts, from the same noise, resumable.
+
+    python scripts/evaluate.py --recipes bf16,w4a4,nvfp4,svdquant+int4-g64
+    python scripts/evaluate.py --recipes bench --count 512 --batch 64 --minutes 9
+
+Recipes are built-in names, .json files, or methods by their parts (quartz_jax/methods/names.py);
+"bench" is the whole comparison. Run the same command again to go on where it stopped.
+"""
 
 import argparse
+import dataclasses
 import functools
 import itertools
+import json
+import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,62 +22,213 @@ from typing import Any
 import common
 import jax
 import numpy as np
+import paired
 from tqdm import tqdm
 
 from models import load_pipeline
 from models.pipeline import FluxPipeline
 from quartz_jax import cli, evaluation, get_recipe
 from quartz_jax.files import check_output, hash_files
+from quartz_jax.methods import (
+    LayerStatistics,
+    Method,
+    load_statistics,
+    record,
+    save_statistics,
+    simulate_model,
+    split_names,
+)
+from quartz_jax.metrics import bootstrap_interval, kernel_distance
+from quartz_jax.networks import FILES, ImageNetworks
+from quartz_jax.photos import read_photos
 
 _RECIPES = "w8a8,w4a16,w4a8x,w4a8,w4a4x,w4a4,w4a4-paper,int4"
 _SETTINGS = ("steps", "guidance", "true_cfg", "size", "seed0")  # arguments that shape the images
+_SETTINGS += ("calibration", "calibration_rows")
+
+
+class OutOfTime(Exception):
+    """The time given by --minutes is over."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, keep the results in a file and print a table."""
     args = parse(argv)
-    recipes = [get_recipe(name) for name in args.recipes.split(",")]
-    prompts = read_prompts(args.prompts, args.count)
-    cli.parse_size(args.size)  # refuse it before any work
-    check_output(args.out)
-    original = load_pipeline(args.model, dtype=common.compute_dtype())
-    weights = hash_files(args.model / "transformer", "*.safetensors")
-    settings = {name: getattr(args, name) for name in _SETTINGS}
-    settings |= {"model": args.model.resolve().name, "sha256": weights, "prompts": prompts}
-    results = evaluation.open_results(args.out, settings)
-    base, _ = common.apply_recipe(original, get_recipe("bf16"))
-    reference = functools.cache(sampler(base, prompts, args))
-    for recipe in recipes:
-        entry = evaluation.open_scores(results, recipe)
-        pipeline, report = common.apply_recipe(original, recipe)
-        samples = (sampler(pipeline, prompts, args), reference)
-        batches = evaluation.score(*samples, len(prompts), args.batch, entry["scores"])
-        done = len(entry["scores"]["psnr"])
-        with tqdm(total=len(prompts), initial=done, desc=recipe.name, unit="image") as bar:
+    recipes = [evaluation.resolve(name) for name in split_names(args.recipes)]
+    bench = Bench(args)
+    try:
+        for recipe in recipes:
+            bench.evaluate(recipe)
+    except OutOfTime:
+        print(f"{args.minutes} minutes are over; the same command goes on from here")
+    rows = [bench.results["recipes"].get(x.name, {}).get("summary") for x in recipes]
+    print(evaluation.markdown_table([row for row in rows if row]))
+
+
+class Bench:
+    """What all recipes share: the 16-bit model, prompts, noise, metrics and the results file."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.started = time.monotonic()
+        self.prompts = read_prompts(args.prompts, args.count)
+        size = cli.parse_size(args.size)  # refuse it before any work
+        check_output(args.out)
+        self.networks = open_networks(args.networks)
+        self.real = read_photos(args.real, args.real_count) if args.real else None
+        self.labels = read_labels(args.classes, self.prompts)
+        self.original = load_pipeline(args.model, dtype=common.compute_dtype())
+        self.options = paired.SamplingOptions.of(
+            self.original, size, args.steps, args.guidance, args.true_cfg
+        )
+        self.results = evaluation.open_results(args.out, self.settings())
+        if not args.out.exists():  # files beside it are of other results
+            for name in ("calibration", "rows"):
+                self.beside(f"{name}.npz").unlink(missing_ok=True)
+        self.base, _ = common.apply_recipe(self.original, get_recipe("bf16"))
+        self.noise = self.noise_for(args.seed0, len(self.prompts))
+        self.reference = functools.cache(self.sampler(self.base))
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must be the same for results to go into one file."""
+        args = self.args
+        weights = hash_files(args.model / "transformer", "*.safetensors")
+        settings = {name: getattr(args, name) for name in _SETTINGS}
+        settings |= {"networks": self.networks is not None, "real": args.real and args.real.name}
+        settings |= {"model": args.model.resolve().name, "sha256": weights}
+        return settings | {"prompts": self.prompts}
+
+    def evaluate(self, recipe) -> None:
+        """Measure one recipe, or what is still missing of it."""
+        entry = evaluation.open_scores(self.results, recipe)
+        if entry.get("summary") and len(entry["scores"]["psnr"]) == len(self.prompts):
+            return
+        self.check_time()
+        began = time.monotonic()
+        pipeline, report = self.quantized(recipe)
+        store = self.store(recipe.name)
+        self.score(recipe, pipeline, entry, store)
+        more = {}
+        if not recipe_is_16bit(recipe):
+            path = self.trajectory
+            entry["velocity"] = paired.velocity_errors(pipeline, path, self.options)
+            entry["sigmas"] = path.sigmas[:-1].tolist()
+            more["velocity"] = vars(bootstrap_interval(np.mean(entry["velocity"], axis=0)))
+            entry["sqnr"] = evaluation.layer_sqnr(
+                self.base.transformer, pipeline.transformer, self.rows
+            )
+            more["sqnr"] = float(np.mean(list(entry["sqnr"].values())))
+        more |= self.against_photos(store)
+        entry["report"] = report.to_json()
+        entry["seconds"] = entry.get("seconds", 0) + time.monotonic() - began
+        bits = evaluation.mean_activation_bits(self.original.transformer, recipe)
+        entry["summary"] = evaluation.summarize(recipe, report, entry["scores"], bits, **more)
+        evaluation.write_results(self.args.out, self.results)
+
+    def quantized(self, recipe) -> tuple[FluxPipeline, Any]:
+        """Return the pipeline with a transformer that follows a recipe, and the report."""
+        if not isinstance(recipe, Method):
+            return common.apply_recipe(self.original, recipe)
+        seen = self.calibration if recipe.calibrated else None
+        model, report = simulate_model(self.original.transformer, recipe, seen, progress=True)
+        return dataclasses.replace(self.original, transformer=model), report
+
+    def score(self, recipe, pipeline, entry: dict[str, Any], store: evaluation.ImageStore) -> None:
+        """Make the images that are missing and compare them with the 16-bit ones."""
+        metrics = dict(evaluation.METRICS)
+        if self.networks is not None:
+            metrics["stlpips"] = self.networks.distance
+        samples, scores = (self.sampler(pipeline), self.reference), entry["scores"]
+        batches = evaluation.score(
+            *samples, len(self.prompts), self.args.batch, scores, metrics, store.put
+        )
+        done = len(scores["psnr"])
+        with tqdm(total=len(self.prompts), initial=done, desc=recipe.name, unit="image") as bar:
             for images in batches:
-                evaluation.write_results(args.out, results)
+                evaluation.write_results(self.args.out, self.results)
                 bar.update(images)
-        entry["summary"] = evaluation.summarize(recipe, report, entry["scores"])
-        evaluation.write_results(args.out, results)
-    print(evaluation.markdown_table([results["recipes"][x.name]["summary"] for x in recipes]))
+                self.check_time()
+
+    def against_photos(self, store: evaluation.ImageStore) -> dict[str, Any]:
+        """Return KID against real images and agreement with the prompts' classes, where given."""
+        if self.networks is None or (self.real is None and self.labels is None):
+            return {}
+        features, logits = self.networks.features(store.load(len(self.prompts)))
+        more = {}
+        if self.real is not None:
+            more["kid"] = vars(kernel_distance(features, self.real_features))
+        if self.labels is not None:
+            classes, wanted = self.labels
+            hits = classes[np.argmax(logits[:, classes], axis=1)] == wanted
+            more["agreement"] = vars(bootstrap_interval(hits.astype(float)))
+        return more
+
+    @functools.cached_property
+    def real_features(self) -> np.ndarray:
+        """Features of the real images, [n, 1280]."""
+        return self.networks.features(self.real)[0]
+
+    @functools.cached_property
+    def trajectory(self) -> paired.Trajectory:
+        """The 16-bit model's way from noise to images for the first batch of prompts."""
+        part = slice(0, self.args.batch)
+        return paired.trajectory(self.base, self.prompts[part], self.noise[part], self.options)
+
+    @functools.cached_property
+    def rows(self) -> dict[str, LayerStatistics]:
+        """Inputs of the linears on the first batch of prompts that are evaluated."""
+        part = slice(0, self.args.batch)
+        return self.recorded("rows", self.prompts[part], self.noise[part])
+
+    @functools.cached_property
+    def calibration(self) -> dict[str, LayerStatistics]:
+        """Inputs of the linears on the calibration prompts, from other noise."""
+        lines = self.args.calibration_prompts.read_text().splitlines()
+        prompts = cli.check_prompts([x for x in lines if x.strip()])[: self.args.calibration]
+        noise = self.noise_for(self.args.seed0 + 1_000_003, len(prompts))
+        return self.recorded("calibration", prompts, noise)
+
+    def recorded(self, name: str, prompts: list[str], noise: jax.Array):
+        """Return what the linears are given, from the file beside the results if it is there."""
+        path = self.beside(f"{name}.npz")
+        if not path.exists():
+            run = paired.run_for_recording(self.base, prompts, noise, self.options, self.args.batch)
+            rows = self.args.calibration_rows
+            save_statistics(path, record(self.base.transformer, run, rows_per_call=rows))
+        return load_statistics(path)
+
+    def sampler(self, pipeline: FluxPipeline) -> evaluation.Sample:
+        """Return a function that makes images start..stop; noise i depends on the seed and i."""
+
+        def sample(start: int, stop: int) -> np.ndarray:
+            part = slice(start, stop)
+            noise = self.noise[part]
+            return paired.make_images(pipeline, self.prompts[part], noise, self.options)
+
+        return sample
+
+    def noise_for(self, seed: int, count: int) -> jax.Array:
+        """Return initial latents [count, tokens, channels]."""
+        key = jax.random.key(seed)
+        return self.original.initial_noise(key, count, self.options.height, self.options.width)
+
+    def store(self, name: str) -> evaluation.ImageStore:
+        """Return where the images of a recipe are kept."""
+        return evaluation.ImageStore(self.beside("images") / re.sub(r"[^\w.+-]", "_", name))
+
+    def beside(self, name: str) -> Path:
+        """Return a path beside the results file."""
+        return self.args.out.with_suffix(f".{name}")
+
+    def check_time(self) -> None:
+        """Raise OutOfTime once --minutes are over."""
+        if self.args.minutes and time.monotonic() - self.started > 60 * self.args.minutes:
+            raise OutOfTime
 
 
-def sampler(
-    pipeline: FluxPipeline, prompts: list[str], args: argparse.Namespace
-) -> evaluation.Sample:
-    """Return a function that makes images start..stop; noise i depends on --seed0 and i alone."""
-    defaults = pipeline.defaults
-    width, height = cli.parse_size(args.size)
-    width, height = width or defaults.width, height or defaults.height
-    options: dict[str, Any] = {"width": width, "height": height}
-    noise = pipeline.initial_noise(jax.random.key(args.seed0), len(prompts), height, width)
-    options |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
-    options |= {"true_cfg_scale": args.true_cfg, "progress": False, "output_type": "np"}
-
-    def sample(start: int, stop: int) -> np.ndarray:
-        return pipeline(prompts[start:stop], latents=noise[start:stop], **options)
-
-    return sample
+def recipe_is_16bit(recipe) -> bool:
+    """Whether nothing is quantized."""
+    return not recipe.rules
 
 
 def read_prompts(path: Path, count: int) -> list[str]:
@@ -75,20 +237,51 @@ def read_prompts(path: Path, count: int) -> list[str]:
     return list(itertools.islice(itertools.cycle(cli.check_prompts(lines)), count))
 
 
+def open_networks(folder: Path) -> ImageNetworks | None:
+    """Return the metric networks; None, with a word about it, if they were never converted."""
+    if any((folder / name).exists() for name in FILES.values()):
+        return ImageNetworks(folder)
+    print(
+        f"{folder} holds no metric networks: no ST-LPIPS, KID and class agreement "
+        "(scripts/convert_metric_networks.py makes them)",
+        file=sys.stderr,
+    )
+    return None
+
+
+def read_labels(path: Path | None, prompts: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return all classes, and the one of each prompt, as ImageNet-1k indices."""
+    if path is None:
+        return None
+    classes = json.loads(path.read_text())
+    indices = np.array([entry["in1k"] for entry in classes])
+    return indices, indices[evaluation.class_of_prompts(prompts, classes)]
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = cli.ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    model = common.EMBEDDED_MODEL
-    add("--model", type=Path, default=model, help="16-bit model folder")
-    add("--recipes", default=_RECIPES, help="built-in recipes or .json files, with commas")
-    add("--prompts", type=Path, default=model / "prompts.txt", help="file with one a line")
+    add("--model", type=Path, default=common.EMBEDDED_MODEL, help="16-bit model folder")
+    add("--recipes", default=_RECIPES, help='names or .json files, with commas; or "bench"')
+    add("--prompts", type=Path, help="file with one a line; default: the model's prompts.txt")
     add("--count", type=cli.positive, default=128, help="images a recipe")
     add("--batch", type=cli.positive, default=16, help="images at a time")
     cli.add_sampling(parser)
     add("--seed0", type=int, default=0, help="of the noise of all images")
+    add("--calibration-prompts", type=Path, help="default: the model's calibration_prompts.txt")
+    add("--calibration", type=cli.positive, default=32, help="prompts to calibrate on")
+    add("--calibration-rows", type=cli.positive, default=64, help="tokens kept a call of a layer")
+    add("--networks", type=Path, default=Path("outputs/metric_networks"), help="converted ones")
+    add("--real", type=Path, help=".npz of real images, for KID")
+    add("--real-count", type=cli.positive, default=2048, help="how many of them, drawn at random")
+    add("--classes", type=Path, help="JSON list of classes (name, in1k), for class agreement")
+    add("--minutes", type=float, help="stop after so long; the same command goes on")
     add("--out", type=Path, default=Path("outputs/evaluation.json"), help="results, resumed from")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.prompts = args.prompts or args.model / "prompts.txt"
+    args.calibration_prompts = args.calibration_prompts or args.model / "calibration_prompts.txt"
+    return args
 
 
 if __name__ == "__main__":
