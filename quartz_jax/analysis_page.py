@@ -102,9 +102,9 @@ def _condition(layers) -> tuple[str, str]:
     right.legend(fontsize=7)
     blind = np.mean([x.shared for x in layers])
     caption = (
-        "A dot is a layer. Left: the theorem promises ratios below one left of 0.5. Right: the bound "
-        "takes values below 8 to be exact, but a group shares the shift of its largest value: "
-        f"{100 * blind:.0f} % of the non-zero values below 8 lie beside a larger one."
+        "A dot is a layer. Left: the theorem promises ratios below one left of 0.5. Right: the "
+        "bound takes values below 8 to be exact, but a group shares the shift of its largest "
+        f"value: {100 * blind:.0f} % of the non-zero values below 8 lie beside a larger one."
     )
     return "The theorem's condition, its bound and its blind spot", pages.plot(figure, caption)
 

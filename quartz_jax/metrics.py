@@ -90,7 +90,8 @@ def kernel_distance(
 
     def within(k, counts):  # [r, n]: mean over pairs of different images
         pairs = counts.sum(axis=1) ** 2 - (counts**2).sum(axis=1)
-        return np.einsum("ri,ri->r", counts @ (k - np.diag(np.diag(k))), counts) / pairs
+        total = np.einsum("ri,ri->r", counts @ (k - np.diag(np.diag(k))), counts)
+        return np.where(pairs > 0, total / np.maximum(pairs, 1), np.nan)
 
     def draw(n):  # the sample itself first
         counts = generator.multinomial(n, np.full(n, 1 / n), size=resamples)
@@ -100,7 +101,8 @@ def kernel_distance(
     a, b = draw(len(x)), draw(len(y))
     between = np.einsum("ri,ri->r", a @ kernel(x, y), b) / (len(x) * len(y))
     values = 1000 * (within(kernel(x, x), a) + within(kernel(y, y), b) - 2 * between)
-    low, high = np.quantile(values[1:], [(1 - confidence) / 2, (1 + confidence) / 2])
+    drawn = values[1:][np.isfinite(values[1:])]  # of two images, a resample may hold but one
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(mean=float(values[0]), low=float(low), high=float(high))
 
 

@@ -112,4 +112,4 @@ def new_figure(width: float = 10, height: float = 4.5, columns: int = 1):
     matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
     from matplotlib import pyplot
 
-    return pyplot.subplots(1, columns, figsize=(width, height), squeeze=columns == 1)
+    return pyplot.subplots(1, columns, figsize=(width, height), squeeze=False)

@@ -1,7 +1,9 @@
-"""Captioned images from one .npz file, and the two tokenizers made from its captions.
+"""Captioned images from .npz files, and the two tokenizers made from their captions.
 
-The file holds `blob` (image files end to end), `off` (int64 [n + 1] offsets into it), `caption`
+One file holds `blob` (image files end to end), `off` (int64 [n + 1] offsets into it), `caption`
 and `style` (str [n]). A caption such as "pizza" in style "3d" reads "a pizza, 3d style".
+A folder holds photos by class: `train_*.npz` with `blob`, `off` and `label` (int16 [n], an index
+into the list in `classes.json`, whose entries have a `name`), captioned "a photo of a goldfish".
 """
 
 import dataclasses
@@ -36,21 +38,48 @@ class CaptionedImages:
 
 
 def read_captioned_images(path: Path) -> CaptionedImages:
-    """Decode every image of the file and write out its captions."""
+    """Decode every image of the file, or of the folder of photos, and write out its captions."""
+    return _read_photos(path) if path.is_dir() else _read_emoji(path)
+
+
+def _read_emoji(path: Path) -> CaptionedImages:
     with np.load(path) as file:
-        blob, offsets = file["blob"], file["off"]
+        images = _decode(file["blob"], file["off"])
         captions, styles = file["caption"].tolist(), file["style"].tolist()
+    bare = [f"{caption}, {style} style" for caption, style in zip(captions, styles, strict=True)]
+    return CaptionedImages(
+        images=images, prompts=[with_article(text) for text in bare], prompts_bare=bare
+    )
+
+
+def _read_photos(folder: Path) -> CaptionedImages:
+    names = [entry["name"].lower() for entry in json.loads((folder / "classes.json").read_text())]
+    images, labels = [], []
+    for path in sorted(folder.glob("train_*.npz")):
+        with np.load(path) as file:
+            images.append(_decode(file["blob"], file["off"]))
+            labels += file["label"].tolist()
+    bare = [names[label] for label in labels]
+    return CaptionedImages(
+        images=np.concatenate(images), prompts=[photo_prompt(x) for x in bare], prompts_bare=bare
+    )
+
+
+def photo_prompt(name: str) -> str:
+    """Return the caption of a photo by the name of its class."""
+    return f"a photo of {with_article(name)}"
+
+
+def _decode(blob: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Decode image files that lie end to end, uint8 [n, height, width, 3]."""
 
     def decode(index: int) -> np.ndarray:
         data = blob[offsets[index] : offsets[index + 1]].tobytes()
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
+    count = len(offsets) - 1
     with ThreadPoolExecutor() as pool:
-        images = list(tqdm(pool.map(decode, range(len(captions))), "decode", len(captions)))
-    bare = [f"{caption}, {style} style" for caption, style in zip(captions, styles, strict=True)]
-    return CaptionedImages(
-        images=np.stack(images), prompts=[with_article(text) for text in bare], prompts_bare=bare
-    )
+        return np.stack(list(tqdm(pool.map(decode, range(count)), "decode", count)))
 
 
 def with_article(text: str) -> str:

@@ -158,13 +158,17 @@ def _report(
 
 def _relative_error(simulated: SimulatedLinear, exact: jax.Array, rows: int = 1024) -> float:
     """norm(effective - exact) / norm(exact), the weight read off by unit inputs, some at a time."""
-    graphdef, state = nnx.split(simulated)
-    reader = nnx.merge(graphdef, state)
-    reader.activation, zero = None, jnp.zeros((1, exact.shape[1]))
-    offset, squared = reader.product(zero), 0.0
-    for start in range(0, exact.shape[1], rows):
-        part = exact[:, start : start + rows]
-        units = jax.nn.one_hot(start + jnp.arange(part.shape[1]), exact.shape[1])
-        squared += float(jnp.sum((reader.product(units) - offset - part.T) ** 2))
+    squared = 0.0
+    if not simulated.steps and simulated.branch is None:
+        squared = float(jnp.sum((simulated.weight.get_value() - exact) ** 2))
+    else:
+        graphdef, state = nnx.split(simulated)
+        reader = nnx.merge(graphdef, state)
+        reader.activation, zero = None, jnp.zeros((1, exact.shape[1]))
+        offset = reader.product(zero)
+        for start in range(0, exact.shape[1], rows):
+            part = exact[:, start : start + rows]
+            units = jax.nn.one_hot(start + jnp.arange(part.shape[1]), exact.shape[1])
+            squared += float(jnp.sum((reader.product(units) - offset - part.T) ** 2))
     norm = float(jnp.linalg.norm(exact))
     return squared**0.5 / norm if norm else 0.0

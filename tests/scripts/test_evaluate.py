@@ -1,7 +1,9 @@
 import json
 
 import evaluate
+import numpy as np
 import pytest
+import report
 
 from quartz_jax import cli
 
@@ -10,6 +12,7 @@ from quartz_jax import cli
 def argv(tiny, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
     options = {"model": tiny, "prompts": tmp_path / "prompts.txt", "out": tmp_path / "out.json"}
+    options |= {"networks": tmp_path / "none", "calibration-prompts": tmp_path / "prompts.txt"}
     options |= {"count": 2, "batch": 1, "steps": 1, "size": "32x32", "recipes": "w8a8,int4"}
     return [str(x) for name, value in options.items() for x in (f"--{name}", value)]
 
@@ -70,3 +73,69 @@ def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path
     done = run_script("evaluate.py", "--prompts", tmp_path / "absent.txt")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "absent.txt" in done.stderr
+
+
+METHODS = "bf16,w4a4,gptq+int4-g64"
+
+
+def with_recipes(argv, recipes, *more):
+    at = argv.index("--recipes") + 1
+    return [*argv[:at], recipes, *argv[at + 1 :], *more]
+
+
+def test_recipes_and_methods_run_side_by_side_with_errors_by_layer_and_step(argv, out):
+    evaluate.main(with_recipes(argv, METHODS))
+    results = json.loads(out.read_text())["recipes"]
+    assert list(results) == METHODS.split(",")
+    for name in ("w4a4", "gptq+int4-g64"):
+        entry = results[name]
+        assert len(entry["sigmas"]) == len(entry["velocity"]) == 1  # one step
+        assert 0 < entry["velocity"][0][0] < 1
+        assert set(entry["sqnr"]) == {layer["path"] for layer in entry["report"]["layers"]}
+        assert all(5 < figure < 60 for figure in entry["sqnr"].values())
+    assert results["bf16"]["summary"]["psnr"]["mean"] == 100
+
+
+def test_calibration_prompts_change_what_is_measured(argv, out, tmp_path):
+    (tmp_path / "other.txt").write_text("a purple submarine\n")
+    found = []
+    for name in ("prompts.txt", "other.txt"):
+        path = tmp_path / f"{name}.json"
+        more = ("--calibration-prompts", str(tmp_path / name), "--out", str(path))
+        evaluate.main(with_recipes(argv, "gptq+int4-g64", *more))
+        found.append(scores(path, "gptq+int4-g64"))
+    assert found[0] != found[1]
+
+
+def test_a_run_that_is_out_of_time_goes_on_later(argv, out, capsys):
+    evaluate.main(with_recipes(argv, "w8a8", "--minutes", "1e-9"))
+    assert "the same command goes on" in capsys.readouterr().out
+    evaluate.main(with_recipes(argv, "w8a8"))
+    assert len(scores(out, "w8a8")) == 2
+
+
+def test_images_are_kept_for_the_report(argv, out):
+    evaluate.main(with_recipes(argv, "w8a8"))
+    files = sorted(out.with_suffix(".images").glob("w8a8/*.npy"))
+    assert [np.load(file).shape for file in files] == [(1, 32, 32, 3)] * 2
+
+
+def test_the_report_is_one_file_with_every_method(argv, out, tmp_path):
+    pytest.importorskip("matplotlib")
+    evaluate.main(with_recipes(argv, METHODS))
+    page = tmp_path / "report.html"
+    report.main(["--results", str(out), "--out", str(page), "--note", "a <note>"])
+    html = page.read_text()
+    assert "a &lt;note&gt;" in html
+    for name in METHODS.split(","):
+        assert name in html
+    assert html.count("data:image/png") >= 3 * 3 + 2 * 3 * 5  # a wall of three, five a case
+    assert html.count("<svg") == 3
+    assert not any(word in html for word in ("<script", 'src="http', "src='http", "<link"))
+
+
+def test_a_report_of_nothing_is_refused(argv, out, tmp_path, capsys):
+    evaluate.main(with_recipes(argv, "w8a8"))
+    code = cli.run(report.main, ["--results", str(out), "--out", str(tmp_path / "r.html")])
+    assert (code, (tmp_path / "r.html").exists()) == (2, False)
+    assert "needs bf16" in capsys.readouterr().err
