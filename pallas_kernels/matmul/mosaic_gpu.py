@@ -196,6 +196,8 @@ def choose_config(m: int, n: int, *, decode: bool, sms: int = 132) -> Config:
     return Config(tokens=tokens, stages=min(4 if tokens > 64 else 16, spare // stage))
 
 
+# Under jit of its own a kernel that a program calls many times is lowered once.
+@functools.partial(jax.jit, static_argnames=("n", "activation", "out_dtype", "config", "interpret"))
 def _call(
     x: jax.Array,
     weights: tuple[jax.Array, ...],  # codes and steps, or int8 [n padded, k padded]

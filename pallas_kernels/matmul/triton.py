@@ -62,6 +62,8 @@ def matmul(
     return matmul_int8(x, w[:, : x.shape[1]], x_scale, w_scale, interpret=interpret, **options)
 
 
+# Under jit of its own a kernel that a program calls many times is lowered once.
+@functools.partial(jax.jit, static_argnames=("activation", "out_dtype", "config", "interpret"))
 def matmul_int8(
     x: jax.Array,  # [m, k], int8
     w: jax.Array,  # [n, k], int8
@@ -101,6 +103,7 @@ def matmul_int8(
     return y[:m, :n]
 
 
+@functools.partial(jax.jit, static_argnames=("group_size", "step", "interpret"))
 def decode(
     codes: jax.Array,  # [n, k_padded / 2], uint8
     shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
