@@ -35,13 +35,23 @@ class _Recorder(nnx.Module):
         self.rows = rows
         self.seen = seen
 
-    def __call__(self, x: jax.Array, *, modulation=None, **rest) -> jax.Array:
-        given = x if modulation is None else modulate(x, *modulation)
+    def __call__(self, x: jax.Array | tuple, *, modulation=None, **rest) -> jax.Array:
+        given = whole_input(x, modulation)
         flat = given.astype(jnp.float32).reshape(-1, given.shape[-1])
         picks = np.linspace(0, flat.shape[0] - 1, min(self.rows, flat.shape[0])).astype(int)
         largest = jnp.max(jnp.abs(flat), axis=0)
         jax.experimental.io_callback(self.seen, None, flat[picks], largest, ordered=False)
         return self.linear(given, **rest)
+
+
+def whole_input(
+    x: jax.Array | tuple,  # [..., k], or parts of it, as `models.linear.Part` has them
+    modulation: tuple[jax.Array, jax.Array] | None,  # shift and scale, [b, 1, k]
+) -> jax.Array:
+    """Return what a linear multiplies, [..., k]: parts joined, and normed if there's modulation."""
+    if isinstance(x, tuple):
+        x = jnp.concatenate([part.value() for part in x], axis=-1)
+    return x if modulation is None else modulate(x, *modulation)
 
 
 def record(

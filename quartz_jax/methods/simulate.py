@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from quartz_jax.convert import linears, replace_linears, round_parameters
 from quartz_jax.formats import NumberFormat
-from quartz_jax.linear import modulate, round_to_bf16
+from quartz_jax.linear import round_to_bf16
 from quartz_jax.methods.recipe import LayerMethod, Method
-from quartz_jax.methods.record import LayerStatistics
+from quartz_jax.methods.record import LayerStatistics, whole_input
 from quartz_jax.methods.transforms import Layer
 from quartz_jax.report import LayerReport, Report
 
@@ -35,7 +35,7 @@ class SimulatedLinear(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,  # [..., k]
+        x: jax.Array | tuple,  # [..., k], or parts that lie side by side
         *,
         modulation: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [b, 1, k]
         activation: str | None = None,  # "gelu": its tanh form
@@ -43,8 +43,8 @@ class SimulatedLinear(nnx.Module):
         residual: jax.Array | None = None,  # [..., n]
     ) -> jax.Array:
         """Return [..., n]: what `models.linear.Linear` does, quantized."""
-        given = x if modulation is None else modulate(x, *modulation)
-        y = self.product(given.astype(jnp.float32)).astype(x.dtype)
+        given = whole_input(x, modulation)
+        y = self.product(given.astype(jnp.float32)).astype(given.dtype)
         if activation == "gelu":
             y = nnx.gelu(y, approximate=True)
         y = y if gate is None else gate * y
