@@ -114,15 +114,32 @@ def _same_prompts(compared, ranked, metric, prompts, load) -> str:
 
 
 def _scatter(compared, metric) -> str:
-    figure, axes = pages.new_figure(10.5, 6.5)
+    figure, axes = pages.new_figure(11, max(5, 0.19 * len(compared)))
     axis = axes[0, 0]
-    for name, entry in compared.items():
-        value = entry["summary"][metric]
-        x, y = _bits(entry), value["mean"]
+    order = sorted(compared, key=lambda name: compared[name]["summary"][metric]["mean"])
+    for place, name in enumerate(order):
+        value, x = compared[name]["summary"][metric], _bits(compared[name])
+        y, colour = value["mean"], _colour(name)
         spread = [[y - value["low"]], [value["high"] - y]]
-        axis.errorbar(x, y, yerr=spread, fmt="o", color=_colour(name), markersize=5, linewidth=1)
-        axis.annotate(name, (x, y), (6, 2), textcoords="offset points", fontsize=7)
+        axis.errorbar(x, y, yerr=spread, fmt="o", color=colour, markersize=5, linewidth=1)
+        # Names stand in a column at the right, in the points' order, so that none lies on another.
+        height = (place + 0.5) / len(order)
+        axis.annotate(
+            name,
+            (x, y),
+            (1.04, height),
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.35, "linewidth": 0.6},
+        )
+    axis.set_xscale("log", base=2)
+    ticks = [4, 4.5, 5, 6, 8, 12, 16]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set(xlabel="stored bits an element, mean of weights and inputs", ylabel=_TITLES[metric])
+    bits = [_bits(entry) for entry in compared.values()]
+    axis.set_xlim(min(bits) * 0.97, max(bits) * 1.04)
     axis.grid(alpha=0.25)
     caption = (
         "Every method: error against bits, scales, shifts and 16-bit branches counted. Bars are "
