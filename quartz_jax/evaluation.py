@@ -130,7 +130,7 @@ def layer_sqnr(
         name = ".".join(map(str, path))
         if isinstance(module, QuartzLinear | SimulatedLinear):
             linear = exact[name]
-            x = jnp.asarray(rows[name].rows)
+            x = jnp.asarray(rows[name].rows, linear.dtype)  # as the model computes
             bias = None if linear.bias is None else linear.bias.get_value()
             graphdef, state = nnx.split(module)
             found[name] = float(_sqnr(graphdef)(state, x, linear.kernel.get_value(), bias))
@@ -140,7 +140,8 @@ def layer_sqnr(
 @functools.lru_cache(maxsize=64)
 def _sqnr(graphdef: nnx.GraphDef) -> Callable:
     def sqnr(state, x, kernel, bias):
-        y = jnp.matmul(x, round_to_bf16(kernel), precision=jax.lax.Precision.HIGHEST)
+        wide, kernel = x.astype(jnp.float32), round_to_bf16(kernel).astype(jnp.float32)
+        y = jnp.matmul(wide, kernel, precision=jax.lax.Precision.HIGHEST)
         y = y if bias is None else y + round_to_bf16(bias)
         error = nnx.merge(graphdef, state)(x) - y
         return 10 * jnp.log10(jnp.sum(y**2) / jnp.maximum(jnp.sum(error**2), 1e-30))

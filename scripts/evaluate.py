@@ -1,7 +1,7 @@
 """Compare recipes and methods with bf16 over many prompts, from the same noise, resumable.
 
     python scripts/evaluate.py --recipes bf16,w4a4,nvfp4,svdquant+int4-g64
-    python scripts/evaluate.py --recipes bench --count 512 --batch 64 --minutes 9
+    python scripts/evaluate.py --recipes bf16,w4a4,w4a4x,bench --count 512 --batch 64 --minutes 9
 
 Recipes are built-in names, .json files, or methods by their parts (quartz_jax/methods/names.py);
 "bench" is the whole comparison. Run the same command again to go on where it stopped.

@@ -5,6 +5,7 @@ Both store elements in E2M1, whose magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.codec import TINY_RANGE
 from quartz_jax.formats.base import NumberFormat, Scales, absmax, check_block
@@ -13,6 +14,7 @@ from quartz_jax.parts import part
 _E2M1_MAX = 6.0
 _E2M1_MAX_EXPONENT = 2  # of 6 = 1.5 * 2**2
 _E4M3_MAX = 448.0
+_E4M3_MIN_EXPONENT = -6  # of normal values
 
 
 def round_e2m1(x: jax.Array) -> jax.Array:  # float32
@@ -20,6 +22,25 @@ def round_e2m1(x: jax.Array) -> jax.Array:  # float32
     magnitude = jnp.abs(x)
     step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
     return jnp.sign(x) * jnp.minimum(jnp.round(magnitude / step) * step, _E2M1_MAX)
+
+
+def round_e4m3(x: jax.Array) -> jax.Array:  # float32, 0 to 448
+    """Return the nearest float8_e4m3fn value, ties to the even mantissa, as float32.
+
+    In arithmetic, since conversions to 8 bits round twice on some machines.
+    """
+    step = _power_of_two(jnp.maximum(_floor_log2(x), _E4M3_MIN_EXPONENT) - 3)
+    return jnp.minimum(jnp.round(x / step) * step, _E4M3_MAX)
+
+
+def _floor_log2(x: jax.Array) -> jax.Array:  # float32, at least 0
+    """Return floor(log2(x)), exact for normal x, and -127 for what is smaller."""
+    return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:  # int32, -126 to 127
+    """Return 2**exponent as float32, exact."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 @part
@@ -42,9 +63,9 @@ class MXFP4(NumberFormat):
     def inner(self, blocks: jax.Array, outer: Scales) -> Scales:
         """Return the scale of each block, 0 where the block is all zeros."""
         peak = absmax(blocks)
-        _, exponent = jnp.frexp(peak)  # peak = m * 2**exponent with m in [0.5, 1)
-        scale = jnp.ldexp(jnp.ones_like(peak), exponent - 1 - _E2M1_MAX_EXPONENT)
-        return jnp.where(peak >= TINY_RANGE, scale, 0)
+        live = peak >= TINY_RANGE
+        exponent = _floor_log2(jnp.where(live, peak, 1)) - _E2M1_MAX_EXPONENT
+        return jnp.where(live, _power_of_two(exponent), 0)
 
     def round(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
         """Return elements times scale."""
@@ -76,15 +97,14 @@ class NVFP4(NumberFormat):
         """Return g, the same for all rows of a tensor."""
         peak = jnp.max(jnp.abs(rows), axis=tuple(range(-min(rows.ndim, 2), 0)), keepdims=True)
         # The barrier keeps XLA from multiplying by a rounded 1 / 2688 instead.
-        largest = jax.lax.optimization_barrier(jnp.float32(_E4M3_MAX * _E2M1_MAX))
+        largest = lax.optimization_barrier(jnp.float32(_E4M3_MAX * _E2M1_MAX))
         return jnp.broadcast_to(peak / largest, (*rows.shape[:-1], 1))
 
     def inner(self, blocks: jax.Array, outer: Scales) -> Scales:
         """Return scale times g of each block."""
         live = outer >= TINY_RANGE
         scale = absmax(blocks) / (_E2M1_MAX * jnp.where(live, outer, 1))
-        scale = jnp.minimum(scale, _E4M3_MAX).astype(jnp.float8_e4m3fn).astype(jnp.float32)
-        return jnp.where(live, scale * outer, 0)
+        return jnp.where(live, round_e4m3(jnp.minimum(scale, _E4M3_MAX)) * outer, 0)
 
     def round(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
         """Return elements times both scales."""

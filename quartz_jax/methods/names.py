@@ -83,8 +83,9 @@ BENCH = (
 
 def split_names(text: str) -> list[str]:
     """Return the names in a comma-separated list; "bench" stands for the whole comparison."""
-    names = [name.strip() for name in text.replace("bench", BENCH).split(",") if name.strip()]
-    return list(dict.fromkeys(names))
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    bench = BENCH.split(",")
+    return list(dict.fromkeys(x for name in names for x in (bench if name == "bench" else [name])))
 
 
 def get_method(name: str) -> Method:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quartz_jax import QuartzConfig, dequantize, quantize, quantize_int
 from quartz_jax.formats import MXFP4, NVFP4, SDR, Int, Quartz
-from quartz_jax.formats.floating import round_e2m1
+from quartz_jax.formats.floating import round_e2m1, round_e4m3
 from quartz_jax.parts import from_json, to_json
 
 seeds = st.integers(0, 2**32 - 1)
@@ -50,6 +50,16 @@ def test_e2m1_rounds_as_ml_dtypes_does_on_every_bfloat16():
     x = x[np.isfinite(x)]
     expected = x.astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
     assert (np.asarray(round_e2m1(x)) == expected).all()
+
+
+def test_e4m3_rounds_as_ml_dtypes_does_on_every_bfloat16_and_halfway():
+    x = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+    x = x[(x >= 0) & (x <= 448)]
+    values = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    halfway = (values[1:] + values[:-1]) / 2
+    for each in (x, halfway, np.nextafter(halfway, np.float32(0))):
+        expected = each.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        assert (np.asarray(round_e4m3(each)) == expected).all()
 
 
 @given(seeds)
