@@ -37,8 +37,11 @@ def modulate(
     shift: jax.Array,  # [..., k] or [k]
     scale: jax.Array,  # [..., k] or [k]
 ) -> jax.Array:
-    """Return layer_norm(x) * (1 + scale) + shift, computed in float32, in the dtype of x."""
+    """Return layer_norm(x) * (1 + scale) + shift, from float32 rounded to the dtype of x."""
     wide = x.astype(jnp.float32)
     wide = wide - wide.mean(axis=-1, keepdims=True)
     wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + NORM_EPSILON)
-    return (wide * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
+    y = wide * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+    # A cast there and back is left out by XLA where it may keep excess precision; this is not.
+    bits = jnp.finfo(x.dtype)
+    return lax.reduce_precision(y, bits.nexp, bits.nmant).astype(x.dtype)
