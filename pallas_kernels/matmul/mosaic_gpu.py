@@ -216,8 +216,7 @@ def _call(
     sms = 2 if interpret else _multiprocessors()
     if config is None and not interpret:
         found = tuned.lookup("mosaic_gpu" if decode else "mosaic_gpu_int8", m, n, x.shape[1])
-        # What was found without a residual may leave it no room.
-        config = Config(**found) if found and residual is None else None
+        config = Config(**found) if found else None
     config = config or choose_config(m, n, decode=decode, sms=sms)
     # Copies clip at the end of an array, but it must hold whole rows of the swizzle.
     x = _pad(x, config.tokens if interpret else 8, TILE_K)
