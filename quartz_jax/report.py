@@ -116,30 +116,34 @@ class Report:
 
 
 def measure_layer(
-    path: str, linear: nnx.Linear, weight: QuartzTensor | IntTensor, rule: Rule
+    path: str,
+    weight: QuartzTensor | IntTensor,  # [n, k]
+    bias: jax.Array | nnx.Param | None,  # [n]
+    rule: Rule,
+    squared_error: float,  # sums over the weight, see `squared_norms`
+    squared_weight: float,
 ) -> LayerReport:
-    """Compare a layer's quantized weight with the bfloat16 values of its kernel."""
-    bias = linear.bias
+    """Describe a quantized layer."""
     return LayerReport(
         path=path,
         weight=str(rule.weight),
         activation=str(rule.activation),
-        relative_error=float(_relative_error(linear.kernel.get_value(), weight)),
+        relative_error=float(np.sqrt(squared_error / (squared_weight or 1))),
         elements=weight.size,
         weight_bytes=weight.nbytes,
-        bias_bytes=0 if bias is None else 2 * bias.get_value().size,
+        bias_bytes=0 if bias is None else 2 * bias.size,
         shifts=_count_shifts(weight) if isinstance(weight, QuartzTensor) else None,
     )
 
 
 @jax.jit
-def _relative_error(
+def squared_norms(
     kernel: jax.Array,  # [k, n]
     weight: QuartzTensor | IntTensor,  # [n, k]
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+    """Return the squared norms of what quantizing changed and of the bfloat16 kernel itself."""
     exact = kernel.T.astype(jnp.bfloat16).astype(jnp.float32)
-    norm = jnp.linalg.norm(exact)
-    return jnp.linalg.norm(dequantize(weight) - exact) / jnp.where(norm == 0, 1, norm)
+    return jnp.sum((dequantize(weight) - exact) ** 2), jnp.sum(exact**2)
 
 
 def _count_shifts(weight: QuartzTensor) -> tuple[int, ...]:
