@@ -9,8 +9,9 @@ from flax import nnx
 from pallas_kernels import matmul
 from pallas_kernels.matmul import PreparedWeights
 from pallas_kernels.matmul.reference import gelu
+from pallas_kernels.quantize import Part
 from pallas_kernels.quantize import quantize as quantize_and_decode
-from pallas_kernels.quantize.reference import modulate
+from pallas_kernels.quantize.reference import join, modulate
 from quartz_jax.codec import decode, dequantize, quantize, quantize_int
 from quartz_jax.matmul import quartz_matmul
 from quartz_jax.recipe import Format
@@ -40,7 +41,7 @@ class QuartzLinear(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,  # [..., k], floating
+        x: jax.Array | tuple,  # [..., k], floating; or parts, as `models.linear.Part` has them
         *,
         modulation: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [b, 1, k]
         activation: str | None = None,  # "gelu": its tanh form
@@ -55,28 +56,48 @@ class QuartzLinear(nnx.Module):
         weight = self.weight.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         weight_only = self.activation.kind == "bf16"
+        rows, leading = _rows(x)
         norm = None
         if modulation is not None:
-            if weight_only or modulation[0].size != x.shape[-1]:
-                x = modulate(x, *modulation)
+            if weight_only or modulation[0].size != weight.shape[1]:
+                x = modulate(join(rows).reshape(*leading, -1), *modulation)
+                rows, leading = _rows(x)
             else:
                 norm = tuple(part.reshape(-1) for part in modulation)
-        rows = x.reshape(-1, x.shape[-1])
-        inside = {"bias": bias, "activation": activation}
         if weight_only:
-            y = _weight_only(rows, weight, bias)
+            y = _weight_only(join(rows), weight, bias)
             y = y if activation is None else gelu(y.astype(jnp.float32)).astype(y.dtype)
         else:
-            n = weight.shape[0]
+            n, dtype = weight.shape[0], _dtype(rows)
+            inside = {"bias": bias, "activation": activation, "out_dtype": dtype}
             if residual is not None and (gate is None or gate.size == n):
-                inside["residual"] = residual.reshape(-1, n)
+                inside["residual"] = residual.reshape(-1, n).astype(dtype)
                 inside["gate"] = None if gate is None else gate.reshape(-1)
                 gate = residual = None
-            operand = encode_activation(rows, self.activation, norm)
-            y = quartz_matmul(operand, weight, out_dtype=x.dtype, **inside)
-        y = y.reshape(*x.shape[:-1], -1)
+            y = quartz_matmul(encode_activation(rows, self.activation, norm), weight, **inside)
+        y = y.reshape(*leading, -1)
         y = y if gate is None else gate * y
         return y if residual is None else residual + y
+
+
+def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
+    """Return x or its parts with the leading axes made one, [m, k], and those axes."""
+    if not isinstance(x, tuple):
+        return x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    parts = tuple(
+        Part(
+            array=part.array.reshape(-1, part.array.shape[-1]),
+            start=part.start,
+            size=part.size,
+            activation=part.activation,
+        )
+        for part in x
+    )
+    return parts, x[0].array.shape[:-1]
+
+
+def _dtype(rows: jax.Array | tuple[Part, ...]) -> jnp.dtype:
+    return rows[0].dtype if isinstance(rows, tuple) else rows.dtype
 
 
 def place(model: nnx.Module, *, expand: bool = False) -> None:
@@ -133,7 +154,7 @@ def abstract_weight(
 
 
 def encode_activation(
-    x: jax.Array,  # [m, k], floating
+    x: jax.Array | tuple[Part, ...],  # [m, k], floating
     format: Format,
     norm: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [k]
 ) -> QuartzTensor | IntTensor:
@@ -142,8 +163,8 @@ def encode_activation(
     With a norm, layer_norm(x) * (1 + scale) + shift is quantized instead.
     """
     config = format.config
-    if norm is not None and (format.kind == "int4" or (config and config.scale_block)):
-        x, norm = modulate(x, *norm), None
+    if format.kind == "int4" or (config and config.scale_block):
+        x = join(x) if norm is None else modulate(join(x), *norm)
     if format.kind == "int4":
         return quantize_int(x, bits=4)
     if config is None:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
-from pallas_kernels.matmul import reference
+from pallas_kernels.matmul import reference, tuned
 
 BAND = 8  # tiles of x that meet the same tiles of w before the next ones do
 DECODE_ROWS = 4  # weight rows of a program of the decoding kernel
@@ -62,6 +62,8 @@ def matmul(
     return matmul_int8(x, w[:, : x.shape[1]], x_scale, w_scale, interpret=interpret, **options)
 
 
+# Under jit of its own a kernel that a program calls many times is lowered once.
+@functools.partial(jax.jit, static_argnames=("activation", "out_dtype", "config", "interpret"))
 def matmul_int8(
     x: jax.Array,  # [m, k], int8
     w: jax.Array,  # [n, k], int8
@@ -71,12 +73,13 @@ def matmul_int8(
     x_lo: jax.Array | None = None,  # [m, 1], float32
     activation: str | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
-    config: Config = Config(),
+    config: Config | None = None,
     interpret: bool = False,
     **columns: jax.Array | None,  # bias and gate [n], residual [m, n]
 ) -> jax.Array:
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
     m, n = x.shape[0], w.shape[0]
+    config = config or Config(**tuned.lookup("triton_int8", m, n, x.shape[1]) or {})
     tile = config.tile_m, config.tile_n
     sums = None if x_lo is None else jnp.sum(w, axis=1, dtype=jnp.int32)
     given = {"x_scale": x_scale, "x_lo": x_lo, "w_scale": w_scale, "sums": sums} | columns
@@ -101,6 +104,7 @@ def matmul_int8(
     return y[:m, :n]
 
 
+@functools.partial(jax.jit, static_argnames=("group_size", "step", "interpret"))
 def decode(
     codes: jax.Array,  # [n, k_padded / 2], uint8
     shifts: jax.Array,  # [n, ceil(groups / 2)], uint8

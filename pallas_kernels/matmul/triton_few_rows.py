@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import device
-from pallas_kernels.matmul import triton
+from pallas_kernels.matmul import triton, tuned
 
 MAX_ROWS = 64  # of x; more are bound by arithmetic
+MAX_ROWS_HOPPER = 4  # where `mosaic_gpu` is faster beyond
 UNROLLED = 8  # parts of a weight row up to which all are loaded before the first is used
 _LOW, _BIAS, _SIGN = 0x0F0F0F0F, 0x08080808, -0x7F7F7F80
 
@@ -28,10 +29,15 @@ class Config:
 
     tile_m: int = 4  # rows of x
     tile_n: int = 8  # weight rows
-    words: int = 128  # of eight codes, of a weight row at once, at most
+    words: int = 64  # of eight codes, of a weight row at once, at most
     warps: int = 4
 
 
+# Under jit of its own a kernel that a program calls many times is lowered once.
+@functools.partial(
+    jax.jit,
+    static_argnames=("group_size", "step", "activation", "out_dtype", "config", "interpret"),
+)
 def matmul(
     x: jax.Array,  # [m, k], int8
     w_codes: jax.Array,  # [n, k_padded / 2], uint8
@@ -43,12 +49,13 @@ def matmul(
     step: str,
     activation: str | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
-    config: Config = Config(),
+    config: Config | None = None,
     interpret: bool = False,
     **others: jax.Array | None,  # bias and gate [n], residual [m, n], x_lo [m, 1]
 ) -> jax.Array:
     """Multiply int8 activations by packed 4-bit weights; see `pallas_kernels.matmul.matmul`."""
     m, n = x.shape[0], w_codes.shape[0]
+    config = config or Config(**tuned.lookup("triton_few_rows", m, n, x.shape[1]) or {})
     # A byte of shifts serves two groups: group_size bytes of codes. A zero code decodes to zero.
     codes = triton.pad(w_codes, config.tile_n, group_size)
     shifts = triton.pad(w_shifts, config.tile_n, 1)
@@ -56,8 +63,7 @@ def matmul(
     words = lax.bitcast_convert_type(words, jnp.int32)
     tile = min(config.tile_m, pl.next_power_of_2(m)), config.tile_n
     x = triton.pad(x, tile[0], 2 * group_size)
-    halves = x.reshape(x.shape[0], *words.shape[1:], 4, 2).transpose(4, 0, 1, 2, 3)
-    halves = lax.bitcast_convert_type(halves, jnp.int32)
+    pairs = lax.bitcast_convert_type(x.reshape(x.shape[0], *words.shape[1:], 2, 4), jnp.int32)
     m_tiles, n_tiles = x.shape[0] // tile[0], codes.shape[0] // tile[1]
     given = {"x_scale": x_scale, "w_scale": w_scale} | others
     given = triton.pad_epilogue(given, *tile)
@@ -72,7 +78,7 @@ def matmul(
         out_shape=jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), out_dtype),
         grid=(m_tiles * n_tiles,),
         in_specs=[
-            pl.BlockSpec((2, tile[0], *words.shape[1:]), lambda i: (0, walk(i)[0], 0, 0)),
+            pl.BlockSpec((tile[0], *pairs.shape[1:]), lambda i: (walk(i)[0], 0, 0, 0)),
             pl.BlockSpec((tile[1], *words.shape[1:]), lambda i: (walk(i)[1], 0, 0)),
             pl.BlockSpec((tile[1], shifts.shape[1]), lambda i: (walk(i)[1], 0)),
             triton.epilogue_specs(given, *tile, walk),
@@ -81,19 +87,20 @@ def matmul(
         compiler_params=plgpu.CompilerParams(num_warps=config.warps),
         interpret=interpret,
         name="matmul_few_rows",
-    )(halves, words, shifts, given)
+    )(pairs, words, shifts, given)
     return y[:m, :n]
 
 
 def why_not(target: device.Device, x: jax.Array, w: jax.Array, *args, **kwargs) -> str | None:
     """Say why the device can't run this kernel with these arguments, or return None."""
-    if x.shape[0] > MAX_ROWS:
-        return f"serves up to {MAX_ROWS} rows, not {x.shape[0]}"
+    limit = MAX_ROWS_HOPPER if target.generation == 90 else MAX_ROWS
+    if x.shape[0] > limit:
+        return f"serves up to {limit} rows on this device, not {x.shape[0]}"
     return triton.why_not(target, x, w)
 
 
 def _kernel(
-    x_ref,  # [2, tile_m, blocks, words], int32: even elements, odd elements
+    x_ref,  # [tile_m, blocks, words, 2], int32: the two words that meet one of codes
     words_ref,  # [tile_n, blocks, words], int32
     shifts_ref,  # [tile_n, blocks], uint8: of two groups each
     given,  # of the tile's rows and columns
@@ -108,6 +115,7 @@ def _kernel(
     # The largest power of two that cuts the row into equal parts.
     part = min(max(words // block, 1), blocks & -blocks)
     dot = _dot_jnp if interpret else _dot
+    even_odd = _even_odd_jnp if interpret else _even_odd
     asymmetric = "x_lo" in given
 
     def load(start):
@@ -117,17 +125,19 @@ def _kernel(
     def multiply(carry, start, codes, shifts):
         halves = _decode(codes, shifts, step)
         sums = []
-        for m, acc in enumerate(carry[: x_ref.shape[1]]):
-            for half, w in enumerate(halves):
-                x = plgpu.load(x_ref.at[pl.ds(half, 1), pl.ds(m, 1), pl.ds(start, part)])
-                acc = dot(w, jnp.broadcast_to(x.reshape(1, *w.shape[1:]), w.shape), acc)
+        for m, acc in enumerate(carry[: x_ref.shape[0]]):
+            at = pl.ds(m, 1), pl.ds(start, part), slice(None)
+            pair = [plgpu.load(x_ref.at[(*at, pl.ds(i, 1))]) for i in range(2)]
+            xs = even_odd(*(x.reshape(1, part, block) for x in pair))
+            for x, w in zip(xs, halves, strict=True):
+                acc = dot(w, jnp.broadcast_to(x, w.shape), acc)
             sums.append(acc)
         if asymmetric:
             ones = jnp.full(codes.shape, 0x01010101, jnp.int32)
             sums.append(dot(halves[1], ones, dot(halves[0], ones, carry[-1])))
         return tuple(sums)
 
-    carry = (jnp.zeros((rows, part, block), jnp.int32),) * (x_ref.shape[1] + asymmetric)
+    carry = (jnp.zeros((rows, part, block), jnp.int32),) * (x_ref.shape[0] + asymmetric)
     if blocks // part <= UNROLLED:
         starts = range(0, blocks, part)
         for start, loaded in zip(starts, [load(start) for start in starts], strict=True):
@@ -170,6 +180,32 @@ def _decode(words: jax.Array, shifts: jax.Array, step: str) -> tuple[jax.Array, 
     low, high = words & _LOW, (words >> 4) & _LOW
     even, odd = (((half ^ _BIAS) * p + offset) ^ jnp.int32(_SIGN) for half in (low, high))
     return even, odd
+
+
+def _even_odd(first: jax.Array, second: jax.Array) -> list[jax.Array]:
+    """Return the even and the odd bytes of two words of four, a word each."""
+    result = jax.ShapeDtypeStruct(first.shape, jnp.int32)
+    return [
+        plgpu.elementwise_inline_asm(
+            f"prmt.b32 $0, $1, $2, {order};",
+            args=[first, second],
+            constraints="=r,r,r",
+            pack=1,
+            result_shape_dtypes=(result,),
+        )[0]
+        for order in ("0x6420", "0x7531")
+    ]
+
+
+def _even_odd_jnp(first: jax.Array, second: jax.Array) -> list[jax.Array]:
+    """Do what `_even_odd` does in interpret mode."""
+
+    def gather(shift):
+        pieces = [(first >> shift & 255), (first >> (16 + shift) & 255) << 8]
+        pieces += [(second >> shift & 255) << 16, (second >> (16 + shift) & 255) << 24]
+        return functools.reduce(jnp.bitwise_or, pieces)
+
+    return [gather(0), gather(8)]
 
 
 def _dot(a: jax.Array, b: jax.Array, acc: jax.Array) -> jax.Array:

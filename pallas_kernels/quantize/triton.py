@@ -5,6 +5,7 @@ operation, the PTX instruction with IEEE rounding is named. Rounding to an integ
 of 2**23, which leaves it in the low bits of the mantissa.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -15,36 +16,71 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
-from pallas_kernels.quantize.reference import NORM_EPSILON
+from pallas_kernels.matmul.reference import gelu
+from pallas_kernels.quantize.reference import NORM_EPSILON, Part, join
 
 MAX_K = 32768  # elements of a row that registers hold
 ELEMENTS = 8  # of a thread in each part of a row: 16 bytes of bfloat16
+_ALIGNED = 64  # columns: whole groups of any size
 _INFINITY_BITS = 0x7F800000
 _SMALLEST_NORMAL = 2.0**-126
 _ROUND = "add.rn.f32 t, t, 0f4B000000; mov.b32 $0, t;"  # the magnitude in the lowest bits
 
 
 def quantize(
-    x: jax.Array,  # [m, k], floating
+    x: jax.Array | tuple[Part, ...],  # [m, k], floating
     *,
+    norm: tuple[jax.Array, jax.Array] | None = None,  # shift [k], scale [k]
+    **options,  # of `_quantize`
+) -> tuple[jax.Array | None, ...]:
+    """Quantize each row; see `pallas_kernels.quantize.quantize`."""
+    parts = x if isinstance(x, tuple) else (Part(array=x, start=0, size=x.shape[1]),)
+    # Columns that are no whole groups, or start where no wide load can, are copied first.
+    if any(part.start % _ALIGNED or part.size % _ALIGNED for part in parts):
+        joined = join(parts)
+        parts = (Part(array=joined, start=0, size=joined.shape[1]),)
+    arrays = tuple(part.array for part in parts)
+    columns = tuple((part.start, part.size, part.activation) for part in parts)
+    return _quantize(arrays, norm, columns=columns, **options)
+
+
+# Under jit of its own a kernel that a program calls many times is lowered once.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "columns",
+        "bits",
+        "group_size",
+        "range",
+        "step",
+        "rounding",
+        "packed",
+        "interpret",
+    ),
+)
+def _quantize(
+    arrays: tuple[jax.Array, ...],  # [m, wide], floating
+    norm: tuple[jax.Array, jax.Array] | None,
+    *,
+    columns: tuple[tuple[int, int, str | None], ...],  # of each array: start, size, activation
     bits: int,
     group_size: int,
     range: str,
     step: str,
     rounding: str,
-    norm: tuple[jax.Array, jax.Array] | None = None,  # shift [k], scale [k]
     packed: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array | None, ...]:
-    """Quantize each row; see `pallas_kernels.quantize.quantize`."""
-    m, k = x.shape
+    m, k = arrays[0].shape[0], sum(size for _, size, _ in columns)
     signed = range == "absmax"
     # The last element again changes neither extreme of the row, nor of its group.
     missing = -k % max(group_size, 16)
-    x = jnp.pad(x, [(0, 0), (0, missing)], mode="edge") if missing else x
-    width = x.shape[1]
+    if missing:
+        arrays = (jnp.pad(arrays[0], [(0, 0), (0, missing)], mode="edge"),)
+        columns = ((0, k + missing, columns[0][2]),)
+    width = k + missing
     warps = 4 if width <= 4096 else 8
-    spans = _spans(width, ELEMENTS * 32 * warps)
+    spans = _spans(columns, ELEMENTS * 32 * warps)
     config = {"step": step, "rounding": rounding, "signed": signed}
     kernel = functools.partial(
         _kernel,
@@ -62,37 +98,63 @@ def quantize(
         wide = [jax.ShapeDtypeStruct((m, size), jnp.uint8) for size in (width // 2, groups)]
     else:
         wide = [jax.ShapeDtypeStruct((m, width), jnp.int8)]
-    norm = () if norm is None else [jnp.pad(v, (0, missing), mode="edge") for v in norm]
-    *wide, scale, lo = pl.pallas_call(
+    norm = None if norm is None else tuple(jnp.pad(v, (0, missing), mode="edge") for v in norm)
+    wide, scale, lo = pl.pallas_call(
         kernel,
-        out_shape=(*wide, row, row),
+        out_shape=(wide, row, row),
         grid=(m,),
         compiler_params=plgpu.CompilerParams(num_warps=warps),
         interpret=interpret,
         name="quantize",
-    )(x, *norm)
+    )(arrays, norm)
     scale, lo = scale[:, None], None if signed else lo[:, None]
     if not packed:
         return wide[0][:, :k], scale, lo
-    codes = wide[0][:, : -(-k // group_size) * group_size // 2]
-    return codes, codec.pack(wide[1][:, : -(-k // group_size)]), scale, lo
+    groups = -(-k // group_size)
+    return wide[0][:, : groups * group_size // 2], codec.pack(wide[1][:, :groups]), scale, lo
 
 
-def why_not(target: device.Device, x: jax.Array, **kwargs) -> str | None:
+def why_not(target: device.Device, x: jax.Array | tuple[Part, ...], **kwargs) -> str | None:
     """Say why the device can't run this kernel with these arguments, or return None."""
     if target.platform != "gpu":
         return f"needs a GPU, not {target.platform}"
-    if not 0 < x.shape[1] <= MAX_K:
-        return f"needs 1 to {MAX_K} elements a row, not {x.shape[1]}"
-    return None if x.shape[0] else "needs at least one row"
+    parts = isinstance(x, tuple)
+    rows, k = (x[0].array.shape[0], sum(p.size for p in x)) if parts else x.shape
+    if not 0 < k <= MAX_K:
+        return f"needs 1 to {MAX_K} elements a row, not {k}"
+    return None if rows else "needs at least one row"
 
 
-def _kernel(x_ref, *refs, k, spans, encode, group_size, signed, packed, interpret):
-    norm, (*wide_refs, scale_ref, lo_ref) = refs[: len(refs) - 3 - packed], refs[-3 - packed :]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Span:
+    """A power of two of elements of a row, which a thread block handles at once."""
+
+    array: int  # where they are
+    column: int  # of that array, the first of them
+    start: int  # of the row
+    size: int
+    activation: str | None
+
+
+def _kernel(
+    x_refs,
+    norm,
+    wide_refs,
+    scale_ref,
+    lo_ref,
+    *,
+    k,
+    spans,
+    encode,
+    group_size,
+    signed,
+    packed,
+    interpret,
+):
     row = pl.program_id(0)
-    parts = [plgpu.load(x_ref.at[row, span]).astype(jnp.float32) for span in spans]
-    if norm:
-        parts = _modulate(parts, spans, norm, k, x_ref.dtype)
+    parts = [_load(x_refs[span.array], row, span) for span in spans]
+    if norm is not None:
+        parts = _modulate(parts, spans, norm, k, x_refs[0].dtype)
     if signed:
         lo, levels = None, 127
         # As integers, magnitudes keep their order and NaN is the largest.
@@ -120,15 +182,22 @@ def _kernel(x_ref, *refs, k, spans, encode, group_size, signed, packed, interpre
             shape = (-1, group_size)
             magnitude, shifts, codes = encode(magnitude.reshape(shape))
             magnitude = magnitude.reshape(part.shape)
+        start, size = span.start, span.size
         if packed:
-            start, size = span.start, span.size
             codes = (codes.reshape(part.shape) ^ negative) - negative
             half, group = pl.ds(start // 2, size // 2), pl.ds(start // group_size, len(shifts))
             plgpu.store(wide_refs[0].at[row, half], _pack(codes))
             plgpu.store(wide_refs[1].at[row, group], shifts.reshape(-1).astype(jnp.uint8))
         else:
             values = (magnitude ^ negative) - negative if signed else magnitude ^ 128
-            plgpu.store(wide_refs[0].at[row, span], values.astype(jnp.int8))
+            plgpu.store(wide_refs[0].at[row, pl.ds(start, size)], values.astype(jnp.int8))
+
+
+def _load(x_ref, row, span: _Span) -> jax.Array:
+    """Return float32 elements, through the activation and rounded to their dtype."""
+    x = plgpu.load(x_ref.at[row, pl.ds(span.column, span.size)])
+    wide = x.astype(jnp.float32)
+    return wide if span.activation is None else gelu(wide).astype(x.dtype).astype(jnp.float32)
 
 
 def _modulate(parts: list, spans: list, norm, k: int, dtype) -> list:
@@ -143,12 +212,13 @@ def _modulate(parts: list, spans: list, norm, k: int, dtype) -> list:
     factor = lax.rsqrt(mean([part * part for part in parts]) + NORM_EPSILON)
     modulated = []
     for span, part in zip(spans, parts, strict=True):
-        shift, scale = (plgpu.load(ref.at[span]).astype(jnp.float32) for ref in norm)
+        at = pl.ds(span.start, span.size)
+        shift, scale = (plgpu.load(ref.at[at]).astype(jnp.float32) for ref in norm)
         modulated.append((part * factor * (1 + scale) + shift).astype(dtype).astype(jnp.float32))
     return modulated
 
 
-def _within(values: jax.Array, span: pl.Slice, k: int) -> jax.Array:
+def _within(values: jax.Array, span: _Span, k: int) -> jax.Array:
     """Return the values of a span with zeros past k, where there are copies of the last one."""
     if span.start + span.size <= k:
         return values
@@ -185,13 +255,15 @@ def _pack(codes: jax.Array) -> jax.Array:
     return jnp.sum(nibbles, axis=1).astype(jnp.uint8)
 
 
-def _spans(k: int, largest: int) -> list:
-    """Cut a row into parts whose lengths are powers of two, as Triton wants them."""
+def _spans(columns: tuple[tuple[int, int, str | None], ...], largest: int) -> list[_Span]:
+    """Cut a row into spans whose lengths are powers of two, as Triton wants them."""
     spans, start = [], 0
-    while start < k:
-        size = min(largest, 1 << ((k - start).bit_length() - 1))
-        spans.append(pl.ds(start, size))
-        start += size
+    for array, (column, rest, activation) in enumerate(columns):
+        while rest:
+            size = min(largest, 1 << (rest.bit_length() - 1))
+            place = {"array": array, "column": column, "start": start, "size": size}
+            spans.append(_Span(activation=activation, **place))
+            column, start, rest = column + size, start + size, rest - size
     return spans
 
 
