@@ -1,14 +1,13 @@
 """Where models and quartz_jax meet: a pipeline whose transformer follows a recipe."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from models import load_pipeline
-from models.flux import FluxConfig, FluxTransformer
+from models import build_component, load_pipeline
 from models.pipeline import FluxPipeline
 from quartz_jax import checkpoint, quantize_model
 from quartz_jax.recipe import Recipe
@@ -31,10 +30,7 @@ def apply_recipe(pipeline: FluxPipeline, recipe: Recipe) -> tuple[FluxPipeline, 
 def open_checkpoint(folder: Path) -> tuple[FluxPipeline, Report]:
     """Load the pipeline of a quantized checkpoint, and the report that was saved with it."""
     dtype = compute_dtype()
-
-    def build(config: dict) -> FluxTransformer:
-        sizes = FluxConfig.from_json(config)
-        return FluxTransformer(sizes, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-
-    transformer, manifest = checkpoint.load(folder, build)
-    return load_pipeline(folder, dtype=dtype, transformer=transformer), manifest.report
+    build = functools.partial(build_component, dtype=dtype)
+    manifest = checkpoint.read_manifest(folder)
+    given = {name: checkpoint.load(folder, build, name)[0] for name in manifest.components}
+    return load_pipeline(folder, dtype=dtype, **given), manifest.report
