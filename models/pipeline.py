@@ -269,6 +269,14 @@ class FluxPipeline:
             images = [decode(unpack(row[None], rows, columns)) for row in latents]
             return jnp.concatenate(images).block_until_ready()
 
+    def load(self) -> "FluxPipeline":
+        """Return a copy that keeps all its models loaded."""
+        loaded = {}
+        for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+            with self._loaded(name) as loaded[name]:
+                pass
+        return dataclasses.replace(self, **loaded)
+
     @contextlib.contextmanager
     def _loaded(self, name: str) -> Iterator[nnx.Module]:
         """Give a model, loaded for the time being if it is deferred."""
