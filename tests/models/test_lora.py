@@ -24,12 +24,12 @@ TINY = FluxConfig(
     in_channels=16,
     num_layers=1,
     num_single_layers=2,
-    attention_head_dim=16,
+    attention_head_dim=32,
     num_attention_heads=2,
     joint_attention_dim=24,
     pooled_projection_dim=20,
     guidance_embeds=True,
-    axes_dims_rope=(4, 6, 6),
+    axes_dims_rope=(4, 14, 14),
 )
 ALPHA = 6.0  # not the rank of the random adapters, which is 4
 
@@ -262,7 +262,7 @@ def test_branches_are_16_bit_by_default(tiny, tmp_path):
 
 
 def test_a_bfloat16_adapter_is_read(tmp_path):
-    factors = lora_files.random_factors({"proj_out": (32, 16)})
+    factors = lora_files.random_factors({"proj_out": (64, 16)})
     tensors = lora_files.diffusers_tensors(factors)
     rounded = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
     branch = read_lora(lora_files.save(tmp_path / "a.safetensors", rounded), TINY).branches
@@ -288,7 +288,7 @@ def factors():
 def test_unknown_keys_are_listed(tmp_path, factors):
     tensors = lora_files.diffusers_tensors(factors)
     extra = {
-        "transformer.transformer_blocks.7.attn.to_q.lora_A.weight": np.zeros((4, 32), np.float32),
+        "transformer.transformer_blocks.7.attn.to_q.lora_A.weight": np.zeros((4, 64), np.float32),
         "transformer.proj_out.dora_scale": np.zeros(4, np.float32),
     }
     line = refused(tmp_path, tensors | extra, "unknown key")

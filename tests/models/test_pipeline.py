@@ -1,4 +1,4 @@
-"""The whole FLUX pipeline against diffusers, its repeatability and its refusals."""
+"""The FLUX pipeline's parts, repeatability, laziness and refusals; parity is in test_parity."""
 
 import json
 import shutil
@@ -20,20 +20,14 @@ PROMPTS = ["a cat, 3d style", "two red hats on a table, flat"]
 SIZE = {"height": 32, "width": 48}
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
-def tiny(request, tmp_path_factory):
-    """Return a model folder, diffusers' pipeline and ours."""
-    folder = tmp_path_factory.mktemp("tiny")
-    peer = make_tiny_flux(folder, dev=request.param)
-    peer.set_progress_bar_config(disable=True)
-    return folder, peer, models.load_pipeline(folder, dtype=jnp.float32)
-
-
 @pytest.fixture(scope="module")
 def schnell(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("schnell")
-    make_tiny_flux(folder, dev=False)
-    return folder
+    return tmp_path_factory.mktemp("schnell")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def peer(schnell):
+    return make_tiny_flux(schnell, dev=False)
 
 
 @pytest.fixture(scope="module")
@@ -41,60 +35,7 @@ def pipeline(schnell):
     return models.load_pipeline(schnell, dtype=jnp.float32)
 
 
-def relative_error(found, expected):
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
-
-
-def run_both(tiny, *, true_cfg_scale=1.0, output_type):
-    """Return our result and diffusers', from the same noise."""
-    _, peer, ours = tiny
-    noise = ours.initial_noise(jax.random.key(1), len(PROMPTS), **SIZE)
-    guidance = {"guidance_scale": 2.5} if ours.transformer.config.guidance_embeds else {}
-    options = {**SIZE, **guidance, "num_inference_steps": 3, "true_cfg_scale": true_cfg_scale}
-    expected = peer(
-        PROMPTS,
-        negative_prompt=["blurry"] * len(PROMPTS),
-        latents=torch.from_numpy(np.array(noise)),
-        max_sequence_length=peer.tokenizer_2.model_max_length,
-        output_type=output_type,
-        **options,
-    ).images
-    found = ours(
-        PROMPTS,
-        negative_prompt="blurry",
-        latents=noise,
-        progress=False,
-        output_type=output_type,
-        **options,
-    )
-    return found, expected
-
-
-def test_final_latents_match_diffusers(tiny):
-    found, expected = run_both(tiny, output_type="latent")
-    assert relative_error(found, expected) <= 1e-4
-
-
-def test_final_latents_match_diffusers_with_true_guidance(tiny):
-    found, expected = run_both(tiny, true_cfg_scale=3.0, output_type="latent")
-    assert relative_error(found, expected) <= 1e-4
-
-
-def test_images_match_diffusers(tiny):
-    found, expected = run_both(tiny, output_type="np")
-    assert found.shape == (2, 32, 48, 3)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_steps_default_to_the_model_kind(tiny):
-    _, peer, ours = tiny
-    expected = 28 if peer.transformer.config.guidance_embeds else 4
-    assert ours.defaults.num_inference_steps == expected
-
-
-def test_packing_matches_diffusers(tiny):
-    _, peer, _ = tiny
+def test_packing_matches_diffusers(peer):
     latents = np.random.default_rng(0).normal(size=(2, 6, 4, 3)).astype(np.float32)
     channels_first = torch.from_numpy(latents.transpose(0, 3, 1, 2))
     expected = peer._pack_latents(channels_first.contiguous(), 2, 3, 6, 4)
@@ -106,8 +47,7 @@ def test_unpack_inverts_pack():
     np.testing.assert_array_equal(unpack(pack(latents), 3, 2), latents)
 
 
-def test_image_ids_match_diffusers(tiny):
-    _, peer, _ = tiny
+def test_image_ids_match_diffusers(peer):
     expected = peer._prepare_latent_image_ids(1, 3, 2, "cpu", torch.float32)
     np.testing.assert_array_equal(image_ids(3, 2), expected)
 
