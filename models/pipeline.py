@@ -7,6 +7,7 @@ whatever dtype the models compute in. Models may be deferred, so that one is loa
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -283,7 +284,11 @@ class FluxPipeline:
         module = getattr(self, name)
         if isinstance(module, Deferred):
             with self.times.measure(f"load {name}"):
+                # Modules hold themselves in cycles: the model of the last stage, and what loading
+                # this one left behind, leave the device only when they are collected.
+                gc.collect()
                 module = module.load()
+                gc.collect()
                 jax.block_until_ready(jax.tree.leaves(nnx.state(module)))
         yield module
 
