@@ -4,6 +4,8 @@ A plain matmul gains nothing from that; a quantized one, which takes this layer'
 norm while it quantizes its input and the rest while it writes its output.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,19 +25,36 @@ def modulate(
     return (wide * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Columns of an array, through an activation: a part of a linear's input."""
+
+    array: jax.Array  # [..., at least start + size]
+    start: int = 0  # first column
+    size: int  # columns
+    activation: str | None = None  # "gelu": its tanh form
+
+    def value(self) -> jax.Array:
+        """Return the part itself, [..., size]."""
+        columns = self.array[..., self.start : self.start + self.size]
+        return columns if self.activation is None else nnx.gelu(columns, approximate=True)
+
+
 class Linear(nnx.Linear):
     """y = x W + b, with what comes before and after it in a transformer block."""
 
     def __call__(
         self,
-        x: jax.Array,  # [..., k]
+        x: jax.Array | tuple[Part, ...],  # [..., k], or parts that lie side by side
         *,
         modulation: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [b, 1, k]
         activation: str | None = None,  # "gelu": its tanh form
         gate: jax.Array | None = None,  # [b, 1, n]
         residual: jax.Array | None = None,  # [..., n]
     ) -> jax.Array:
-        """Return residual + gate * activation(modulate(x) W + b), [..., n]; each part optional."""
+        """Return residual + gate * activation(modulate(x) W + b), [..., n]; each optional."""
+        if isinstance(x, tuple):
+            x = jnp.concatenate([part.value() for part in x], axis=-1)
         y = super().__call__(x if modulation is None else modulate(x, *modulation))
         if activation == "gelu":
             y = nnx.gelu(y, approximate=True)

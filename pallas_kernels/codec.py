@@ -54,7 +54,7 @@ def quantize_minmax(
     Returns:
       u uint8 [..., k], scale float32 [..., 1], which is d * float32(1 / 255), and lo float32
       [..., 1], the minimum. A row with d < 2**-100 is all zeros with scale 0; a row with a NaN,
-      an infinity or an overflowing d has scale NaN. Subnormal inputs count as zero: some
+      an infinity or an overflowing d has scale and lo NaN. Subnormal inputs count as zero: some
       accelerators drop them, and lo must not depend on the machine.
     """
     x = x.astype(jnp.float32)
@@ -63,6 +63,7 @@ def quantize_minmax(
     extent = jnp.max(x, axis=-1, keepdims=True) - lo
     scale, multiplier, live = _scale(_nan_unless_finite(x, extent), 255)
     u = jnp.clip(jnp.round((x - lo) * multiplier), 0, 255)
+    lo = jnp.where(jnp.isnan(scale), jnp.nan, lo)
     return jnp.where(live, u, 0).astype(jnp.uint8), scale, lo
 
 

@@ -17,6 +17,9 @@ class Backend:
     run: Callable[..., Any]  # the implementation itself
     # (device, *args, **kwargs of the call) to the reason why it can't run them, or None
     why_not: Callable[..., str | None] = lambda device, *args, **kwargs: None
+    # Of weights that are used more than once: to the implementation's own order, and what runs then
+    prepare: Callable[..., Any] | None = None
+    run_prepared: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class Operation:
         reasons = self._reasons(implementation, *args, **kwargs)
         for name, reason in reasons.items():
             if reason is None:
-                return self._backend(name)
+                return self.backend(name)
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(
             f"{self.name}: implementation={implementation!r} can't run here ({listed}); "
@@ -67,9 +70,10 @@ class Operation:
         else:
             names = [implementation] if isinstance(implementation, str) else list(implementation)
         device = devices.current()
-        return {name: self._backend(name).why_not(device, *args, **kwargs) for name in names}
+        return {name: self.backend(name).why_not(device, *args, **kwargs) for name in names}
 
-    def _backend(self, name: str) -> Backend:
+    def backend(self, name: str) -> Backend:
+        """Return the backend of a name; raises ValueError for an unknown one."""
         for backend in self.backends:
             if backend.name == name:
                 return backend

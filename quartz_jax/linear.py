@@ -1,22 +1,29 @@
 """The quantized drop-in for nnx.Linear, and how its two operands are made."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels import matmul
+from pallas_kernels.matmul import PreparedWeights
 from pallas_kernels.matmul.reference import gelu
+from pallas_kernels.quantize import Part
 from pallas_kernels.quantize import quantize as quantize_and_decode
-from pallas_kernels.quantize.reference import modulate
+from pallas_kernels.quantize.reference import join, modulate
 from quartz_jax.codec import decode, dequantize, quantize, quantize_int
 from quartz_jax.matmul import quartz_matmul
 from quartz_jax.recipe import Format
 from quartz_jax.tensor import IntTensor, QuartzTensor
 
 _BITS = {"int8": 8, "int4": 4}
+FEW_ROWS = 8  # rows of x up to which reading the weights is the whole cost of a weight-only layer
+_FEW_ROWS_BACKENDS = ("triton_few_rows", "xla")  # those that read the packed order
 
 
 class QuantizedWeight(nnx.Variable):
-    """Holds a QuartzTensor or an IntTensor; no nnx.Param, so that optimizers leave it alone."""
+    """Holds a quantized tensor or PreparedWeights; no nnx.Param: optimizers leave it alone."""
 
 
 class QuartzLinear(nnx.Module):
@@ -24,7 +31,7 @@ class QuartzLinear(nnx.Module):
 
     def __init__(
         self,
-        weight: QuartzTensor | IntTensor,  # [n, k], symmetric
+        weight: QuartzTensor | IntTensor | PreparedWeights,  # [n, k], symmetric
         bias: nnx.Param | None,  # [n]
         activation: Format,  # of the input; bf16 makes the layer weight-only
     ):
@@ -34,7 +41,7 @@ class QuartzLinear(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,  # [..., k], floating
+        x: jax.Array | tuple,  # [..., k], floating; or parts, as `models.linear.Part` has them
         *,
         modulation: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [b, 1, k]
         activation: str | None = None,  # "gelu": its tanh form
@@ -49,28 +56,78 @@ class QuartzLinear(nnx.Module):
         weight = self.weight.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         weight_only = self.activation.kind == "bf16"
+        rows, leading = _rows(x)
         norm = None
         if modulation is not None:
-            if weight_only or modulation[0].size != x.shape[-1]:
-                x = modulate(x, *modulation)
+            if weight_only or modulation[0].size != weight.shape[1]:
+                x = modulate(join(rows).reshape(*leading, -1), *modulation)
+                rows, leading = _rows(x)
             else:
                 norm = tuple(part.reshape(-1) for part in modulation)
-        rows = x.reshape(-1, x.shape[-1])
-        inside = {"bias": bias, "activation": activation}
         if weight_only:
-            y = _weight_only(rows, weight, bias)
+            y = _weight_only(join(rows), weight, bias)
             y = y if activation is None else gelu(y.astype(jnp.float32)).astype(y.dtype)
         else:
-            n = weight.scale.shape[0]
+            n, dtype = weight.shape[0], _dtype(rows)
+            inside = {"bias": bias, "activation": activation, "out_dtype": dtype}
             if residual is not None and (gate is None or gate.size == n):
-                inside["residual"] = residual.reshape(-1, n)
+                inside["residual"] = residual.reshape(-1, n).astype(dtype)
                 inside["gate"] = None if gate is None else gate.reshape(-1)
                 gate = residual = None
-            operand = encode_activation(rows, self.activation, norm)
-            y = quartz_matmul(operand, weight, out_dtype=x.dtype, **inside)
-        y = y.reshape(*x.shape[:-1], -1)
+            y = quartz_matmul(encode_activation(rows, self.activation, norm), weight, **inside)
+        y = y.reshape(*leading, -1)
         y = y if gate is None else gate * y
         return y if residual is None else residual + y
+
+
+def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
+    """Return x or its parts with the leading axes made one, [m, k], and those axes."""
+    if not isinstance(x, tuple):
+        return x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    parts = tuple(
+        Part(
+            array=part.array.reshape(-1, part.array.shape[-1]),
+            start=part.start,
+            size=part.size,
+            activation=part.activation,
+        )
+        for part in x
+    )
+    return parts, x[0].array.shape[:-1]
+
+
+def _dtype(rows: jax.Array | tuple[Part, ...]) -> jnp.dtype:
+    return rows[0].dtype if isinstance(rows, tuple) else rows.dtype
+
+
+def place(model: nnx.Module, *, expand: bool = False) -> None:
+    """Bring a model's quantized weights into the order that this device's kernels read, in place.
+
+    The integers stay the same. A model works without it too, but then every call reorders them. It
+    can't be saved afterwards: save it first. Weight-only layers read the packed order.
+
+    Args:
+      model: as `quantize_model` or `checkpoint.load` returns it.
+      expand: decode 4-bit weights to int8 once, for a device with room: nothing is left to decode
+        in a call, and the weights take almost twice the memory.
+    """
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, QuartzLinear) and layer.activation.kind != "bf16":
+            layer.weight.set_value(_place(layer.weight.get_value(), expand))
+
+
+@functools.partial(jax.jit, static_argnames="expand")
+def _place(
+    weight: QuartzTensor | IntTensor | PreparedWeights, expand: bool
+) -> QuartzTensor | IntTensor | PreparedWeights:
+    if isinstance(weight, PreparedWeights) or weight.scale.shape[-1] != 1:
+        return weight
+    if expand or isinstance(weight, IntTensor):
+        values = decode(weight)
+        prepared = matmul.prepare_int8(values, weight.scale)
+        return prepared or IntTensor(values=values, scale=weight.scale)
+    kind = {"group_size": weight.config.group_size, "step": weight.config.step}
+    return matmul.prepare(weight.codes, weight.shifts, weight.scale, k=weight.k, **kind) or weight
 
 
 def encode_weight(
@@ -97,7 +154,7 @@ def abstract_weight(
 
 
 def encode_activation(
-    x: jax.Array,  # [m, k], floating
+    x: jax.Array | tuple[Part, ...],  # [m, k], floating
     format: Format,
     norm: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [k]
 ) -> QuartzTensor | IntTensor:
@@ -106,8 +163,8 @@ def encode_activation(
     With a norm, layer_norm(x) * (1 + scale) + shift is quantized instead.
     """
     config = format.config
-    if norm is not None and (format.kind == "int4" or (config and config.scale_block)):
-        x, norm = modulate(x, *norm), None
+    if format.kind == "int4" or (config and config.scale_block):
+        x = join(x) if norm is None else modulate(join(x), *norm)
     if format.kind == "int4":
         return quantize_int(x, bits=4)
     if config is None:
@@ -140,14 +197,38 @@ def _encode_weight(kernel: jax.Array, format: Format) -> QuartzTensor | IntTenso
 
 
 def _weight_only(
-    x: jax.Array,  # [..., k]
+    x: jax.Array,  # [m, k]
     weight: QuartzTensor | IntTensor,  # [n, k]
     bias: jax.Array | None,  # [n]
 ) -> jax.Array:
-    """Multiply in the dtype of x; with one scale a row the codes go in exact, the scale after."""
-    if weight.scale.shape[-1] == 1:
-        operand, scale = decode(weight).astype(x.dtype), weight.scale[:, 0]
+    """Multiply 16-bit x by quantized weights, [m, n].
+
+    Few rows are bound by reading the weights, so those stay packed: x becomes 16-bit integers, two
+    int8 rows each. Many rows multiply in the dtype of x; with one scale a row the codes go in
+    exact, the scale after.
+    """
+    row_scale = weight.scale.shape[-1] == 1
+    if row_scale and x.shape[0] <= FEW_ROWS and getattr(weight, "bits", 8) == 8:
+        high, low = _split_16_bits(x)
+        both = jax.tree.map(lambda *parts: jnp.concatenate(parts), high, low)
+        y = quartz_matmul(both, weight, out_dtype=jnp.float32, implementation=_FEW_ROWS_BACKENDS)
+        y = y[: x.shape[0]] + y[x.shape[0] :]
     else:
-        operand, scale = dequantize(weight, x.dtype), 1
-    y = jnp.einsum("...k,nk->...n", x, operand, preferred_element_type=jnp.float32) * scale
+        operand = decode(weight).astype(x.dtype) if row_scale else dequantize(weight, x.dtype)
+        y = jnp.einsum("mk,nk->mn", x, operand, preferred_element_type=jnp.float32)
+        y = y * weight.scale[:, 0] if row_scale else y
     return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def _split_16_bits(x: jax.Array) -> tuple[IntTensor, IntTensor]:
+    """Return two int8 tensors that add up to x within 2**-16 of each row's largest magnitude.
+
+    round(x * (32639 / a)) = 256 high + low, with a = max|x|: high in -127..127, low in -128..127.
+    """
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    scale = jnp.where(jnp.isfinite(wide).all(axis=-1, keepdims=True), largest / 32639, jnp.nan)
+    levels = jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int32)
+    high = (levels + 128) >> 8
+    parts = (high, 256 * scale), (levels - 256 * high, scale)
+    return tuple(IntTensor(values=v.astype(jnp.int8), scale=s) for v, s in parts)

@@ -8,14 +8,14 @@ from jax import lax
 
 from pallas_kernels import codec, matmul
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.matmul import reference
+from pallas_kernels.matmul import PreparedWeights, reference
 from quartz_jax.codec import decode_rows
 from quartz_jax.tensor import IntTensor, QuartzTensor
 
 
 def quartz_matmul(
     x: QuartzTensor | IntTensor,  # [..., k]
-    w: QuartzTensor | IntTensor,  # [n, k]
+    w: QuartzTensor | IntTensor | PreparedWeights,  # [n, k]
     *,
     bias: jax.Array | None = None,  # [n], any float
     activation: str | None = None,
@@ -28,13 +28,14 @@ def quartz_matmul(
 
     With one scale a row the dot over k is one exact int32, acc; then in float32 and in this order
     y = acc * s_x * s_w + bias, or for an asymmetric x (held minus 128), with c = sum over k of w,
-    y = (acc + 128 c) * s_x * s_w + (lo_x * s_w) * c + bias; then activation, gate and residual, each
+    y = (acc + 128 c) * s_x * s_w + (lo_x * s_w) * c + bias; then activation, gate, residual, each
     where given, and the cast to `out_dtype`. With a scale block the blocks' results are added in
     order in float32 before the bias.
 
     Args:
       x: symmetric or asymmetric. Its contraction axis may be any; the result has the others.
       w: symmetric, two axes; the contraction axis may be either (w is [k, n] if it is the first).
+        Or the same prepared for one backend, see `pallas_kernels.matmul.prepare`.
       bias: added to every row.
       activation: "gelu" applies its tanh form, or None.
       gate: multiplies every row.
@@ -57,7 +58,10 @@ def quartz_matmul(
         residual = _flatten(residual)
     options = {"bias": bias, "activation": activation, "gate": gate, "residual": residual}
     options |= {"out_dtype": out_dtype, "implementation": implementation}
-    if _block(x) or _block(w):
+    if isinstance(w, PreparedWeights):
+        del options["implementation"]
+        y = matmul.matmul_prepared(x2, w, x_scale, x_lo=x_lo, **options)
+    elif _block(x) or _block(w):
         y = _matmul_blocks(x2, w, x_scale, x_lo, block=_block(x) or _block(w), **options)
     elif isinstance(w, IntTensor):
         y = matmul.matmul_int8(x2, decode_rows(w), x_scale, w.scale, x_lo=x_lo, **options)
@@ -73,7 +77,7 @@ def quartz_matmul(
             step=w.config.step,
             **options,
         )
-    return y.reshape(*values.shape[:-1], w.scale.shape[0])
+    return y.reshape(*values.shape[:-1], y.shape[-1])
 
 
 def _matmul_blocks(x, w, x_scale, x_lo, *, block, implementation, **epilogue) -> jax.Array:
@@ -118,22 +122,26 @@ def _block(tensor: QuartzTensor | IntTensor) -> int | None:
 
 
 def _check(x, w, bias) -> None:
-    for name, tensor in {"x": x, "w": w}.items():
-        if not isinstance(tensor, QuartzTensor | IntTensor):
+    kinds = {"x": (x, QuartzTensor | IntTensor)}
+    kinds["w"] = w, QuartzTensor | IntTensor | PreparedWeights
+    for name, (tensor, kind) in kinds.items():
+        if not isinstance(tensor, kind):
             raise ValueError(f"{name} is a {type(tensor).__name__}; quantize it first")
-    if w.ndim != 2:
+    prepared = isinstance(w, PreparedWeights)
+    if not prepared and w.ndim != 2:
         raise ValueError(f"w has shape {list(w.shape)}; it must have two axes, [n, k]")
-    if w.lo is not None:
+    if not prepared and w.lo is not None:
         raise ValueError("w is asymmetric; quantize weights with range='absmax'")
     if x.k != w.k:
         raise ValueError(
             f"x has shape {list(x.shape)} with k={x.k} and w {list(w.shape)} with k={w.k}; both "
             "must have the same k"
         )
-    if _block(x) and _block(w) and _block(x) != _block(w):
+    if _block(x) and (prepared or (_block(w) and _block(x) != _block(w))):
+        other = "prepared" if prepared else _block(w)
         raise ValueError(
-            f"x has scale_block={_block(x)} and w {_block(w)}; they must agree, or one be None"
+            f"x has scale_block={_block(x)} and w {other}; they must agree, or one be None"
         )
-    rows = w.scale.shape[0]
+    rows = w.n if prepared else w.scale.shape[0]
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{rows}]")

@@ -14,7 +14,7 @@ from flax import nnx
 
 from models.attention import dot_product_attention
 from models.flux.config import FluxConfig
-from models.linear import Linear
+from models.linear import Linear, Part
 
 _EPSILON = 1e-6  # of every norm
 _THETA = 10000.0  # base of both position and timestep frequencies
@@ -136,8 +136,9 @@ class MLP(nnx.Module):
         gate: jax.Array,
     ) -> jax.Array:
         """Return x plus its gated update, [b, t, c]."""
-        wide = self.up(x, modulation=(shift, scale), activation="gelu")
-        return self.down(wide, gate=gate, residual=x)
+        wide = self.up(x, modulation=(shift, scale))
+        wide = Part(array=wide, size=wide.shape[-1], activation="gelu")
+        return self.down((wide,), gate=gate, residual=x)
 
 
 class DoubleStreamBlock(nnx.Module):
@@ -194,10 +195,13 @@ class SingleStreamBlock(nnx.Module):
         """Return the tokens after this block, [b, t, c]."""
         shift, scale, gate = self.modulation(vec)
         wide = self.linear1(x, modulation=(shift, scale))
-        qkv, mlp = jnp.split(wide, [3 * x.shape[-1]], axis=-1)
-        q, k, v = split_heads(qkv, self.heads)
+        hidden, mlp = x.shape[-1], _MLP_RATIO * x.shape[-1]
+        q, k, v = split_heads(wide[..., : 3 * hidden], self.heads)
         attended = attention(self.query_norm(q), self.key_norm(k), v, angles)
-        joined = jnp.concatenate([attended, nnx.gelu(mlp, approximate=True)], axis=-1)
+        joined = (
+            Part(array=attended, size=hidden),
+            Part(array=wide, start=3 * hidden, size=mlp, activation="gelu"),
+        )
         return self.linear2(joined, gate=gate, residual=x)
 
 

@@ -1,33 +1,86 @@
 """Quantized matmul: y = x w^T for int8 activations and 4-bit or int8 weights, integer-exact."""
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Backend, Implementation, Operation
-from pallas_kernels.matmul import mosaic_gpu, mosaic_tpu, reference, triton, xla
+from pallas_kernels.matmul import (
+    mosaic_gpu,
+    mosaic_tpu,
+    reference,
+    triton,
+    triton_few_rows,
+    xla,
+)
 
-# The first that can run does. The kernels stand behind xla until their integers have been checked
-# and their times taken on the hardware itself: until then only their names choose them.
+# The first that can run does.
 MATMUL = Operation(
     name="matmul",
     backends=(
-        Backend(name="xla", run=xla.matmul),
-        Backend(name="mosaic_tpu", run=mosaic_tpu.matmul, why_not=mosaic_tpu.why_not),
-        Backend(name="mosaic_gpu", run=mosaic_gpu.matmul, why_not=mosaic_gpu.why_not),
+        Backend(
+            name="mosaic_tpu",
+            run=mosaic_tpu.matmul,
+            why_not=mosaic_tpu.why_not,
+            prepare=mosaic_tpu.prepare_weights,
+            run_prepared=mosaic_tpu.matmul_prepared,
+        ),
+        Backend(
+            name="triton_few_rows", run=triton_few_rows.matmul, why_not=triton_few_rows.why_not
+        ),
+        Backend(
+            name="mosaic_gpu",
+            run=mosaic_gpu.matmul,
+            why_not=mosaic_gpu.why_not,
+            prepare=mosaic_gpu.prepare_weights,
+            run_prepared=mosaic_gpu.matmul_prepared,
+        ),
         Backend(name="triton", run=triton.matmul, why_not=triton.why_not),
+        Backend(name="xla", run=xla.matmul),
         Backend(name="reference", run=reference.matmul),
     ),
 )
 MATMUL_INT8 = Operation(
     name="matmul_int8",
     backends=(
-        Backend(name="xla", run=xla.matmul_int8),
-        Backend(name="mosaic_tpu", run=mosaic_tpu.matmul_int8, why_not=mosaic_tpu.why_not),
+        Backend(
+            name="mosaic_tpu",
+            run=mosaic_tpu.matmul_int8,
+            why_not=mosaic_tpu.why_not,
+            prepare=mosaic_tpu.prepare_int8,
+            run_prepared=mosaic_tpu.matmul_prepared,
+        ),
         Backend(name="mosaic_gpu", run=mosaic_gpu.matmul_int8, why_not=mosaic_gpu.why_not),
         Backend(name="triton", run=triton.matmul_int8, why_not=triton.why_not),
+        Backend(name="xla", run=xla.matmul_int8),
         Backend(name="reference", run=reference.matmul_int8),
     ),
 )
+_MANY_ROWS = 4096  # for which prepared weights are
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays"],
+    meta_fields=["implementation", "n", "k", "bits"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedWeights:
+    """Weights in the order that one backend reads, made once; not for storage."""
+
+    arrays: Any  # the backend's own
+    implementation: str  # the backend's name
+    n: int  # output channels
+    k: int  # contraction length
+    bits: int  # 4, or 8 for int8
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical shape of the weights."""
+        return self.n, self.k
 
 
 def matmul(
@@ -93,6 +146,74 @@ def matmul_int8(
     epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
     _check(x, w, x_scale, w_scale, **epilogue)
     return MATMUL_INT8(x, w, x_scale, w_scale, implementation=implementation, **epilogue)
+
+
+def prepare(
+    w_codes: jax.Array,  # [n, k_padded / 2], uint8: packed symmetric codes
+    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8: packed shifts
+    w_scale: jax.Array,  # [n, 1], float32
+    *,
+    k: int,
+    group_size: int,
+    step: str,
+    implementation: Implementation = None,
+) -> PreparedWeights | None:
+    """Reorder packed weights for the backend that would multiply many rows by them.
+
+    Returns:
+      The weights for `matmul_prepared`, or None where that backend reads the packed order.
+
+    Raises:
+      ValueError: a named implementation that can't run here.
+    """
+    n, kind = w_codes.shape[0], {"group_size": group_size, "step": step}
+    rows = jax.ShapeDtypeStruct((_MANY_ROWS, k), jnp.int8)
+    backend = MATMUL.choose(implementation, rows, w_codes, **kind)
+    if backend.prepare is None:
+        return None
+    arrays = backend.prepare(w_codes, w_shifts, w_scale, k=k, **kind)
+    return PreparedWeights(arrays=arrays, implementation=backend.name, n=n, k=k, bits=4)
+
+
+def prepare_int8(
+    w: jax.Array,  # [n, k], int8: symmetric
+    w_scale: jax.Array,  # [n, 1], float32
+    *,
+    implementation: Implementation = None,
+) -> PreparedWeights | None:
+    """Reorder int8 weights; otherwise as `prepare`."""
+    n, k = w.shape
+    rows = jax.ShapeDtypeStruct((_MANY_ROWS, k), jnp.int8)
+    backend = MATMUL_INT8.choose(implementation, rows, w)
+    if backend.prepare is None:
+        return None
+    arrays = backend.prepare(w, w_scale)
+    return PreparedWeights(arrays=arrays, implementation=backend.name, n=n, k=k, bits=8)
+
+
+def matmul_prepared(
+    x: jax.Array,  # [m, k], int8: decoded values, minus 128 if asymmetric
+    w: PreparedWeights,  # [n, k]
+    x_scale: jax.Array,  # [m, 1], float32
+    *,
+    bias: jax.Array | None = None,  # [n], any float
+    x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
+    activation: str | None = None,  # "gelu": its tanh form, after the bias
+    gate: jax.Array | None = None,  # [n], any float: multiplies the columns, after the activation
+    residual: jax.Array | None = None,  # [m, n], any float: added last
+    out_dtype: jnp.dtype = jnp.bfloat16,
+) -> jax.Array:
+    """Multiply by prepared weights; otherwise as `matmul`."""
+    if x.shape[1] != w.k:
+        raise ValueError(f"x has k={x.shape[1]} and w has k={w.k}; both must be the same")
+    epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
+    epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
+    scale = jax.ShapeDtypeStruct((w.n, 1), jnp.float32)
+    rows = jax.ShapeDtypeStruct((w.n, w.k), jnp.int8)
+    _check(x, rows, x_scale, scale, **epilogue)
+    operation = MATMUL if w.bits == 4 else MATMUL_INT8
+    backend = operation.choose(w.implementation, x, rows, x_scale, scale, **epilogue)
+    return backend.run_prepared(x, w.arrays, x_scale, **epilogue)
 
 
 def _check(x, w, x_scale, w_scale, *, bias, x_lo, activation, gate, residual, out_dtype) -> None:

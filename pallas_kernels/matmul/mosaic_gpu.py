@@ -25,12 +25,13 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
 from pallas_kernels import codec, compat, device
+from pallas_kernels.matmul import reference
 
 TILE_K = 128  # bytes of k in a tile: the widest swizzle of shared memory
 ROWS = 64  # weight rows of a warpgroup: the first extent of wgmma
 WARPGROUPS = 2  # that multiply
 TILE_N = ROWS * WARPGROUPS
-EPILOGUE_TOKENS = 64  # tokens converted and written at a time, at most
+OUTPUT_TOKENS = 128  # tokens of a warpgroup's results that shared memory holds, at most
 STEP_UNIT = 16  # k that share one register's step: groups must be multiples of this
 SHARED_MEMORY = 227 * 1024  # bytes a block may use on Hopper
 # Extents that integer wgmma takes as its second
@@ -48,7 +49,7 @@ class Config:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "steps", "column_sums"],
+    data_fields=["codes", "steps", "scale", "column_sums"],
     meta_fields=["n", "k"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,8 @@ class TiledWeights:
 
     codes: jax.Array  # int32 [n_tiles, k_tiles, 16, 128]: codes plus 8, eight a word
     steps: jax.Array  # int32 [n_tiles, k_tiles, 128]: step minus 1 of 16 k, eight a word
-    column_sums: jax.Array  # int32 [n padded]: sum over k of the decoded weights
+    scale: jax.Array  # float32 [n, 1]
+    column_sums: jax.Array  # int32 [n]: sum over k of the decoded weights
     n: int  # weight rows
     k: int  # contraction length
 
@@ -65,7 +67,9 @@ class TiledWeights:
 def prepare_weights(
     codes: jax.Array,  # [n, k_padded / 2], uint8: packed symmetric codes
     shifts: jax.Array,  # [n, ceil(groups / 2)], uint8: packed shifts
+    scale: jax.Array,  # [n, 1], float32
     *,
+    k: int,
     group_size: int,
     step: str,
 ) -> TiledWeights:
@@ -75,8 +79,8 @@ def prepare_weights(
     those from 4 (t % 4) and from 16 further; the first four k are the low nibbles of a word.
     """
     signed = codec.unpack(codes, signed=True)
-    n, k = signed.shape
-    groups = codec.unpack(shifts, signed=False)[:, : k // group_size].astype(jnp.int32)
+    n, width = signed.shape
+    groups = codec.unpack(shifts, signed=False)[:, : width // group_size].astype(jnp.int32)
     sums = codec.decode_packed(codes, shifts, group_size=group_size, step=step)
     sums = jnp.sum(sums, axis=1, dtype=jnp.int32)
     steps = groups if step == "integer" else (1 << groups) - 1
@@ -92,7 +96,8 @@ def prepare_weights(
     return TiledWeights(
         codes=words.reshape(n_tiles, k_tiles, TILE_N // 8, 128),
         steps=_join(steps, range(0, 32, 4)),
-        column_sums=codec.pad(sums, TILE_N),
+        scale=scale,
+        column_sums=sums,
         n=n,
         k=k,
     )
@@ -109,31 +114,18 @@ def _join(fields: jax.Array, offsets) -> jax.Array:
     return lax.bitcast_convert_type(jnp.sum(bits, axis=-1, dtype=jnp.uint32), jnp.int32)
 
 
-def matmul_tiled(
+def matmul_prepared(
     x: jax.Array,  # [m, k], int8
     w: TiledWeights,  # [n, k]
     x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
     *,
-    bias: jax.Array | None = None,  # [n]
     x_lo: jax.Array | None = None,  # [m, 1], float32
-    out_dtype: jnp.dtype = jnp.bfloat16,
-    config: Config | None = None,
-    interpret: bool = False,
+    **options,  # of `_call`
 ) -> jax.Array:
     """Multiply by weights that `prepare_weights` made; see `pallas_kernels.matmul.matmul`."""
-    return _call(
-        x,
-        (w.codes, w.steps),
-        w.column_sums if x_lo is not None else None,
-        x_scale,
-        w_scale,
-        bias=bias,
-        x_lo=x_lo,
-        out_dtype=out_dtype,
-        config=config,
-        interpret=interpret,
-    )
+    sums = w.column_sums if x_lo is not None else None
+    given = {"x_scale": x_scale, "w_scale": w.scale, "x_lo": x_lo, "sums": sums}
+    return _call(x, (w.codes, w.steps), given, n=w.n, **options)
 
 
 def matmul(
@@ -145,15 +137,17 @@ def matmul(
     *,
     group_size: int,
     step: str,
-    **epilogue,
+    **options,  # of `matmul_prepared`
 ) -> jax.Array:
     """Reorder the weights, then multiply; see `pallas_kernels.matmul.matmul`.
 
     The reordering costs a pass over the weights: callers that multiply more than once should keep
-    what `prepare_weights` returns and call `matmul_tiled`.
+    what `prepare_weights` returns and call `matmul_prepared`.
     """
-    w = prepare_weights(w_codes, w_shifts, group_size=group_size, step=step)
-    return matmul_tiled(x, w, x_scale, w_scale, **epilogue)
+    kind = {"k": x.shape[1], "group_size": group_size, "step": step}
+    return matmul_prepared(
+        x, prepare_weights(w_codes, w_shifts, w_scale, **kind), x_scale, **options
+    )
 
 
 def matmul_int8(
@@ -162,28 +156,13 @@ def matmul_int8(
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
     *,
-    bias: jax.Array | None = None,  # [n]
     x_lo: jax.Array | None = None,  # [m, 1], float32
-    out_dtype: jnp.dtype = jnp.bfloat16,
-    config: Config | None = None,
-    interpret: bool = False,
+    **options,  # of `_call`
 ) -> jax.Array:
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
-    sums = None
-    if x_lo is not None:
-        sums = codec.pad(jnp.sum(w, axis=1, dtype=jnp.int32), TILE_N)
-    return _call(
-        x,
-        (_pad(w, TILE_N, TILE_K),),
-        sums,
-        x_scale,
-        w_scale,
-        bias=bias,
-        x_lo=x_lo,
-        out_dtype=out_dtype,
-        config=config,
-        interpret=interpret,
-    )
+    sums = None if x_lo is None else jnp.sum(w, axis=1, dtype=jnp.int32)
+    given = {"x_scale": x_scale, "w_scale": w_scale, "x_lo": x_lo, "sums": sums}
+    return _call(x, (_pad(w, TILE_N, TILE_K),), given, n=w.shape[0], **options)
 
 
 def why_not(
@@ -194,8 +173,12 @@ def why_not(
         return f"needs a Hopper GPU, not {target.kind}"
     if group_size % STEP_UNIT:
         return f"needs groups of a multiple of {STEP_UNIT}, not {group_size}"
-    if jnp.dtype(kwargs.get("out_dtype", jnp.bfloat16)).itemsize != 2:
+    dtype = jnp.dtype(kwargs.get("out_dtype", jnp.bfloat16))
+    if dtype.itemsize != 2:
         return "writes 16-bit floats only"
+    residual = kwargs.get("residual")
+    if residual is not None and residual.dtype != dtype:
+        return f"needs a residual of {dtype}, what it writes, not {residual.dtype}"
     return "needs at least one element" if 0 in (*x.shape, *w.shape) else None
 
 
@@ -209,60 +192,69 @@ def choose_config(m: int, n: int, *, decode: bool, sms: int = 132) -> Config:
 
     tokens = min(TOKEN_TILES, key=cost)
     stage = TILE_K * tokens + (TILE_N * TILE_K // 2 + TILE_N * 4 if decode else TILE_N * TILE_K)
-    spare = SHARED_MEMORY - 2048 - _output_bytes(tokens)
-    return Config(tokens=tokens, stages=min(4, spare // stage))
+    spare = SHARED_MEMORY - 2048 - WARPGROUPS * OUTPUT_TOKENS * ROWS * 2
+    return Config(tokens=tokens, stages=min(4 if tokens > 64 else 16, spare // stage))
 
 
-def _epilogue_tokens(tokens: int) -> int:
-    """Return the largest part of a tile that is written at once."""
-    return max(part for part in range(8, EPILOGUE_TOKENS + 1, 8) if tokens % part == 0)
-
-
-def _output_bytes(tokens: int) -> int:
-    return WARPGROUPS * 2 * _epilogue_tokens(tokens) * ROWS * 2
-
-
+# Under jit of its own a kernel that a program calls many times is lowered once.
+@functools.partial(jax.jit, static_argnames=("n", "activation", "out_dtype", "config", "interpret"))
 def _call(
     x: jax.Array,
     weights: tuple[jax.Array, ...],  # codes and steps, or int8 [n padded, k padded]
-    sums: jax.Array | None,
-    x_scale: jax.Array,
-    w_scale: jax.Array,
+    given: dict[str, jax.Array | None],  # x_scale and x_lo [m, 1], w_scale [n, 1], sums [n]
     *,
-    bias: jax.Array | None,
-    x_lo: jax.Array | None,
-    out_dtype: jnp.dtype,
-    config: Config | None,
-    interpret: bool,
+    n: int,
+    bias: jax.Array | None = None,  # [n]
+    activation: str | None = None,
+    gate: jax.Array | None = None,  # [n]
+    residual: jax.Array | None = None,  # [m, n], of out_dtype
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    config: Config | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
-    m, n = x.shape[0], w_scale.shape[0]
-    decode = len(weights) == 2
+    m, decode = x.shape[0], len(weights) == 2
     sms = 2 if interpret else _multiprocessors()
     config = config or choose_config(m, n, decode=decode, sms=sms)
     # Copies clip at the end of an array, but it must hold whole rows of the swizzle.
     x = _pad(x, config.tokens if interpret else 8, TILE_K)
     columns = n + -n % ROWS
-    out = jax.ShapeDtypeStruct((x.shape[0], columns), out_dtype)
-    w_scale, bias = _flat(w_scale, TILE_N), _flat(bias, TILE_N)
-    x_scale, x_lo = _flat(x_scale, config.tokens), _flat(x_lo, config.tokens)
+    if residual is not None:
+        residual = _pad(residual, config.tokens if interpret else 8, ROWS)
+    given = given | {"bias": bias, "gate": gate}
+    vectors = {
+        name: _flat(array, config.tokens if name.startswith("x_") else TILE_N)
+        for name, array in given.items()
+        if array is not None
+    }
+    slots, part = _slots(config.tokens, residual is not None)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, config=config, decode=decode, interpret=interpret),
-        out_type=out,
+        functools.partial(_kernel, config=config, activation=activation, interpret=interpret),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], columns), out_dtype),
         grid=(sms,),
         grid_names=("sm",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(config, decode, out_dtype, interpret),
+        scratch_types=_scratch(config, decode, (slots, part), out_dtype, interpret),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=compat.gpu_interpret_params() if interpret else False,
     )
-    y = kernel(x, weights, w_scale, x_scale, bias, x_lo, sums)
-    return y[:m, :n]
+    return kernel(x, weights, vectors, residual)[:m, :n]
 
 
-def _flat(x: jax.Array | None, multiple: int) -> jax.Array | None:
-    """Return float32 [n padded with zeros] of an [n] or [n, 1] array."""
-    return None if x is None else codec.pad(x.reshape(-1).astype(jnp.float32), multiple)
+def _slots(tokens: int, residual: bool) -> tuple[int, int]:
+    """Return how many parts of an output tile are on their way at once, and tokens of each.
+
+    A residual comes into the slot that its result leaves from, two parts ahead.
+    """
+    slots = 4 if residual else 2
+    limit = OUTPUT_TOKENS // slots
+    return slots, max(part for part in range(8, limit + 1, 8) if tokens % part == 0)
+
+
+def _flat(x: jax.Array, multiple: int) -> jax.Array:
+    """Return float32, or int32 as it is, [n padded with zeros] of an [n] or [n, 1] array."""
+    wide = x if x.dtype == jnp.int32 else x.astype(jnp.float32)
+    return codec.pad(wide.reshape(-1), multiple)
 
 
 def _multiprocessors() -> int:
@@ -272,7 +264,9 @@ def _multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", 132)
 
 
-def _scratch(config: Config, decode: bool, out_dtype, interpret: bool) -> dict:
+def _scratch(
+    config: Config, decode: bool, output: tuple[int, int], out_dtype, interpret: bool
+) -> dict:
 
     def swizzled(columns):
         return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
@@ -291,12 +285,13 @@ def _scratch(config: Config, decode: bool, out_dtype, interpret: bool) -> dict:
         ),
         "w_tiles": weights,
         "out_tiles": plgpu.SMEM(
-            (WARPGROUPS, 2, _epilogue_tokens(config.tokens), ROWS),
+            (WARPGROUPS, *output, ROWS),
             out_dtype,
             transforms=swizzled(ROWS),
         ),
         "filled": plgpu.Barrier(num_arrivals=1 + len(weights), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        "added": plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS * output[0]),
         # The interpreter's wgmma reads its first operand from memory only.
         "decoded": (plgpu.SMEM((WARPGROUPS, ROWS, TILE_K), jnp.int8),) * (decode and interpret),
     }
@@ -305,26 +300,26 @@ def _scratch(config: Config, decode: bool, out_dtype, interpret: bool) -> dict:
 def _kernel(
     x,  # [m, k], int8
     weights,  # codes [n_tiles, k_tiles, 16, 128] and steps [n_tiles, k_tiles, 128]; or [n, k]
-    w_scale,  # [n padded], float32
-    x_scale,  # [m padded], float32
-    bias,  # [n padded], float32, or None
-    x_lo,  # [m padded], float32, or None
-    sums,  # [n padded], int32, or None
-    out,  # [m, n]
+    vectors,  # x_scale, x_lo [m padded]; w_scale, sums, bias, gate [n padded]; those given
+    residual,  # [m, n padded] or None
+    out,  # [m, n padded]
     *,
     config: Config,
-    decode: bool,
+    activation: str | None,
     interpret: bool,
     x_tiles,  # [stages, tokens, TILE_K]
     w_tiles,  # like weights, a tile for each stage
-    out_tiles,  # [warpgroup, slot, part of tokens, ROWS]
+    out_tiles,  # [warpgroup, slots, part of tokens, ROWS]
     filled,
     free,
+    added,  # [warpgroup * slots]: a part of the residual is there
     decoded,  # [warpgroups, ROWS, TILE_K] where the interpreter wants it, else empty
 ):
+    decode = len(weights) == 2
     tokens, stages = config.tokens, config.stages
+    slots, part = out_tiles.shape[1:3]
     k_tiles = x.shape[1] // TILE_K
-    grid = (w_scale.shape[0] // TILE_N, pl.cdiv(out.shape[0], tokens))
+    grid = (vectors["w_scale"].shape[0] // TILE_N, pl.cdiv(out.shape[0], tokens))
     warpgroup, sms = lax.axis_index("warpgroup"), lax.axis_size("sm")
 
     def walk(body):
@@ -386,6 +381,12 @@ def _kernel(
         return following
 
     def multiply(n_tile, m_tile, first):
+        row, token = n_tile * TILE_N + warpgroup * ROWS, m_tile * tokens
+        if residual is not None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for i in range(min(slots // 2, tokens // part)):
+                fetch(i, row, token)
+
         def dot(acc):
             # In pairs, so that a decoded tile never lands in registers that are being multiplied.
             def pair(i, weight):
@@ -400,19 +401,31 @@ def _kernel(
             return acc[...]
 
         acc = pl.run_scoped(dot, plgpu.ACC((ROWS, tokens), jnp.int32))
-        write(acc, n_tile * TILE_N + warpgroup * ROWS, m_tile * tokens)
+        write(acc, row, token)
+
+    def window(ref, i, row, token):
+        return ref.at[pl.ds(token + i * part, part), pl.ds(row, ROWS)]
+
+    def fetch(i, row, token):
+        """Start to copy part i of the residual to its slot, which the last result has left."""
+        slot = i % slots
+        arrived = added.at[warpgroup * slots + slot]
+        plgpu.copy_gmem_to_smem(
+            window(residual, i, row, token), out_tiles.at[warpgroup, slot], arrived
+        )
 
     def write(acc, row, token):
         """Scale, round and write a tile of [ROWS, tokens] sums, transposed."""
-        part = out_tiles.shape[2]
 
-        def load_rows(ref):
+        def load_rows(name):
             layout = plgpu.Layout.WGMMA.reduce(1)
-            return compat.gpu_load(ref.at[pl.ds(row, ROWS)], layout=layout, optimized=False)
+            ref = vectors[name].at[pl.ds(row, ROWS)]
+            return compat.gpu_load(ref, layout=layout, optimized=False)
 
-        def load_tokens(ref, start):
+        def load_tokens(name, start):
             layout = plgpu.Layout.WGMMA.reduce(0)
-            return compat.gpu_load(ref.at[pl.ds(start, part)], layout=layout, optimized=False)
+            ref = vectors[name].at[pl.ds(start, part)]
+            return compat.gpu_load(ref, layout=layout, optimized=False)
 
         def down(v):
             return lax.broadcast_in_dim(v, (ROWS, part), [0])
@@ -420,26 +433,41 @@ def _kernel(
         def along(v):
             return lax.broadcast_in_dim(v, (ROWS, part), [1])
 
-        scale = load_rows(w_scale)
-        column = None if sums is None else load_rows(sums)
-        offset = None if bias is None else load_rows(bias)
+        of_row = {name: load_rows(name) for name in vectors if not name.startswith("x_")}
+        scale = of_row["w_scale"]
         for i in range(tokens // part):
             start = token + i * part
             sum_ = acc[:, i * part : (i + 1) * part]
-            if x_lo is not None:
-                sum_ = sum_ + down(128 * column)
-            y = sum_.astype(jnp.float32) * along(load_tokens(x_scale, start)) * down(scale)
-            if x_lo is not None:
-                lo = along(load_tokens(x_lo, start)) * down(scale)
-                y = y + lo * down(column.astype(jnp.float32))
-            if offset is not None:
-                y = y + down(offset)
+            if "x_lo" in vectors:
+                sum_ = sum_ + down(128 * of_row["sums"])
+            y = sum_.astype(jnp.float32) * along(load_tokens("x_scale", start)) * down(scale)
+            if "x_lo" in vectors:
+                lo = along(load_tokens("x_lo", start)) * down(scale)
+                y = y + lo * down(of_row["sums"].astype(jnp.float32))
+            if "bias" in vectors:
+                y = y + down(of_row["bias"])
+            if activation == "gelu":
+                y = reference.gelu(y)
+            if "gate" in vectors:
+                y = y * down(of_row["gate"])
+            slot = out_tiles.at[warpgroup, i % slots]
+            if residual is not None:
+                plgpu.barrier_wait(added.at[warpgroup * slots + i % slots])
+                before = compat.gpu_load(
+                    slot.transpose((1, 0)), layout=plgpu.Layout.WGMMA_TRANSPOSED
+                )
+                before = plgpu.layout_cast(before, plgpu.Layout.WGMMA)
+                y = y + before.astype(jnp.float32)
+            else:
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
             y = plgpu.layout_cast(y.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            slot = out_tiles.at[warpgroup, i % 2]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             slot.transpose((1, 0))[...] = y
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(slot, out.at[pl.ds(start, part), pl.ds(row, ROWS)])
+            plgpu.copy_smem_to_gmem(slot, window(out, i, row, token))
+            ahead = i + slots // 2
+            if residual is not None and ahead < tokens // part:
+                plgpu.wait_smem_to_gmem(slots // 2, wait_read_only=True)
+                fetch(ahead, row, token)
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():

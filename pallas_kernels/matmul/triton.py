@@ -1,10 +1,10 @@
 """Quantized matmul for any NVIDIA GPU with int8 tensor cores, through Triton.
 
-Many rows: the weights are decoded to int8 ahead, by XLA, and multiplied by a plain int8 kernel with
-the epilogue inside. Few rows: reading the weights is the whole cost, so they are read as 4 bits and
-decoded in the kernel, eight codes at a time, by the arithmetic that `mosaic_gpu` describes.
+The weights are decoded to int8 ahead, by a kernel that moves nothing but them, and multiplied by a
+plain int8 kernel with the epilogue inside. For few rows see `triton_few_rows`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -15,19 +15,34 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
+from pallas_kernels.matmul import reference
 
-TILE = 128  # rows of x and of w, and bytes of k, of a tile of the plain kernel
 BAND = 8  # tiles of x that meet the same tiles of w before the next ones do
-FEW_ROWS = 64  # rows of x up to which weights are decoded in the kernel
-FEW_TILE_N = 32  # weight rows of a program of the few-rows kernel
-FEW_BYTES = 256  # bytes of codes of each of them in a step, at most
-DOT_K = 32  # least k of an int8 dot
+DECODE_ROWS = 4  # weight rows of a program of the decoding kernel
+DECODE_BYTES = 1024  # bytes of codes of each of them, at most
 
-# Four int8 from a register of four bytes of codes and one of four equal steps.
-_DECODE = """{{ .reg .b32 p, o, t;
-and.b32 p, $2, 255; mul.lo.u32 o, p, 0x08080808; sub.u32 o, 0x80808080, o;
-shr.u32 t, $1, {shift}; and.b32 t, t, 0x0F0F0F0F; xor.b32 t, t, 0x08080808;
-mad.lo.u32 t, t, p, o; xor.b32 $0, t, 0x80808080; }}"""
+# Eight int8 from a register of four bytes of codes and one of four equal steps: `mosaic_gpu` has
+# the arithmetic. The last two instructions put low and high nibbles back in turn.
+_DECODE = """{
+.reg .b32 p, o, l, h;
+and.b32 p, $3, 255; mul.lo.u32 o, p, 0x08080808; sub.u32 o, 0x80808080, o;
+and.b32 l, $2, 0x0F0F0F0F; xor.b32 l, l, 0x08080808;
+mad.lo.u32 l, l, p, o; xor.b32 l, l, 0x80808080;
+shr.u32 h, $2, 4; and.b32 h, h, 0x0F0F0F0F; xor.b32 h, h, 0x08080808;
+mad.lo.u32 h, h, p, o; xor.b32 h, h, 0x80808080;
+prmt.b32 $0, l, h, 0x5140; prmt.b32 $1, l, h, 0x7362;
+}"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tile sizes of the plain kernel."""
+
+    tile_m: int = 128  # rows of x
+    tile_n: int = 128  # rows of w
+    tile_k: int = 128  # bytes of k of a step
+    warps: int = 4
+    stages: int = 3  # steps in flight
 
 
 def matmul(
@@ -39,49 +54,83 @@ def matmul(
     *,
     group_size: int,
     step: str,
-    **epilogue,  # bias, x_lo, out_dtype, interpret
+    interpret: bool = False,
+    **options,  # of `matmul_int8`
 ) -> jax.Array:
-    """Multiply int8 activations by packed 4-bit weights; see `pallas_kernels.matmul.matmul`."""
-    options = {"group_size": group_size, "step": step}
-    if x.shape[0] <= FEW_ROWS:
-        return _matmul_few_rows(x, w_codes, w_shifts, x_scale, w_scale, **options, **epilogue)
-    w = codec.decode_packed(w_codes, w_shifts, **options)[:, : x.shape[1]]
-    return matmul_int8(x, w, x_scale, w_scale, **epilogue)
+    """Decode the weights, then multiply; see `pallas_kernels.matmul.matmul`."""
+    w = decode(w_codes, w_shifts, group_size=group_size, step=step, interpret=interpret)
+    return matmul_int8(x, w[:, : x.shape[1]], x_scale, w_scale, interpret=interpret, **options)
 
 
+# Under jit of its own a kernel that a program calls many times is lowered once.
+@functools.partial(jax.jit, static_argnames=("activation", "out_dtype", "config", "interpret"))
 def matmul_int8(
     x: jax.Array,  # [m, k], int8
     w: jax.Array,  # [n, k], int8
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
     *,
-    bias: jax.Array | None = None,  # [n]
     x_lo: jax.Array | None = None,  # [m, 1], float32
+    activation: str | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
+    config: Config = Config(),
     interpret: bool = False,
+    **columns: jax.Array | None,  # bias and gate [n], residual [m, n]
 ) -> jax.Array:
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
     m, n = x.shape[0], w.shape[0]
-    column = None if x_lo is None else jnp.sum(w, axis=1, dtype=jnp.int32)
-    vectors = _vectors(TILE, x_scale=x_scale, x_lo=x_lo, w_scale=w_scale, bias=bias, column=column)
-    x, w = _pad(x, TILE, TILE), _pad(w, TILE, TILE)
-    m_tiles, n_tiles = x.shape[0] // TILE, w.shape[0] // TILE
+    tile = config.tile_m, config.tile_n
+    sums = None if x_lo is None else jnp.sum(w, axis=1, dtype=jnp.int32)
+    given = {"x_scale": x_scale, "x_lo": x_lo, "w_scale": w_scale, "sums": sums} | columns
+    given = pad_epilogue(given, *tile)
+    x, w = pad(x, config.tile_m, config.tile_k), pad(w, config.tile_n, config.tile_k)
+    m_tiles, n_tiles = x.shape[0] // config.tile_m, w.shape[0] // config.tile_n
     walk = functools.partial(_walk, m_tiles=m_tiles, n_tiles=n_tiles)
     y = pl.pallas_call(
-        _kernel,
+        functools.partial(_kernel, tile_k=config.tile_k, activation=activation),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), out_dtype),
         grid=(m_tiles * n_tiles,),
         in_specs=[
-            pl.BlockSpec((TILE, x.shape[1]), lambda i: (walk(i)[0], 0)),
-            pl.BlockSpec((TILE, x.shape[1]), lambda i: (walk(i)[1], 0)),
-            _vector_specs(vectors, TILE, TILE, walk),
+            pl.BlockSpec((config.tile_m, x.shape[1]), lambda i: (walk(i)[0], 0)),
+            pl.BlockSpec((config.tile_n, x.shape[1]), lambda i: (walk(i)[1], 0)),
+            epilogue_specs(given, *tile, walk),
         ],
-        out_specs=pl.BlockSpec((TILE, TILE), walk),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        out_specs=pl.BlockSpec(tile, walk),
+        compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="matmul_int8",
-    )(x, w, vectors)
+    )(x, w, given)
     return y[:m, :n]
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "step", "interpret"))
+def decode(
+    codes: jax.Array,  # [n, k_padded / 2], uint8
+    shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
+    *,
+    group_size: int,
+    step: str,
+    interpret: bool = False,
+) -> jax.Array:
+    """Return the decoded weights, int8 [n, k_padded or a little more, zeros]."""
+    rows = codes.shape[0]
+    # A byte of shifts serves two groups: group_size bytes of codes.
+    codes, shifts = pad(codes, DECODE_ROWS, group_size), pad(shifts, DECODE_ROWS, 1)
+    blocks = shifts.shape[1]
+    part = min(max(DECODE_BYTES // group_size, 1), blocks & -blocks)
+    codes = codes.reshape(codes.shape[0], blocks, group_size)
+    spec = pl.BlockSpec((DECODE_ROWS, part, group_size), lambda i, j: (i, j, 0))
+    pairs = pl.pallas_call(
+        functools.partial(_decode_kernel, step=step, interpret=interpret),
+        out_shape=jax.ShapeDtypeStruct(codes.shape, jnp.int16),
+        grid=(codes.shape[0] // DECODE_ROWS, blocks // part),
+        in_specs=[spec, pl.BlockSpec((DECODE_ROWS, part), lambda i, j: (i, j))],
+        out_specs=spec,
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="decode",
+    )(codes, shifts)
+    return lax.bitcast_convert_type(pairs, jnp.int8).reshape(codes.shape[0], -1)[:rows]
 
 
 def why_not(target: device.Device, x: jax.Array, w: jax.Array, *args, **kwargs) -> str | None:
@@ -91,138 +140,114 @@ def why_not(target: device.Device, x: jax.Array, w: jax.Array, *args, **kwargs) 
     return "needs at least one element" if 0 in (*x.shape, *w.shape) else None
 
 
-def _matmul_few_rows(
-    x: jax.Array,
-    w_codes: jax.Array,
-    w_shifts: jax.Array,
-    x_scale: jax.Array,
-    w_scale: jax.Array,
-    *,
-    group_size: int,
-    step: str,
-    bias: jax.Array | None = None,
-    x_lo: jax.Array | None = None,
-    out_dtype: jnp.dtype = jnp.bfloat16,
-    interpret: bool = False,
+def pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Append zeros to both axes, up to multiples."""
+    missing = [(0, -x.shape[0] % rows), (0, -x.shape[1] % columns)]
+    return jnp.pad(x, missing) if any(after for _, after in missing) else x
+
+
+def pad_epilogue(
+    given: dict[str, jax.Array | None], tile_m: int, tile_n: int
+) -> dict[str, jax.Array]:
+    """Flatten and pad the epilogue's arrays that are given; `residual` alone has two axes."""
+    padded = {}
+    for name, array in given.items():
+        if name == "residual" and array is not None:
+            padded[name] = pad(array, tile_m, tile_n)
+        elif array is not None:
+            flat = array if name == "sums" else array.astype(jnp.float32)
+            padded[name] = codec.pad(flat.reshape(-1), tile_m if _of_x(name) else tile_n)
+    return padded
+
+
+def epilogue_specs(
+    given: dict[str, jax.Array], tile_m: int, tile_n: int, walk: Callable
+) -> dict[str, pl.BlockSpec]:
+    """Return the blocks of the epilogue's arrays for a walk from program to tiles of m and n."""
+
+    def spec(name):
+        if name == "residual":
+            return pl.BlockSpec((tile_m, tile_n), walk)
+        if _of_x(name):
+            return pl.BlockSpec((tile_m,), lambda i: (walk(i)[0],))
+        return pl.BlockSpec((tile_n,), lambda i: (walk(i)[1],))
+
+    return {name: spec(name) for name in given}
+
+
+def epilogue(
+    acc: jax.Array,  # [rows, columns], int32
+    given: dict[str, jax.Array],  # tiles of `pad_epilogue`'s arrays
+    activation: str | None,
+    dtype: jnp.dtype,
 ) -> jax.Array:
-    m, n = x.shape[0], w_codes.shape[0]
-    # Whole bytes of shifts, and enough of codes for a dot. A zero code decodes to zero.
-    codes = _pad(w_codes, FEW_TILE_N, max(group_size, DOT_K))
-    k_bytes = codes.shape[1]
-    shifts = _pad(w_shifts, FEW_TILE_N, k_bytes // group_size)
-    # Elements 2j and 2j + 1 share a byte of codes, so they are read as one number.
-    tile_m = max(16, pl.next_power_of_2(m))
-    pairs = _pad(x, tile_m, 2 * k_bytes).reshape(tile_m, k_bytes, 2)
-    pairs = lax.bitcast_convert_type(pairs, jnp.int16)
-    vectors = _vectors(tile_m, x_scale=x_scale, x_lo=x_lo)
-    vectors |= _vectors(FEW_TILE_N, w_scale=w_scale, bias=bias)
-    blocks = codes.reshape(codes.shape[0], -1, group_size)
-    y = pl.pallas_call(
-        functools.partial(_few_rows_kernel, step=step, interpret=interpret),
-        out_shape=jax.ShapeDtypeStruct((tile_m, codes.shape[0]), out_dtype),
-        grid=(codes.shape[0] // FEW_TILE_N,),
-        in_specs=[
-            pl.BlockSpec(pairs.shape, lambda i: (0, 0)),
-            pl.BlockSpec((FEW_TILE_N, *blocks.shape[1:]), lambda i: (i, 0, 0)),
-            pl.BlockSpec((FEW_TILE_N, shifts.shape[1]), lambda i: (i, 0)),
-            _vector_specs(vectors, tile_m, FEW_TILE_N, lambda i: (0, i)),
-        ],
-        out_specs=pl.BlockSpec((tile_m, FEW_TILE_N), lambda i: (0, i)),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
-        interpret=interpret,
-        name="matmul_few_rows",
-    )(pairs, blocks, shifts, vectors)
-    return y[:m, :n]
+    """Return the result of a tile of sums; see `reference.epilogue`."""
+    x_scale, w_scale = given["x_scale"][:, None], given["w_scale"][None, :]
+    if "x_lo" not in given:
+        y = acc.astype(jnp.float32) * x_scale * w_scale
+    else:
+        column = given["sums"][None, :]
+        y = (acc + 128 * column).astype(jnp.float32) * x_scale * w_scale
+        y += (given["x_lo"][:, None] * w_scale) * column.astype(jnp.float32)
+    rest = {name: given[name][None, :] for name in ("bias", "gate") if name in given}
+    rest["residual"] = given.get("residual")
+    return reference.finish(y, activation=activation, out_dtype=dtype, **rest)
+
+
+def step_of(nibbles: jax.Array, step: str) -> jax.Array:
+    """Return the steps that stored shifts stand for, int32."""
+    return nibbles + 1 if step == "integer" else 1 << nibbles
+
+
+def _of_x(name: str) -> bool:
+    return name.startswith("x_")
 
 
 def _kernel(
-    x_ref,  # [TILE, k], int8
-    w_ref,  # [TILE, k], int8
-    vectors,  # of the tile's rows and columns
-    out_ref,  # [TILE, TILE]
+    x_ref,  # [tile_m, k], int8
+    w_ref,  # [tile_n, k], int8
+    given,  # of the tile's rows and columns
+    out_ref,  # [tile_m, tile_n]
+    *,
+    tile_k: int,
+    activation: str | None,
 ):
     def accumulate(i, acc):
-        span = pl.ds(i * TILE, TILE)
+        span = pl.ds(i * tile_k, tile_k)
         x, w = plgpu.load(x_ref.at[:, span]), plgpu.load(w_ref.at[:, span])
         return acc + jnp.dot(x, w.T, preferred_element_type=jnp.int32)
 
     acc = jnp.zeros(out_ref.shape, jnp.int32)
-    acc = lax.fori_loop(0, x_ref.shape[1] // TILE, accumulate, acc)
-    out_ref[...] = _epilogue(acc, {name: ref[...] for name, ref in vectors.items()}, out_ref.dtype)
+    acc = lax.fori_loop(0, x_ref.shape[1] // tile_k, accumulate, acc)
+    given = {name: ref[...] for name, ref in given.items()}
+    out_ref[...] = epilogue(acc, given, activation, out_ref.dtype)
 
 
-def _few_rows_kernel(
-    x_ref,  # [tile_m, bytes], int16: two int8 each
-    codes_ref,  # [FEW_TILE_N, bytes / group_size, group_size], uint8
-    shifts_ref,  # [FEW_TILE_N, bytes / group_size], uint8: of two groups each
-    vectors,  # of the tile's rows and columns
-    out_ref,  # [tile_m, FEW_TILE_N]
+def _decode_kernel(
+    codes_ref,  # [rows, blocks, group_size], uint8
+    shifts_ref,  # [rows, blocks], uint8: of two groups each
+    out_ref,  # [rows, blocks, group_size], int16: two int8 each
     *,
     step: str,
     interpret: bool,
 ):
-    rows, blocks, group_size = codes_ref.shape
-    # The largest power of two that cuts the row into equal steps.
-    part = min(FEW_BYTES // group_size, blocks & -blocks)
-
-    def accumulate(i, carry):
-        acc, column = carry
-        span = pl.ds(i * part, part)
-        steps = _expand(plgpu.load(shifts_ref.at[:, span]), group_size, step)
-        codes = plgpu.load(codes_ref.at[:, span])
-        x = plgpu.load(x_ref.at[:, pl.ds(i * (part * group_size), part * group_size)])
-        for shift, half in ((0, x.astype(jnp.int8)), (4, (x >> 8).astype(jnp.int8))):
-            w = _decode(codes, steps, shift, interpret)
-            w = w.reshape(rows, part * group_size)
-            acc += jnp.dot(w, half.T, preferred_element_type=jnp.int32)
-            if "x_lo" in vectors:
-                column += jnp.sum(w.astype(jnp.int32), axis=1)
-        return acc, column
-
-    start = jnp.zeros((rows, x_ref.shape[0]), jnp.int32), jnp.zeros((rows,), jnp.int32)
-    acc, column = lax.fori_loop(0, blocks // part, accumulate, start)
-    values = {name: ref[...] for name, ref in vectors.items()} | {"column": column}
-    out_ref[...] = _epilogue(acc.T, values, out_ref.dtype)
-
-
-def _expand(shifts: jax.Array, group_size: int, step: str) -> jax.Array:
-    """Return the step of each byte of codes, uint8 [rows, blocks, group_size].
-
-    A byte of shifts [rows, blocks] serves two groups, so half a block of codes each.
-    """
-    nibbles = [shifts.astype(jnp.int32) & 15, shifts.astype(jnp.int32) >> 4]
-    steps = [n + 1 if step == "integer" else 1 << n for n in nibbles]
-    first, second = (s.astype(jnp.uint8)[..., None] for s in steps)
-    shape = (*shifts.shape, group_size)
-    in_first = lax.broadcasted_iota(jnp.int32, shape, 2) < group_size // 2
-    return jnp.where(in_first, jnp.broadcast_to(first, shape), jnp.broadcast_to(second, shape))
-
-
-def _decode(codes: jax.Array, steps: jax.Array, shift: int, interpret: bool) -> jax.Array:
-    """Return the decoded int8 of the low nibbles, shift 0, or of the high ones, shift 4."""
+    codes, shifts = codes_ref[...], shifts_ref[...].astype(jnp.int32)
+    steps = [step_of(s, step).astype(jnp.uint8)[..., None] for s in (shifts & 15, shifts >> 4)]
+    second = lax.broadcasted_iota(jnp.int32, codes.shape, 2) >= codes.shape[2] // 2
+    first, last = (jnp.broadcast_to(s, codes.shape) for s in steps)
+    steps = jnp.where(second, last, first)
     if interpret:
-        return (((codes >> shift) & 15 ^ 8).astype(jnp.int8) - 8) * steps.astype(jnp.int8)
-    return plgpu.elementwise_inline_asm(
-        _DECODE.format(shift=shift),
+        low, high = (((codes >> s & 15) ^ 8).astype(jnp.int32) - 8 for s in (0, 4))
+        p = steps.astype(jnp.int32)
+        out_ref[...] = (low * p & 255 | (high * p) << 8).astype(jnp.int16)
+        return
+    out_ref[...] = plgpu.elementwise_inline_asm(
+        _DECODE,
         args=[codes, steps],
-        constraints="=r,r,r",
+        constraints="=r,=r,r,r",
         pack=4,
-        result_shape_dtypes=(jax.ShapeDtypeStruct(codes.shape, jnp.int8),),
+        result_shape_dtypes=(jax.ShapeDtypeStruct(codes.shape, jnp.int16),),
     )[0]
-
-
-def _epilogue(acc: jax.Array, vectors: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
-    """Return the result of a tile of sums [rows, columns]; see `reference.epilogue`."""
-    x_scale, w_scale = vectors["x_scale"][:, None], vectors["w_scale"][None, :]
-    if "x_lo" not in vectors:
-        y = acc.astype(jnp.float32) * x_scale * w_scale
-    else:
-        column = vectors["column"][None, :]
-        y = (acc + 128 * column).astype(jnp.float32) * x_scale * w_scale
-        y += (vectors["x_lo"][:, None] * w_scale) * column.astype(jnp.float32)
-    if "bias" in vectors:
-        y += vectors["bias"][None, :]
-    return y.astype(dtype)
 
 
 def _walk(i: jax.Array, m_tiles: int, n_tiles: int) -> tuple[jax.Array, jax.Array]:
@@ -231,22 +256,3 @@ def _walk(i: jax.Array, m_tiles: int, n_tiles: int) -> tuple[jax.Array, jax.Arra
     height = jnp.minimum(m_tiles - first, BAND)
     rest = i % (BAND * n_tiles)
     return first + rest % height, rest // height
-
-
-def _vectors(multiple: int, **vectors: jax.Array | None) -> dict[str, jax.Array]:
-    """Flatten and pad those that are given; the bias becomes float32."""
-    flat = {name: v.reshape(-1) for name, v in vectors.items() if v is not None}
-    floats = {n: v if n == "column" else v.astype(jnp.float32) for n, v in flat.items()}
-    return {name: codec.pad(v, multiple) for name, v in floats.items()}
-
-
-def _vector_specs(vectors: dict, tile_m: int, tile_n: int, walk: Callable) -> dict:
-    def spec(name):
-        of_x = name.startswith("x_")
-        return pl.BlockSpec((tile_m if of_x else tile_n,), lambda i: (walk(i)[0 if of_x else 1],))
-
-    return {name: spec(name) for name in vectors}
-
-
-def _pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    return jnp.pad(x, [(0, -x.shape[0] % rows), (0, -x.shape[1] % columns)])

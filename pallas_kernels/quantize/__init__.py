@@ -1,23 +1,34 @@
 """Activation quantization in one pass: floats to the int8 operand of `pallas_kernels.matmul`."""
 
+from collections.abc import Callable
+
 import jax
 
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.quantize import mosaic_tpu, reference, triton
+from pallas_kernels.quantize.reference import Part, join
 
-# The first that can run does; the kernels wait for their check on hardware, as in `matmul`.
+__all__ = ["QUANTIZE", "Part", "quantize"]
+
+
+def _joined(run: Callable) -> Callable:
+    """Give a backend that takes one array its parts side by side."""
+    return lambda x, **options: run(join(x), **options)
+
+
+# The first that can run does.
 QUANTIZE = Operation(
     name="quantize",
     backends=(
-        Backend(name="reference", run=reference.quantize),
-        Backend(name="mosaic_tpu", run=mosaic_tpu.quantize, why_not=mosaic_tpu.why_not),
+        Backend(name="mosaic_tpu", run=_joined(mosaic_tpu.quantize), why_not=mosaic_tpu.why_not),
         Backend(name="triton", run=triton.quantize, why_not=triton.why_not),
+        Backend(name="reference", run=reference.quantize),
     ),
 )
 
 
 def quantize(
-    x: jax.Array,  # [m, k], floating
+    x: jax.Array | tuple[Part, ...],  # [m, k], floating
     *,
     bits: int = 4,
     group_size: int = 16,
@@ -31,7 +42,8 @@ def quantize(
     """Quantize each row to 8 bits, or on to 4 bits, in one pass over memory.
 
     Args:
-      x: the activations.
+      x: the activations; or parts of them, which a kernel reads from where they are. Their
+        activation is computed in float32 and rounded to their dtype, which they must share.
       bits: 8 for stage 1 of the format alone, 4 for both stages.
       group_size: elements that share a shift, for 4 bits.
       range: "absmax" or "minmax".
@@ -50,15 +62,18 @@ def quantize(
 
     Raises:
       ValueError: bits is neither 4 nor 8, packed with 8 bits, norm isn't two arrays of k elements,
-        or a named implementation can't run here.
+        parts don't fit together, or a named implementation can't run here.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits is {bits!r}; it must be 4 or 8")
     if packed and bits == 8:
         raise ValueError("packed is True with bits=8; only 4-bit codes are packed")
-    if norm is not None and [a.shape for a in norm] != [x.shape[1:]] * 2:
+    if isinstance(x, tuple):
+        _check_parts(x)
+    k = sum(part.size for part in x) if isinstance(x, tuple) else x.shape[1]
+    if norm is not None and [a.shape for a in norm] != [(k,)] * 2:
         shapes = ", ".join(str(list(a.shape)) for a in norm)
-        raise ValueError(f"norm has shapes {shapes}; it must be shift and scale of [{x.shape[1]}]")
+        raise ValueError(f"norm has shapes {shapes}; it must be shift and scale of [{k}]")
     return QUANTIZE(
         x,
         bits=bits,
@@ -70,3 +85,17 @@ def quantize(
         packed=packed,
         implementation=implementation,
     )
+
+
+def _check_parts(parts: tuple[Part, ...]) -> None:
+    if len({(part.array.shape[0], part.dtype) for part in parts}) != 1:
+        kinds = ", ".join(f"{part.dtype}{list(part.array.shape)}" for part in parts)
+        raise ValueError(f"x has parts {kinds}; they must have the same rows and dtype")
+    for part in parts:
+        if part.start < 0 or part.size < 1 or part.start + part.size > part.array.shape[1]:
+            raise ValueError(
+                f"x has a part of columns {part.start} to {part.start + part.size} of an array of "
+                f"{part.array.shape[1]}; they must lie inside"
+            )
+        if part.activation not in (None, "gelu"):
+            raise ValueError(f"activation is {part.activation!r}; it must be None or 'gelu'")
