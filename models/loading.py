@@ -271,18 +271,17 @@ def _find_in_diffusers_folder(folder: Path, text_encoders: Path | str | None) ->
 def _classify(path: Path, files: list[Path]) -> tuple[dict[str, Path], bool]:
     """Return component to file, and whether the transformer takes a guidance scale."""
     found: dict[str, list[Path]] = {"transformer": [], "vae": []}
-    guidance, others = False, []
+    guidance, kinds = False, []
     for file in files:
         names = open_checkpoint(file).shapes
+        kinds.append(f"{file.name} is {_family(names)}")
         if is_bfl_transformer(names):
             found["transformer"].append(file)
             guidance = "guidance_in.in_layer.weight" in names
         elif is_bfl_autoencoder(names):
             found["vae"].append(file)
-        else:
-            others.append(f"{file.name} is {_family(names)}")
     if not found["transformer"]:
-        raise CheckpointError(f"{path} holds no FLUX.1 transformer: {'; '.join(others)}")
+        raise CheckpointError(f"{path} holds no FLUX.1 transformer: {'; '.join(kinds)}")
     for name, several in found.items():
         if len(several) > 1:
             listed = ", ".join(file.name for file in several)
