@@ -1,13 +1,27 @@
 """Diffusion models, their encoders and samplers in plain Flax NNX."""
 
-from models.checkpoint_io import CheckpointError
-from models.loading import load_component, load_pipeline
+from models.checkpoint_io import CheckpointError, StoredModule
+from models.loading import (
+    ModelFiles,
+    build_component,
+    component_config,
+    find_model,
+    load_component,
+    load_pipeline,
+    open_component,
+)
 from models.pipeline import FluxPipeline, GenerationDefaults
 
 __all__ = [
     "CheckpointError",
     "FluxPipeline",
     "GenerationDefaults",
+    "ModelFiles",
+    "StoredModule",
+    "build_component",
+    "component_config",
+    "find_model",
     "load_component",
     "load_pipeline",
+    "open_component",
 ]

@@ -1,76 +1,117 @@
-"""Quantized checkpoints: a model folder whose transformer is packed, with quartz.json beside it.
+"""Quantized checkpoints: a model folder with packed components, and quartz.json beside them.
 
-Layout of a checkpoint folder, version 1:
+Layout of a checkpoint folder, version 2:
   quartz.json         what `Manifest` holds
-  transformer/        Orbax; a flat dict from "path.of.module.leaf" to array. Quantized weights as
-                      they are in memory (uint8, int8, float32), everything else bfloat16
-  everything else     the base model's other components, copied
+  transformer/        a quantized component, one Orbax checkpoint a part: a block, or "other" for
+    double_blocks.0/  all outside of blocks. A part is a flat dict from "path.of.module.leaf" to
+    ...               array: quantized weights as they are in memory (uint8, int8, float32),
+    other/            everything else bfloat16
+  text_encoder_2/     the same, if it is quantized too
+  everything else     the base model's other components, as diffusers lays them out
+Version 1 had one component, the transformer, as a single Orbax checkpoint. It still loads.
 """
 
+import collections
 import dataclasses
 import importlib.metadata
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from quartz_jax.convert import abstract_quantized
-from quartz_jax.files import atomic_folder, check_output, hash_files
-from quartz_jax.linear import QuantizedWeight
+from quartz_jax.convert import abstract_quantized, part_of, stored_arrays
+from quartz_jax.files import atomic_folder, check_output, copy_synced, hash_files, tree_bytes
 from quartz_jax.recipe import Recipe
 from quartz_jax.report import Report
 
 M = TypeVar("M", bound=nnx.Module)
 
-FORMAT_VERSION = 1
-_MANIFEST, _TRANSFORMER = "quartz.json", "transformer"
+FORMAT_VERSION = 2
+TRANSFORMER = "transformer"
+_MANIFEST = "quartz.json"
 # Files of the base that travel with its components; others may be large single-file weights.
-_TEXTS = ("*.json", "*.md", "*.txt", "LICENSE*", "NOTICE*")
+TEXTS = ("*.json", "*.md", "*.txt", "LICENSE*", "NOTICE*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Component:
+    """A quantized component of a checkpoint."""
+
+    recipe: Recipe  # that it was quantized with
+    report: Report  # formats, errors and sizes of its layers
+    config: dict[str, Any]  # its config.json
+    base_sha256: str  # of the 16-bit model's safetensors files, see `hash_files`
+    parts: dict[str, str]  # part to the SHA-256 of its files; "" for the component's own folder
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object."""
+        nested = {"recipe": self.recipe.to_json(), "report": self.report.to_json()}
+        return dataclasses.asdict(self) | nested
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Inverse of `to_json`; raises ValueError for a missing, unknown or malformed field."""
+        _check_fields(cls, value)
+        nested = {
+            "recipe": Recipe.from_json(value["recipe"]),
+            "report": Report.from_json(value["report"]),
+        }
+        return cls(**value | nested)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The contents of quartz.json."""
 
-    recipe: Recipe  # that the transformer was quantized with
-    report: Report  # formats, errors and sizes of the layers
-    base_name: str  # folder name of the 16-bit model
-    base_sha256: str  # of its transformer's safetensors files, see `hash_files`
-    sha256: str  # of the quantized transformer's files
-    config: dict[str, Any]  # the transformer's config.json
+    components: dict[str, Component]  # the quantized ones, by folder
+    base_name: str  # name of the 16-bit model's folder or file
     library_version: str  # of quartz-jax when it was written
     format_version: int = FORMAT_VERSION
 
+    @property
+    def recipe(self) -> Recipe:
+        """The transformer's recipe."""
+        return self.components[TRANSFORMER].recipe
+
+    @property
+    def report(self) -> Report:
+        """The transformer's report."""
+        return self.components[TRANSFORMER].report
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
-        nested = {"recipe": self.recipe.to_json(), "report": self.report.to_json()}
-        return {"format_version": self.format_version} | dataclasses.asdict(self) | nested
+        components = {name: component.to_json() for name, component in self.components.items()}
+        return {
+            "format_version": self.format_version,
+            "library_version": self.library_version,
+            "base_name": self.base_name,
+            "components": components,
+        }
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Inverse of `to_json`; raises ValueError for another version or a missing field."""
+        """Inverse of `to_json`; raises ValueError for a newer version or a malformed field."""
         version = value.get("format_version") if isinstance(value, dict) else None
         if not isinstance(version, int) or version < 1:
-            raise ValueError(f"format_version is {version!r}; expected {FORMAT_VERSION}")
+            raise ValueError(f"format_version is {version!r}; expected 1 to {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {version}, but this quartz-jax reads up to {FORMAT_VERSION}; "
                 "install a newer one"
             )
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(value) != names:
-            raise ValueError(f"missing or unknown fields: {', '.join(sorted(names ^ set(value)))}")
-        nested = {
-            "recipe": Recipe.from_json(value["recipe"]),
-            "report": Report.from_json(value["report"]),
+        value = _from_version_1(value) if version == 1 else value
+        _check_fields(cls, value)
+        if not isinstance(value["components"], dict) or TRANSFORMER not in value["components"]:
+            raise ValueError("components must be a JSON object with a transformer")
+        components = {
+            name: Component.from_json(component) for name, component in value["components"].items()
         }
-        return cls(**value | nested)
+        return cls(**value | {"components": components})
 
 
 def is_checkpoint(folder: Path | str) -> bool:
@@ -93,6 +134,21 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise ValueError(f"{path} can't be used: {error}") from None
 
 
+def write_manifest(folder: Path, base_name: str, components: dict[str, Component]) -> Manifest:
+    """Write quartz.json, which makes a folder a checkpoint, and return its contents."""
+    manifest = Manifest(
+        components=components, base_name=base_name, library_version=_library_version()
+    )
+    (folder / _MANIFEST).write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
+    return manifest
+
+
+def write_part(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> str:
+    """Write the arrays of one part and return the SHA-256 of its files."""
+    ocp.save(folder.absolute(), dict(sorted(arrays.items())))
+    return hash_files(folder, "*")
+
+
 def save(
     folder: Path | str,
     model: nnx.Module,
@@ -102,7 +158,7 @@ def save(
     base: Path | str,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint that holds everything generation needs.
+    """Write a checkpoint of a quantized transformer in memory; `conversion` does without one.
 
     It is written to a temporary folder beside the final one and renamed: an interrupted save
     leaves nothing under the final name.
@@ -121,41 +177,73 @@ def save(
     base, folder = Path(base).resolve(), Path(folder).absolute()
     check_output(folder, folder=True, overwrite=overwrite)
     index = _read_base(base, "model_index.json")
-    config = _read_base(base, f"{_TRANSFORMER}/config.json")
-    if not any((base / _TRANSFORMER).glob("*.safetensors")):
-        raise ValueError(f"base {base} has no {_TRANSFORMER}/*.safetensors; give a 16-bit model")
+    config = _read_base(base, f"{TRANSFORMER}/config.json")
+    if not any((base / TRANSFORMER).glob("*.safetensors")):
+        raise ValueError(f"base {base} has no {TRANSFORMER}/*.safetensors; give a 16-bit model")
+    parts = collections.defaultdict(dict)
+    for name, array in stored_arrays(nnx.state(model)).items():
+        parts[part_of(name)][name] = array
     with atomic_folder(folder) as partial:
-        _copy_components(base, partial, index)
-        ocp.save(partial / _TRANSFORMER, _stored(nnx.state(model)))
-        manifest = Manifest(
+        for source in carried_files(base, index):
+            copy_synced(source, partial / source.name)
+        (partial / TRANSFORMER).mkdir()
+        hashes = {
+            name: write_part(partial / TRANSFORMER / name, arrays) for name, arrays in parts.items()
+        }
+        component = Component(
             recipe=recipe,
             report=report,
-            base_name=base.name,
-            base_sha256=hash_files(base / _TRANSFORMER, "*.safetensors"),
-            sha256=hash_files(partial / _TRANSFORMER, "*"),
             config=config,
-            library_version=_library_version(),
+            base_sha256=hash_files(base / TRANSFORMER, "*.safetensors"),
+            parts=hashes,
         )
-        (partial / _MANIFEST).write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
+        write_manifest(partial, base.name, {TRANSFORMER: component})
 
 
-def load(folder: Path | str, build: Callable[[dict[str, Any]], M]) -> tuple[M, Manifest]:
-    """Load the transformer of a checkpoint; its 16-bit weights never exist.
+def carried_files(base: Path, index: Mapping[str, Any]) -> list[Path]:
+    """Return the folders and texts of a diffusers model that a checkpoint takes over.
 
     Args:
-      folder: a checkpoint that `save` made.
+      base: the model's folder.
+      index: contents of its model_index.json.
+    """
+    folders = [
+        base / name
+        for name, value in index.items()
+        if isinstance(value, list) and name != TRANSFORMER and (base / name).is_dir()
+    ]
+    return folders + sorted({file for pattern in TEXTS for file in base.glob(pattern)})
+
+
+def load(
+    folder: Path | str, build: Callable[[dict[str, Any]], M], component: str = TRANSFORMER
+) -> tuple[M, Manifest]:
+    """Load a quantized component of a checkpoint; its 16-bit weights never exist.
+
+    Args:
+      folder: the checkpoint.
       build: makes the 16-bit model from its config.json; only traced, so it costs nothing. What
         stays 16-bit takes the dtypes that it gives.
+      component: one of the manifest's components.
 
     Raises:
-      ValueError: quartz.json or a tensor is missing, misshapen, corrupt or of a newer version.
+      ValueError: there is no such component, or quartz.json or a tensor is missing, misshapen,
+        corrupt or of a newer version.
     """
     manifest = read_manifest(folder)
-    transformer = Path(folder).absolute() / _TRANSFORMER
-    if hash_files(transformer, "*") != manifest.sha256:
-        raise ValueError(f"{transformer} is corrupt or incomplete: its SHA-256 isn't quartz.json's")
-    graphdef, state = nnx.split(abstract_quantized(lambda: build(manifest.config), manifest.recipe))
-    stored = _read(transformer, jax.eval_shape(_stored, state))
+    if component not in manifest.components:
+        listed = ", ".join(manifest.components)
+        raise ValueError(f"{folder} has no quantized {component}; it has {listed}")
+    described = manifest.components[component]
+    path = Path(folder).absolute() / component
+    for part, sha256 in described.parts.items():
+        if hash_files(path / part, "*") != sha256:
+            raise ValueError(
+                f"{path / part} is corrupt or incomplete: its SHA-256 isn't quartz.json's"
+            )
+    model = abstract_quantized(lambda: build(described.config), described.recipe)
+    graphdef, state = nnx.split(model)
+    stored = _read(path, described.parts, stored_arrays(state))
     filled = jax.tree_util.tree_map_with_path(
         lambda path, leaf: stored[_name(path)].astype(leaf.dtype), nnx.to_pure_dict(state)
     )
@@ -163,20 +251,52 @@ def load(folder: Path | str, build: Callable[[dict[str, Any]], M]) -> tuple[M, M
     return nnx.merge(graphdef, state), manifest
 
 
-def _stored(state: nnx.State) -> dict[str, jax.Array]:
-    """Arrays by dotted path, as stored: parameters in bfloat16, quantized weights as they are."""
-    packed, rest = nnx.split_state(state, QuantizedWeight, ...)
-    rest = jax.tree.map(lambda x: x.astype(jnp.bfloat16), rest)
-    tree = nnx.to_pure_dict(nnx.merge_state(packed, rest))
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def describe(folder: Path | str, *, layers: bool = False) -> str:
+    """Return in words what a checkpoint is.
+
+    Args:
+      folder: the checkpoint.
+      layers: also give a line a layer.
+
+    Raises:
+      ValueError: it isn't one, or of a newer version.
+    """
+    folder, manifest = Path(folder), read_manifest(folder)
+    lines = [
+        f"{folder}: quantized from {manifest.base_name}, format version "
+        f"{manifest.format_version}, written by quartz-jax {manifest.library_version}"
+    ]
+    total = 0
+    for path in sorted(path for path in folder.iterdir() if path.name != _MANIFEST):
+        size = tree_bytes(path)
+        total += size
+        if path.name not in manifest.components:
+            lines.append(f"{path.name}: {size:,} bytes, as it was")
+            continue
+        component = manifest.components[path.name]
+        report = component.report
+        lines += [
+            f"{path.name}: {size:,} bytes in {len(component.parts)} parts, recipe "
+            f"{component.recipe.name}, base SHA-256 {component.base_sha256}",
+            *(f"  {line}" for line in report.summary().splitlines()),
+            *(f"  {line}" for line in report.table().splitlines() if layers),
+        ]
+    return "\n".join([*lines, f"total: {total:,} bytes"])
 
 
 def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _read(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    found = {name: x.shape for name, x in ocp.metadata(path).metadata.items()}
+def _read(
+    path: Path, parts: Mapping[str, str], expected: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Read the arrays of all parts, after checking that they are those expected."""
+    shapes = {
+        part: {name: x.shape for name, x in ocp.metadata(path / part).metadata.items()}
+        for part in parts
+    }
+    found = {name: shape for part in shapes.values() for name, shape in part.items()}
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]
     problems += [
@@ -187,10 +307,34 @@ def _read(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, ja
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in expected.items()
-    }
-    return ocp.load(path, wanted)
+    arrays = {}
+    for part, names in shapes.items():
+        wanted = {
+            name: jax.ShapeDtypeStruct(expected[name].shape, expected[name].dtype, sharding=place)
+            for name in names
+        }
+        arrays |= ocp.load(path / part, wanted)
+    return arrays
+
+
+def _from_version_1(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON of version 2 for a checkpoint of version 1; its version stays."""
+    names = {"recipe", "report", "config", "base_sha256", "sha256"}
+    whole = names | {"base_name", "library_version", "format_version"}
+    if set(value) != whole:
+        raise ValueError(f"missing or unknown fields: {', '.join(sorted(whole ^ set(value)))}")
+    component = {name: value[name] for name in names} | {"parts": {"": value["sha256"]}}
+    del component["sha256"]
+    rest = {name: value[name] for name in whole - names}
+    return rest | {"components": {TRANSFORMER: component}}
+
+
+def _check_fields(cls: type, value: Any) -> None:
+    names = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(value, dict):
+        raise ValueError(f"{cls.__name__.lower()} must be a JSON object")
+    if set(value) != names:
+        raise ValueError(f"missing or unknown fields: {', '.join(sorted(names ^ set(value)))}")
 
 
 def _read_base(base: Path, name: str) -> dict[str, Any]:
@@ -198,14 +342,6 @@ def _read_base(base: Path, name: str) -> dict[str, Any]:
         return json.loads((base / name).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"base {base} has no usable {name}: {error}") from None
-
-
-def _copy_components(base: Path, folder: Path, index: dict[str, Any]) -> None:
-    for name, value in index.items():
-        if isinstance(value, list) and name != _TRANSFORMER and (base / name).is_dir():
-            shutil.copytree(base / name, folder / name)
-    for file in {file for pattern in _TEXTS for file in base.glob(pattern)}:
-        shutil.copyfile(file, folder / file.name)
 
 
 def _library_version() -> str:

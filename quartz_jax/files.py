@@ -1,12 +1,16 @@
 """Outputs that are checked before any work and appear complete or not at all; hashes."""
 
+import dataclasses
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) -> Path:
@@ -33,6 +37,17 @@ def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) ->
     return path
 
 
+def check_space(path: Path, needed: int) -> None:
+    """Raise ValueError unless the disk that will hold `path` has `needed` bytes free."""
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        raise ValueError(
+            f"output {path} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+            "make room or choose another disk"
+        )
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside a file, and put it in the file's place on success."""
@@ -48,24 +63,131 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside a folder, and put it in the folder's place on success."""
-    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{x}") for x in ("partial", "old"))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if path.exists():
-            os.replace(path, old)
-        os.replace(partial, path)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkFolder:
+    """What `resumable_folder` gives: a folder in the making, and records of what is finished."""
+
+    contents: Path  # becomes the output
+    records: Path  # JSON files; gone when the output is complete
+    scratch: Path  # for what gets its place in `contents` when it is complete; absent at first
+
+    def read_record(self, name: str) -> Any:
+        """Return a record, or None if it was never written."""
+        path = self.records / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_record(self, name: str, value: Any) -> None:
+        """Write a record, whole or not at all."""
+        with atomic_file(self.records / f"{name}.json") as path:
+            path.write_text(json.dumps(value))
+
+
+def work_folder(path: Path) -> Path:
+    """Return the folder that `resumable_folder` works in."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def resumable_folder(path: Path, identity: Any, *, overwrite: bool = False) -> Iterator[WorkFolder]:
+    """Make a folder so that a killed process can be run again and goes on where it was.
+
+    The work is beside the output, under `work_folder`. A ValueError, which running again wouldn't
+    cure, removes it; any other end but success leaves it.
+
+    Args:
+      path: the folder, put in place on success.
+      identity: JSON that says what is made: work is only gone on with where it is the same.
+      overwrite: start anew where it isn't.
+
+    Raises:
+      ValueError: another process is at it, or the work found there is of something else.
+    """
+    work = work_folder(path)
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:  # released by the system however the process ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is writing {path}; wait for it or stop it") from None
+        folder = WorkFolder(
+            contents=work / "contents", records=work / "records", scratch=work / "scratch"
+        )
+        _start_or_go_on(work, folder, identity, overwrite)
+        try:
+            yield folder
+        except ValueError:
+            shutil.rmtree(work)
+            raise
+        _replace_folder(folder.contents, path)
+        shutil.rmtree(work)
+
+
+def _start_or_go_on(work: Path, folder: WorkFolder, identity: Any, overwrite: bool) -> None:
+    identity = json.loads(json.dumps(identity))
+    found = folder.read_record("identity")
+    if found not in (None, identity) and not overwrite:
+        raise ValueError(
+            f"{work} holds unfinished work of another model, recipe or version; delete it, or pass "
+            "--overwrite to start anew"
+        )
+    if found != identity:
+        for part in (folder.contents, folder.records):
+            shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(folder.scratch, ignore_errors=True)
+    folder.contents.mkdir(exist_ok=True)
+    folder.write_record("identity", identity)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_synced(source: Path, target: Path) -> None:
+    """Copy a file, or a folder's files, and wait until the disk has them."""
+    files = [source] if source.is_file() else [x for x in source.rglob("*") if x.is_file()]
+    for file in files:
+        copy = target / file.relative_to(source) if source.is_dir() else target
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+        with copy.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def tree_bytes(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a folder."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def hash_files(folder: Path, pattern: str) -> str:
     """Return the SHA-256, in hex, of the names and contents of the files below a folder."""
+    files = sorted(file for file in folder.rglob(pattern) if file.is_file())
+    return join_hashes((file.relative_to(folder).as_posix(), hash_file(file)) for file in files)
+
+
+def hash_file(file: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def join_hashes(hashes: Iterable[tuple[str, str]]) -> str:
+    """Return what `hash_files` does, from the files' names and hashes."""
     digest = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob(pattern) if file.is_file()):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for name, value in hashes:
+        digest.update(f"{name}\0".encode() + bytes.fromhex(value))
     return digest.hexdigest()

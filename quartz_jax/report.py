@@ -28,6 +28,11 @@ class LayerReport:
     # groups a stored shift (or integer step less one), from 0 up; None where there are no groups
     shifts: tuple[int, ...] | None
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Inverse of `dataclasses.asdict`, after JSON."""
+        return cls(**value | {"shifts": value["shifts"] and tuple(value["shifts"])})
+
     @property
     def bytes(self) -> int:
         """Bytes of the layer as stored."""
@@ -69,6 +74,24 @@ class Report:
         stored = sum(layer.weight_bytes for layer in self.layers)
         return 8 * stored / elements if elements else 16.0
 
+    def summary(self) -> str:
+        """Return a line a pair of formats and one of totals."""
+        kinds: dict[tuple[str, str], list[LayerReport]] = {}
+        for layer in self.layers:
+            kinds.setdefault((layer.weight, layer.activation), []).append(layer)
+        lines = [
+            f"{len(layers)} layers with {weight} weights and {activation} inputs: "
+            f"{sum(layer.bytes for layer in layers):,} bytes"
+            for (weight, activation), layers in kinds.items()
+        ]
+        lines.append(f"everything else in bf16: {self.other_bytes:,} bytes")
+        lines.append(
+            f"{self.bytes:,} bytes, {self.bytes / max(self.bytes_bf16, 1):.3f} of bf16; "
+            f"{self.weight_bits:.2f} bits a quantized weight, relative error "
+            f"{self.relative_error:.4f}"
+        )
+        return "\n".join(lines)
+
     def table(self) -> str:
         """Return the report as aligned text, a line a layer and three lines of totals."""
         rows = [("layer", "weight", "input", "error", "bytes", "of bf16", "shifts, %")]
@@ -93,10 +116,7 @@ class Report:
     def from_json(cls, value: Any) -> Self:
         """Inverse of `to_json`; raises ValueError for anything else."""
         try:
-            layers = [
-                LayerReport(**layer | {"shifts": layer["shifts"] and tuple(layer["shifts"])})
-                for layer in value["layers"]
-            ]
+            layers = [LayerReport.from_json(layer) for layer in value["layers"]]
             report = cls(
                 recipe=value["recipe"], layers=tuple(layers), other_bytes=value["other_bytes"]
             )
@@ -116,30 +136,34 @@ class Report:
 
 
 def measure_layer(
-    path: str, linear: nnx.Linear, weight: QuartzTensor | IntTensor, rule: Rule
+    path: str,
+    weight: QuartzTensor | IntTensor,  # [n, k]
+    bias: jax.Array | nnx.Param | None,  # [n]
+    rule: Rule,
+    squared_error: float,  # sums over the weight, see `squared_norms`
+    squared_weight: float,
 ) -> LayerReport:
-    """Compare a layer's quantized weight with the bfloat16 values of its kernel."""
-    bias = linear.bias
+    """Describe a quantized layer."""
     return LayerReport(
         path=path,
         weight=str(rule.weight),
         activation=str(rule.activation),
-        relative_error=float(_relative_error(linear.kernel.get_value(), weight)),
+        relative_error=float(np.sqrt(squared_error / (squared_weight or 1))),
         elements=weight.size,
         weight_bytes=weight.nbytes,
-        bias_bytes=0 if bias is None else 2 * bias.get_value().size,
+        bias_bytes=0 if bias is None else 2 * bias.size,
         shifts=_count_shifts(weight) if isinstance(weight, QuartzTensor) else None,
     )
 
 
 @jax.jit
-def _relative_error(
+def squared_norms(
     kernel: jax.Array,  # [k, n]
     weight: QuartzTensor | IntTensor,  # [n, k]
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+    """Return the squared norms of what quantizing changed and of the bfloat16 kernel itself."""
     exact = kernel.T.astype(jnp.bfloat16).astype(jnp.float32)
-    norm = jnp.linalg.norm(exact)
-    return jnp.linalg.norm(dequantize(weight) - exact) / jnp.where(norm == 0, 1, norm)
+    return jnp.sum((dequantize(weight) - exact) ** 2), jnp.sum(exact**2)
 
 
 def _count_shifts(weight: QuartzTensor) -> tuple[int, ...]:

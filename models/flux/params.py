@@ -1,12 +1,22 @@
-"""Names of a FLUX transformer's tensors in diffusers checkpoints; loading and export."""
+"""Names of a FLUX transformer's tensors, diffusers' and Black Forest Labs'; loading and export."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from models.checkpoint_io import Rule, load_params, open_checkpoint, read_json, save_params
+from models.checkpoint_io import (
+    CheckpointError,
+    Rule,
+    StoredModule,
+    TracingRngs,
+    match_params,
+    open_checkpoint,
+    read_json,
+    save_params,
+)
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
 
@@ -72,19 +82,107 @@ def diffusers_rules(config: FluxConfig) -> list[Rule]:
     ]
 
 
-def load_flux_transformer(folder: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> FluxTransformer:
-    """Load the `transformer` folder of a diffusers FLUX.1 model; computes and stores in `dtype`.
+def bfl_rules() -> list[Rule]:
+    """Return the rules to the names of Black Forest Labs' files, such as flux1-dev.safetensors.
+
+    Ours are the same but for the norms' nesting and what nn.Sequential numbers (`src/flux/model.py`
+    and `modules/layers.py` of github.com/black-forest-labs/flux).
+    """
+    return [
+        Rule(
+            pattern=r"(double_blocks\.\d+\.(?:img|txt)_attn)\.(query_norm|key_norm)",
+            sources=r"\1.norm.\2",
+            leaf="scale",
+        ),
+        Rule(
+            pattern=r"(single_blocks\.\d+)\.(query_norm|key_norm)",
+            sources=r"\1.norm.\2",
+            leaf="scale",
+        ),
+        Rule(pattern=r"(double_blocks\.\d+\.(?:img|txt)_mlp)\.up", sources=r"\1.0"),
+        Rule(pattern=r"(double_blocks\.\d+\.(?:img|txt)_mlp)\.down", sources=r"\1.2"),
+        Rule(pattern=r"final_layer\.modulation", sources="final_layer.adaLN_modulation.1"),
+    ]
+
+
+def is_bfl_transformer(names: Mapping[str, object]) -> bool:
+    """Return whether tensor names are those of a FLUX transformer in Black Forest Labs' naming."""
+    return "double_blocks.0.img_attn.qkv.weight" in names
+
+
+def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
+    """Return the sizes that a file in Black Forest Labs' naming has; it brings no config.json.
+
+    Args:
+      shapes: its tensors'.
 
     Raises:
-      CheckpointError: the folder, its config or a tensor can't be used; the message names it.
+      CheckpointError: a tensor that tells a size is missing, or the head has an unusual width.
     """
-    config = FluxConfig.from_json(read_json(Path(folder) / "config.json"))
-    return load_params(
-        lambda: FluxTransformer(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype),
-        open_checkpoint(folder),
-        diffusers_rules(config),
-        dtype=dtype,
+    telling = (
+        "img_in.weight",
+        "txt_in.weight",
+        "vector_in.in_layer.weight",
+        "double_blocks.0.img_attn.norm.query_norm.scale",
+        "final_layer.linear.weight",
     )
+    if missing := [name for name in telling if name not in shapes]:
+        raise CheckpointError(f"no FLUX.1 transformer: missing {'; missing '.join(missing)}")
+    image, text, pooled, head, last = (shapes[name] for name in telling)
+    if head[0] % 32:
+        raise CheckpointError(
+            f"heads of {head[0]} channels: how positions turn them is known for multiples of 32 "
+            "only; convert to a diffusers folder, whose config.json says it"
+        )
+    return FluxConfig(
+        in_channels=image[1],
+        out_channels=None if last[0] == image[1] else last[0],
+        num_layers=_count_blocks("double_blocks", shapes),
+        num_single_layers=_count_blocks("single_blocks", shapes),
+        attention_head_dim=head[0],
+        num_attention_heads=image[0] // head[0],
+        joint_attention_dim=text[1],
+        pooled_projection_dim=pooled[1],
+        guidance_embeds="guidance_in.in_layer.weight" in shapes,
+        # 16, 56 and 56 of FLUX.1's 128 channels
+        axes_dims_rope=(head[0] // 8, 7 * head[0] // 16, 7 * head[0] // 16),
+    )
+
+
+def _count_blocks(kind: str, names: Mapping[str, object]) -> int:
+    matches = (re.match(rf"{kind}\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def open_flux_transformer(path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> StoredModule:
+    """Open the transformer of a FLUX.1 model without reading its parameters.
+
+    Args:
+      path: the `transformer` folder of a diffusers model, or a file in Black Forest Labs' naming,
+        with ComfyUI's prefix or without.
+      dtype: of the parameters and the computation.
+
+    Raises:
+      CheckpointError: a file, its config or a tensor can't be used; the message names it.
+    """
+    path = Path(path)
+    if path.is_file():
+        checkpoint = open_checkpoint(path)
+        config, rules = config_from_bfl(checkpoint.shapes), bfl_rules()
+    else:
+        config = FluxConfig.from_json(read_json(path / "config.json"))
+        checkpoint, rules = open_checkpoint(path), diffusers_rules(config)
+    return match_params(
+        lambda: FluxTransformer(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
+        checkpoint,
+        rules,
+        config=config.to_json(),
+    )
+
+
+def load_flux_transformer(path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> FluxTransformer:
+    """Load what `open_flux_transformer` opens; computes and stores in `dtype`."""
+    return open_flux_transformer(path, dtype).load(dtype)
 
 
 def export_flux_transformer(

@@ -12,8 +12,10 @@ from flax import nnx
 from models.attention import dot_product_attention
 from models.checkpoint_io import (
     Rule,
+    StoredModule,
+    TracingRngs,
     config_from_json,
-    load_params,
+    match_params,
     open_checkpoint,
     read_json,
     save_params,
@@ -174,7 +176,7 @@ def _norm(config: CLIPTextConfig, **options) -> nnx.LayerNorm:
     )
 
 
-def _rules(prefix: str = "text_model.") -> list[Rule]:
+def checkpoint_rules(prefix: str = "text_model.") -> list[Rule]:
     """Return the checkpoint's names, which have a prefix unless transformers 5 wrote them."""
     return [
         Rule(pattern="(.+_embedding)", sources=prefix + r"embeddings.\1"),
@@ -183,8 +185,8 @@ def _rules(prefix: str = "text_model.") -> list[Rule]:
     ]
 
 
-def load_clip_text_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> CLIPTextEncoder:
-    """Load a transformers CLIPTextModel folder.
+def open_clip_text_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
+    """Open a transformers CLIPTextModel folder without reading its parameters.
 
     Args:
       folder: holds config.json and safetensors.
@@ -197,13 +199,18 @@ def load_clip_text_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -
     config = CLIPTextConfig.from_json(read_json(folder / "config.json"))
     checkpoint = open_checkpoint(folder)
     prefixed = any(name.startswith("text_model.") for name in checkpoint.shapes)
-    return load_params(
-        lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype),
+    return match_params(
+        lambda: CLIPTextEncoder(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
         checkpoint,
-        _rules("text_model." if prefixed else ""),
-        dtype=dtype,
+        checkpoint_rules("text_model." if prefixed else ""),
+        config=config.to_json(),
         ignore=(r".*position_ids",),
     )
+
+
+def load_clip_text_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> CLIPTextEncoder:
+    """Load what `open_clip_text_encoder` opens; computes and stores in `dtype`."""
+    return open_clip_text_encoder(folder, dtype).load(dtype)
 
 
 def export_clip_text_encoder(
@@ -211,4 +218,6 @@ def export_clip_text_encoder(
 ) -> None:
     """Write a folder that transformers' CLIPTextModel and `load_clip_text_encoder` read."""
     config = {**module.config.to_json(), "dtype": jnp.dtype(dtype).name}
-    save_params(module, folder, _rules(), config=config, filename="model.safetensors", dtype=dtype)
+    save_params(
+        module, folder, checkpoint_rules(), config=config, filename="model.safetensors", dtype=dtype
+    )

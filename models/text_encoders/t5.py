@@ -14,8 +14,10 @@ from flax import nnx
 from models.attention import dot_product_attention
 from models.checkpoint_io import (
     Rule,
+    StoredModule,
+    TracingRngs,
     config_from_json,
-    load_params,
+    match_params,
     open_checkpoint,
     read_json,
     save_params,
@@ -194,7 +196,7 @@ def _norm(config: T5Config, **options) -> nnx.RMSNorm:
     return nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, **options)
 
 
-def _rules(embedding: str = "shared") -> list[Rule]:
+def checkpoint_rules(embedding: str = "shared") -> list[Rule]:
     """Return the checkpoint's names; the token embedding has one or both of two tied names."""
     block, layer = r"blocks\.(\d+)\.", r"encoder.block.\1.layer."
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
@@ -209,8 +211,8 @@ def _rules(embedding: str = "shared") -> list[Rule]:
     ]
 
 
-def load_t5_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> T5Encoder:
-    """Load a transformers T5 folder (encoder only, or whole: the decoder is left alone).
+def open_t5_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
+    """Open a T5 folder (encoder only, or whole: the decoder is left alone); nothing is read.
 
     Args:
       folder: holds config.json and safetensors.
@@ -223,13 +225,18 @@ def load_t5_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> T5Enc
     config = T5Config.from_json(read_json(folder / "config.json"))
     checkpoint = open_checkpoint(folder)
     shared = "shared.weight" in checkpoint.shapes
-    return load_params(
-        lambda: T5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype),
+    return match_params(
+        lambda: T5Encoder(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
         checkpoint,
-        _rules("shared" if shared else "encoder.embed_tokens"),
-        dtype=dtype,
+        checkpoint_rules("shared" if shared else "encoder.embed_tokens"),
+        config=config.to_json(),
         ignore=(r"(encoder|decoder)\.embed_tokens\.weight", r"decoder\..+", r"lm_head\.weight"),
     )
+
+
+def load_t5_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> T5Encoder:
+    """Load what `open_t5_encoder` opens; computes and stores in `dtype`."""
+    return open_t5_encoder(folder, dtype).load(dtype)
 
 
 def export_t5_encoder(
@@ -237,4 +244,6 @@ def export_t5_encoder(
 ) -> None:
     """Write a folder that transformers' T5EncoderModel and `load_t5_encoder` read."""
     config = {**module.config.to_json(), "dtype": jnp.dtype(dtype).name}
-    save_params(module, folder, _rules(), config=config, filename="model.safetensors", dtype=dtype)
+    save_params(
+        module, folder, checkpoint_rules(), config=config, filename="model.safetensors", dtype=dtype
+    )

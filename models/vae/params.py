@@ -1,11 +1,21 @@
-"""Checkpoint names of the autoencoder, loading and export."""
+"""Checkpoint names of the autoencoder, diffusers' and Black Forest Labs'; loading and export."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
-from flax import nnx
 
-from models.checkpoint_io import Rule, load_params, open_checkpoint, read_json, save_params
+from models.checkpoint_io import (
+    CheckpointError,
+    Rule,
+    StoredModule,
+    TracingRngs,
+    match_params,
+    open_checkpoint,
+    read_json,
+    save_params,
+)
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL
 
@@ -33,26 +43,113 @@ _OLD_RULES = (
 )
 
 
-def load_autoencoder_kl(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> AutoencoderKL:
-    """Load a diffusers AutoencoderKL folder.
+def bfl_rules(config: AutoencoderKLConfig) -> list[Rule]:
+    """Return the rules to the names of Black Forest Labs' ae.safetensors.
+
+    They are those of latent diffusion (`src/flux/modules/autoencoder.py` of
+    github.com/black-forest-labs/flux): the decoder's levels count from the finest, and attention's
+    projections are 1x1 convolutions.
+    """
+    last = len(config.block_out_channels) - 1
+    down, up, mid = r"encoder\.down_blocks\.(\d+)\.", r"decoder\.up_blocks\.", r"(.+)\.mid_block\."
+    levels = [(rf"{up}{level}\.", f"decoder.up.{last - level}.") for level in range(last + 1)]
+    table = [
+        (down + r"resnets\.(\d+)\.conv_shortcut", r"encoder.down.\1.block.\2.nin_shortcut"),
+        *(
+            (ours + r"resnets\.(\d+)\.conv_shortcut", theirs + r"block.\1.nin_shortcut")
+            for ours, theirs in levels
+        ),
+        (down + r"resnets\.(\d+)\.(.+)", r"encoder.down.\1.block.\2.\3"),
+        (down + "downsample", r"encoder.down.\1.downsample.conv"),
+        *((ours + r"resnets\.(\d+)\.(.+)", theirs + r"block.\1.\2") for ours, theirs in levels),
+        *((ours + "upsample", theirs + "upsample.conv") for ours, theirs in levels),
+        (mid + r"resnets\.0\.(.+)", r"\1.mid.block_1.\2"),
+        (mid + r"resnets\.1\.(.+)", r"\1.mid.block_2.\2"),
+        (mid + r"attention\.group_norm", r"\1.mid.attn_1.norm"),
+        (r"(.+)\.conv_norm_out", r"\1.norm_out"),
+    ]
+    attention = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
+    return [
+        *(Rule(pattern=pattern, sources=source) for pattern, source in table),
+        *(
+            Rule(
+                pattern=rf"{mid}attention\.{ours}",
+                sources=rf"\1.mid.attn_1.{theirs}",
+                convolution=True,
+            )
+            for ours, theirs in attention.items()
+        ),
+    ]
+
+
+def is_bfl_autoencoder(names: Mapping[str, object]) -> bool:
+    """Return whether tensor names are those of an autoencoder in Black Forest Labs' naming."""
+    return "decoder.up.0.block.0.norm1.weight" in names
+
+
+def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderKLConfig:
+    """Return the sizes that a file in Black Forest Labs' naming has; it brings no config.json.
+
+    Scaling and shift are those of FLUX.1, `src/flux/util.py` of github.com/black-forest-labs/flux.
 
     Args:
-      folder: holds config.json and safetensors.
+      shapes: its tensors'.
+
+    Raises:
+      CheckpointError: a tensor that tells a size is missing.
+    """
+    first = re.compile(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    levels = sorted((int(m[1]), shapes[m[0]][0]) for m in map(first.fullmatch, shapes) if m)
+    block = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
+    telling = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
+    if missing := [name for name in telling if name not in shapes]:
+        raise CheckpointError(f"no FLUX.1 autoencoder: missing {'; missing '.join(missing)}")
+    image, latent, out = (shapes[name] for name in telling)
+    return AutoencoderKLConfig(
+        in_channels=image[1],
+        out_channels=out[0],
+        block_out_channels=tuple(width for _, width in levels),
+        layers_per_block=sum(bool(block.fullmatch(name)) for name in shapes),
+        latent_channels=latent[1],
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv="quant_conv.weight" in shapes,
+        use_post_quant_conv="post_quant_conv.weight" in shapes,
+        mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
+    )
+
+
+def open_autoencoder_kl(path: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
+    """Open an autoencoder without reading its parameters.
+
+    Args:
+      path: a diffusers AutoencoderKL folder, or a file in Black Forest Labs' naming.
       dtype: of the parameters and the computation.
 
     Raises:
       CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
     """
-    folder = Path(folder)
-    config = AutoencoderKLConfig.from_json(read_json(folder / "config.json"))
-    checkpoint = open_checkpoint(folder)
-    old = any(name.endswith(".proj_attn.weight") for name in checkpoint.shapes)
-    return load_params(
-        lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype),
+    path = Path(path)
+    if path.is_file():
+        checkpoint = open_checkpoint(path)
+        config = config_from_bfl(checkpoint.shapes)
+        rules = bfl_rules(config)
+    else:
+        config = AutoencoderKLConfig.from_json(read_json(path / "config.json"))
+        checkpoint = open_checkpoint(path)
+        old = any(name.endswith(".proj_attn.weight") for name in checkpoint.shapes)
+        rules = _OLD_RULES if old else RULES
+    return match_params(
+        lambda: AutoencoderKL(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
         checkpoint,
-        _OLD_RULES if old else RULES,
-        dtype=dtype,
+        rules,
+        config=config.to_json(),
     )
+
+
+def load_autoencoder_kl(path: Path | str, dtype: jnp.dtype = jnp.float32) -> AutoencoderKL:
+    """Load what `open_autoencoder_kl` opens; computes and stores in `dtype`."""
+    return open_autoencoder_kl(path, dtype).load(dtype)
 
 
 def export_autoencoder_kl(

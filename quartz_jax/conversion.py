@@ -1,0 +1,263 @@
+"""From 16-bit files to a quantized checkpoint, one part of the model at a time.
+
+Memory holds two parts at most, the one that is quantized and the one that is read ahead. A killed
+conversion goes on where it was when it is run again; its arrays are those of an uninterrupted one
+(its files aren't: Orbax names and stamps them anew).
+"""
+
+import collections
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from quartz_jax import checkpoint
+from quartz_jax.checkpoint import Component, Manifest
+from quartz_jax.convert import Part, plan_parts
+from quartz_jax.files import (
+    WorkFolder,
+    check_output,
+    check_space,
+    copy_synced,
+    hash_file,
+    hash_files,
+    join_hashes,
+    resumable_folder,
+    tree_bytes,
+    work_folder,
+)
+from quartz_jax.recipe import Recipe
+from quartz_jax.report import LayerReport, Report
+
+_PART_OVERHEAD = 2**17  # bytes at most of Orbax's own files in a part
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A 16-bit component that is quantized while it is read."""
+
+    name: str  # of the component, and of its folder in the checkpoint
+    recipe: Recipe
+    model: nnx.Module  # the component with shapes in place of arrays
+    read: Callable[[str], np.ndarray]  # gives a parameter by dotted path, kernels [k, n]
+    config: dict[str, Any]  # contents of its config.json
+    files: tuple[Path, ...]  # the safetensors files that hold it
+
+    @functools.cached_property
+    def parts(self) -> list[Part]:
+        """The parts to quantize; raises ValueError where a rule matches nothing."""
+        return plan_parts(self.model, self.recipe)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Carried:
+    """A file or folder of the checkpoint that is only copied, or written from something else."""
+
+    name: str  # in the checkpoint
+    bytes: int  # about
+    write: Callable[[Path], object]  # makes it at a path
+
+    @classmethod
+    def copy(cls, path: Path, name: str | None = None) -> "Carried":
+        """Carry a file or folder as it is, under its own name if no other is given."""
+        write = functools.partial(copy_synced, path)
+        return cls(name=name or path.name, bytes=tree_bytes(path), write=write)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a checkpoint is made of."""
+
+    base_name: str  # of the 16-bit model
+    sources: tuple[Source, ...]
+    carried: tuple[Carried, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the checkpoint, Orbax's own included."""
+        parts = [part for source in self.sources for part in source.parts]
+        stored = sum(part.bytes + _PART_OVERHEAD for part in parts)
+        return stored + sum(item.bytes for item in self.carried)
+
+    def plan(self) -> str:
+        """Return as text what would be made: layers, formats, bytes."""
+        lines = []
+        for source in self.sources:
+            stored = sum(part.bytes for part in source.parts)
+            before = sum(part.bytes_bf16 for part in source.parts)
+            rows = [
+                (path, str(rule.weight), str(rule.activation), *_layer_bytes(part, path))
+                for part in source.parts
+                for path, rule in part.layers.items()
+            ]
+            kept = stored - sum(row[3] for row in rows)
+            rows.append(("everything else", "bf16", "bf16", kept, kept))
+            table = [("layer", "weight", "input", "bytes", "in bf16")]
+            table += [(*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in rows]
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            lines += [
+                f"{source.name}: recipe {source.recipe.name}, {len(rows) - 1} layers, "
+                f"{stored:,} bytes of {before:,} in bf16",
+                *(
+                    "  " + "  ".join(map(_align, row, widths, range(len(row)))).rstrip()
+                    for row in table
+                ),
+            ]
+        lines += [f"{item.name}: {item.bytes:,} bytes, carried along" for item in self.carried]
+        return "\n".join([*lines, f"total: about {self.bytes:,} bytes"])
+
+    def check(self, out: Path, *, overwrite: bool = False) -> None:
+        """Raise ValueError where a checkpoint can't be written, or doesn't fit on the disk."""
+        check_output(out, folder=True, overwrite=overwrite)
+        done = work_folder(out) / "contents"
+        check_space(out, self.bytes - (tree_bytes(done) if done.exists() else 0))
+
+    def run(self, out: Path, *, overwrite: bool = False, progress: bool = False) -> Manifest:
+        """Write the checkpoint, or go on with it.
+
+        Args:
+          out: the folder to make; nothing is there before it is complete.
+          overwrite: replace a folder that exists, and unfinished work of another conversion.
+          progress: show a bar over the bytes read on stderr.
+
+        Raises:
+          ValueError: the output can't be written, or a weight holds a NaN or an infinity.
+        """
+        out = out.absolute()
+        self.check(out, overwrite=overwrite)
+        with resumable_folder(out, self._identity(), overwrite=overwrite) as work:
+            with _hashing(self.sources, work) as hashes:
+                self._write_parts(work, progress)
+                for item in self.carried:
+                    _carry(item, work)
+                components = {
+                    source.name: _component(source, work, hashes[source.name]())
+                    for source in self.sources
+                }
+            return checkpoint.write_manifest(work.contents, self.base_name, components)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for unfinished work to be gone on with."""
+        files = [file for source in self.sources for file in source.files]
+        return {
+            "format_version": checkpoint.FORMAT_VERSION,
+            "recipes": {source.name: source.recipe.to_json() for source in self.sources},
+            "configs": {source.name: source.config for source in self.sources},
+            "files": [[str(x), x.stat().st_size, x.stat().st_mtime_ns] for x in files],
+            "carried": [[item.name, item.bytes] for item in self.carried],
+        }
+
+    def _write_parts(self, work: WorkFolder, progress: bool) -> None:
+        jobs = [(source, part) for source in self.sources for part in source.parts]
+        todo = collections.deque(job for job in jobs if not _is_finished(work, *job))
+        total, left = (sum(part.bytes_bf16 for _, part in x) for x in (jobs, todo))
+        bar = {"total": total, "initial": total - left, "unit": "B", "unit_scale": True}
+        with (
+            ThreadPoolExecutor(1, "read") as reader,
+            tqdm(desc="quantizing", disable=not progress, **bar) as shown,
+        ):
+            ahead = _read_ahead(reader, todo)
+            while todo:
+                source, part = todo.popleft()
+                params = ahead.result()
+                ahead = _read_ahead(reader, todo)
+                _write_part(work, source.name, part, params)
+                shown.update(part.bytes_bf16)
+
+
+def _read_ahead(reader: ThreadPoolExecutor, todo: collections.deque) -> Future | None:
+    """Start to read the next part's parameters."""
+    if not todo:
+        return None
+    source, part = todo[0]
+    return reader.submit(lambda: {path: source.read(path) for path in part.params})
+
+
+def _write_part(work: WorkFolder, component: str, part: Part, params: dict) -> None:
+    folder = work.contents / component / part.name
+    arrays, layers = part.quantize(params)
+    folder.parent.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    sha256 = checkpoint.write_part(folder, arrays)
+    layers = [dataclasses.asdict(layer) for layer in layers]
+    work.write_record(f"{component}.{part.name}", {"sha256": sha256, "layers": layers})
+
+
+def _is_finished(work: WorkFolder, source: Source, part: Part) -> bool:
+    """Return whether a part's files are what its record says, whatever happened since."""
+    record = work.read_record(f"{source.name}.{part.name}")
+    return bool(record) and record["sha256"] == hash_files(
+        work.contents / source.name / part.name, "*"
+    )
+
+
+def _carry(item: Carried, work: WorkFolder) -> None:
+    target = work.contents / item.name
+    if target.exists():
+        return
+    item.write(work.scratch)
+    work.scratch.rename(target)
+
+
+@contextmanager
+def _hashing(
+    sources: tuple[Source, ...], work: WorkFolder
+) -> Iterator[dict[str, Callable[[], str]]]:
+    """Hash the sources' files beside the other work; gives by component what waits for the hash."""
+    with ThreadPoolExecutor(1, "hash") as hasher:
+        futures = {
+            source.name: [(file, hasher.submit(_hash_once, file, work)) for file in source.files]
+            for source in sources
+        }
+
+        def wait(name: str) -> str:
+            return join_hashes((file.name, future.result()) for file, future in futures[name])
+
+        try:
+            yield {name: functools.partial(wait, name) for name in futures}
+        finally:
+            hasher.shutdown(wait=False, cancel_futures=True)
+
+
+def _hash_once(file: Path, work: WorkFolder) -> str:
+    name = f"base.{file.parent.name}.{file.name}"
+    value = work.read_record(name) or hash_file(file)
+    work.write_record(name, value)
+    return value
+
+
+def _component(source: Source, work: WorkFolder, base_sha256: str) -> Component:
+    records = {part.name: work.read_record(f"{source.name}.{part.name}") for part in source.parts}
+    layers = [
+        LayerReport.from_json(layer) for record in records.values() for layer in record["layers"]
+    ]
+    elements_bf16 = sum(part.bytes_bf16 for part in source.parts)
+    other = elements_bf16 - sum(layer.bytes_bf16 for layer in layers)
+    return Component(
+        recipe=source.recipe,
+        report=Report(recipe=source.recipe.name, layers=tuple(layers), other_bytes=other),
+        config=source.config,
+        base_sha256=base_sha256,
+        parts={name: record["sha256"] for name, record in records.items()},
+    )
+
+
+def _layer_bytes(part: Part, path: str) -> tuple[int, int]:
+    """Bytes of a layer as stored and in bfloat16."""
+    stored, before = (
+        sum(x.size * x.dtype.itemsize for name, x in table.items() if name.startswith(f"{path}."))
+        for table in (part.arrays, part.params)
+    )
+    return stored, before
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column < 3 else cell.rjust(width)
