@@ -1,6 +1,9 @@
 """Reproduce the QuaRTZ paper's analyses on a model's own activations: a page and its figures.
 
-python scripts/analyze.py --count 16 --out outputs/report.analyses.html
+    python scripts/analyze.py --count 16 --out outputs/report.analyses.html
+    python scripts/analyze.py --recorded outputs/evaluation.rows.npz
+
+The second form takes the inputs that evaluate.py recorded.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ from models import load_pipeline
 from quartz_jax import analysis, cli, get_recipe, pages
 from quartz_jax.analysis_page import analysis_page
 from quartz_jax.files import atomic_file, check_output
-from quartz_jax.methods import Method, get_method, record
+from quartz_jax.methods import LayerStatistics, get_method, load_statistics, record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", type=Path, default=common.EMBEDDED_MODEL, help="16-bit model folder")
+    add("--recorded", type=Path, help="take inputs from this file of evaluate.py; no sampling")
     add("--prompts", type=Path, help="file with one a line; default: the model's prompts.txt")
     add("--count", type=cli.positive, default=16, help="prompts")
     add("--batch", type=cli.positive, default=8, help="images at a time")
@@ -37,18 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     size = cli.parse_size(args.size)
     check_output(args.out)
-    prompts = evaluate.read_prompts(args.prompts or args.model / "prompts.txt", args.count)
-    original = load_pipeline(args.model, dtype=common.compute_dtype())
-    base, _ = common.apply_recipe(original, get_recipe("bf16"))
-    options = paired.SamplingOptions.of(base, size, args.steps, args.guidance, args.true_cfg)
-    noise = base.initial_noise(jax.random.key(0), len(prompts), options.height, options.width)
-    run = paired.run_for_recording(base, prompts, noise, options, args.batch)
-    seen = record(base.transformer, run, rows_per_call=args.rows)
+    seen = load_statistics(args.recorded) if args.recorded else sampled(args, size)
     chosen = [path for path in seen if path in quantized_inputs(seen)]
     bar = tqdm(chosen, desc="analysing", unit="layer")
     layers = [analysis.analyse_layer(path, seen[path].flat) for path in bar]
     date = datetime.datetime.now(datetime.UTC).date()
-    made = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {date}, {len(prompts)} prompts."
+    made = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {date}, {len(seen[chosen[0]].flat)} tokens a layer."
     command = " ".join(["python", *sys.argv])
     title = f"The QuaRTZ paper's analyses on {args.model.resolve().name}"
     with atomic_file(args.out.with_suffix(".json")) as partial:
@@ -60,9 +58,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("held:  " if held else "didn't:", f"{claim}: {figures}")
 
 
+def sampled(args, size: tuple[int, int] | tuple[None, None]) -> dict[str, LayerStatistics]:
+    """Return what the linears are given while the 16-bit model samples the prompts."""
+    prompts = evaluate.read_prompts(args.prompts or args.model / "prompts.txt", args.count)
+    original = load_pipeline(args.model, dtype=common.compute_dtype())
+    base, _ = common.apply_recipe(original, get_recipe("bf16"))
+    options = paired.SamplingOptions.of(base, size, args.steps, args.guidance, args.true_cfg)
+    noise = base.initial_noise(jax.random.key(0), len(prompts), options.height, options.width)
+    run = paired.run_for_recording(base, prompts, noise, options, args.batch)
+    return record(base.transformer, run, rows_per_call=args.rows)
+
+
 def quantized_inputs(paths) -> set[str]:
     """Return the linears whose inputs the methods quantize."""
-    method: Method = get_method("quartz")
+    method = get_method("quartz")
     return {path for path, rule in method.assign(paths).items() if rule.activation is not None}
 
 
