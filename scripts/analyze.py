@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     bar = tqdm(chosen, desc="analysing", unit="layer")
     layers = [analysis.analyse_layer(path, seen[path].flat) for path in bar]
     date = datetime.datetime.now(datetime.UTC).date()
-    made = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {date}, {len(seen[chosen[0]].flat)} tokens a layer."
+    tokens = len(seen[chosen[0]].flat)
+    made = (
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {date}, {tokens} tokens a layer."
+    )
     command = " ".join(["python", *sys.argv])
     title = f"The QuaRTZ paper's analyses on {args.model.resolve().name}"
     with atomic_file(args.out.with_suffix(".json")) as partial:

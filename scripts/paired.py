@@ -53,7 +53,9 @@ class _OneStep:
 
     levels: tuple[float, float]
 
-    def sigmas(self, num_inference_steps: int, image_tokens: int) -> np.ndarray:
+    def sigmas(
+        self, num_inference_steps: int, image_tokens: int, strength: float = 1.0
+    ) -> np.ndarray:
         return np.asarray(self.levels, np.float32)
 
 
