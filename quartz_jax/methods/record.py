@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import io_callback
 
 from quartz_jax.convert import linears, replace_linears
 from quartz_jax.files import atomic_file
@@ -40,7 +41,7 @@ class _Recorder(nnx.Module):
         flat = given.astype(jnp.float32).reshape(-1, given.shape[-1])
         picks = np.linspace(0, flat.shape[0] - 1, min(self.rows, flat.shape[0])).astype(int)
         largest = jnp.max(jnp.abs(flat), axis=0)
-        jax.experimental.io_callback(self.seen, None, flat[picks], largest, ordered=False)
+        io_callback(self.seen, None, flat[picks], largest, ordered=False)
         return self.linear(given, **rest)
 
 
