@@ -1,7 +1,8 @@
-"""Compare recipes and methods with bf16 over many prompts, from the same noise, resumable.
+r"""Compare recipes and methods with bf16 over many prompts, from the same noise, resumable.
 
     python scripts/evaluate.py --recipes bf16,w4a4,nvfp4,svdquant+int4-g64
-    python scripts/evaluate.py --recipes bf16,w4a4,w4a4x,bench --count 512 --batch 64 --minutes 9
+    python scripts/evaluate.py --recipes bf16,w4a4,w4a4x,bench --count 512 --batch 64 \
+        --calibration 128 --calibration-rows 256 --minutes 9
 
 Recipes are built-in names, .json files, or methods by their parts (quartz_jax/methods/names.py);
 "bench" is the whole comparison. Run the same command again to go on where it stopped.
@@ -271,7 +272,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed0", type=int, default=0, help="of the noise of all images")
     add("--calibration-prompts", type=Path, help="default: the model's calibration_prompts.txt")
     add("--calibration", type=cli.positive, default=32, help="prompts to calibrate on")
-    add("--calibration-rows", type=cli.positive, default=64, help="tokens kept a call of a layer")
+    add("--calibration-rows", type=cli.positive, default=128, help="tokens kept a call of a layer")
     add("--networks", type=Path, default=Path("outputs/metric_networks"), help="converted ones")
     add("--real", type=Path, help=".npz of real images, for KID")
     add("--real-count", type=cli.positive, default=2048, help="how many of them, drawn at random")
