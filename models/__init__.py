@@ -4,6 +4,7 @@ from models.checkpoint_io import CheckpointError, StoredModule
 from models.loading import (
     ModelFiles,
     build_component,
+    component_config,
     find_model,
     load_component,
     load_pipeline,
@@ -18,6 +19,7 @@ __all__ = [
     "ModelFiles",
     "StoredModule",
     "build_component",
+    "component_config",
     "find_model",
     "load_component",
     "load_pipeline",

@@ -153,6 +153,17 @@ def build_component(config: Mapping[str, Any], dtype: jnp.dtype = jnp.bfloat16) 
     return module(sizes.from_json(config), rngs=TracingRngs(), dtype=dtype, param_dtype=dtype)
 
 
+def component_config(config: Mapping[str, Any]) -> Any:
+    """Return a model's config, such as a FluxConfig, from the contents of its config.json.
+
+    Raises:
+      CheckpointError: the class is unknown.
+    """
+    if _class_name(config) not in _CLASSES:
+        raise CheckpointError(_unsupported(config))
+    return _CLASSES[_class_name(config)][1].from_json(config)
+
+
 def load_component(
     path: Path | str, dtype: jnp.dtype = jnp.bfloat16
 ) -> nnx.Module | FlowMatchEulerScheduler:

@@ -1,13 +1,16 @@
-"""Text to image with FLUX.1: encode prompts, denoise packed latents, decode images.
+"""Text and image to image with FLUX.1: encode prompts, denoise packed latents, decode images.
 
 Latents are packed: a token holds a 2x2 patch of latent pixels. They stay float32 between steps,
-whatever dtype the models compute in.
+whatever dtype the models compute in. Models may be deferred, so that one is loaded at a time.
 """
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +21,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from models.flux.modeling import FluxTransformer
-from models.schedulers import FlowMatchEulerScheduler, euler_step
+from models.schedulers import FlowMatchEulerScheduler, add_noise, euler_step
+from models.stages import Deferred, StageTimes
 from models.text_encoders.clip import CLIPTextEncoder
 from models.text_encoders.t5 import T5Encoder
 from models.vae.modeling import AutoencoderKL
@@ -26,6 +30,9 @@ from models.vae.modeling import AutoencoderKL
 _MAX_T5_TOKENS = 512  # FLUX.1 was trained with up to this many (schnell: 256)
 _PIXEL_MULTIPLE = 16  # of width and height
 _OUTPUT_TYPES = ("pil", "np", "latent")
+_ENCODER_STREAM = np.uint32(
+    2**31
+)  # of the key: the autoencoder's noise, apart from that of any image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,22 +42,28 @@ class GenerationDefaults:
     num_inference_steps: int = 28
     guidance_scale: float = 3.5  # only for models with guidance embedding
     true_cfg_scale: float = 1.0  # 1 is off
+    strength: float = 0.6  # only with an initial image
     height: int = 1024  # pixels
     width: int = 1024  # pixels
 
 
 @dataclasses.dataclass(kw_only=True)
 class FluxPipeline:
-    """A FLUX.1 model's components; any of them may be replaced by one with the same call."""
+    """A FLUX.1 model's components; any of them may be replaced by one with the same call.
 
-    transformer: FluxTransformer
-    text_encoder: CLIPTextEncoder  # gives the pooled vector
-    text_encoder_2: T5Encoder  # gives the text tokens
+    A model that is `Deferred` is loaded for each stage that needs it and released at its end.
+    """
+
+    transformer: FluxTransformer | Deferred
+    text_encoder: CLIPTextEncoder | Deferred  # gives the pooled vector
+    text_encoder_2: T5Encoder | Deferred  # gives the text tokens
     tokenizer: Any  # transformers' tokenizer for text_encoder
     tokenizer_2: Any  # transformers' tokenizer for text_encoder_2
-    vae: AutoencoderKL
+    vae: AutoencoderKL | Deferred
     scheduler: FlowMatchEulerScheduler
     defaults: GenerationDefaults = GenerationDefaults()
+    # of the stages "load <component>", "encode prompts", "encode images", "step" and "decode"
+    times: StageTimes = dataclasses.field(default_factory=StageTimes)
 
     def __call__(
         self,
@@ -64,6 +77,8 @@ class FluxPipeline:
         negative_prompt: str = "",
         seed: int | jax.Array = 0,
         latents: jax.Array | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        strength: float | None = None,
         progress: bool = True,
         output_type: str = "pil",
     ) -> list[Image.Image] | np.ndarray | jax.Array:
@@ -79,6 +94,9 @@ class FluxPipeline:
           negative_prompt: what true classifier-free guidance steers away from.
           seed: an integer or a JAX key. Image i depends on it and on i, not on the batch size.
           latents: start from this noise instead, float32 as `initial_noise` returns it.
+          image: where to start, one for all prompts or one for each; resized to height and width.
+          strength: how far the image is replaced, above 0 up to 1: the share of the steps, the last
+            ones, that run. Only with an image.
           progress: show a bar over the steps.
           output_type: "pil" for PIL images, "np" for float32 [batch, height, width, 3] in 0..1,
             "latent" for packed latents, float32 [batch, tokens, channels].
@@ -93,24 +111,40 @@ class FluxPipeline:
             num_inference_steps = self.defaults.num_inference_steps
         if true_cfg_scale is None:
             true_cfg_scale = self.defaults.true_cfg_scale
+        if strength is None:
+            strength = self.defaults.strength if image is not None else 1.0
+        images = [image] * len(prompts) if isinstance(image, Image.Image) else image
         self._check(prompts, height, width, num_inference_steps, latents, output_type)
+        self._check_image(images, strength, len(prompts))
         guidance_scale = self._guidance_scale(guidance_scale)
 
+        key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
         if latents is None:
-            key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
             latents = self.initial_noise(key, len(prompts), height, width)
         negative = None
         if true_cfg_scale != 1.0:
-            negative = self.encode_prompts([negative_prompt] * len(prompts))
+            encoded = self.encode_prompts([*prompts, negative_prompt])
+            embeds, pooled = (x[:-1] for x in encoded)
+            negative = tuple(x[-1:].repeat(len(prompts), axis=0) for x in encoded)
+        else:
+            embeds, pooled = self.encode_prompts(prompts)
+        image_latents = None
+        if images is not None:
+            noise = self._noise(jax.random.fold_in(key, _ENCODER_STREAM), latents.shape)
+            pixels = np.stack([to_pixels(image, height, width) for image in images])
+            image_latents = self.encode_images(pixels, noise)
         latents = self.denoise(
             latents,
-            *self.encode_prompts(prompts),
+            embeds,
+            pooled,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             true_cfg_scale=true_cfg_scale,
             negative=negative,
+            image_latents=image_latents,
+            strength=strength,
             progress=progress,
         )
         if output_type == "latent":
@@ -131,14 +165,34 @@ class FluxPipeline:
         clip_length = self.text_encoder.config.max_position_embeddings
         clip_ids = _token_ids(self.tokenizer, prompts, clip_length)
         t5_ids = _token_ids(self.tokenizer_2, prompts, _MAX_T5_TOKENS)
-        _, pooled = _compiled(_apply, self.text_encoder)(clip_ids)
-        return _compiled(_apply, self.text_encoder_2)(t5_ids), pooled
+        with self._loaded("text_encoder") as text_encoder, self.times.measure("encode prompts"):
+            _, pooled = _compiled(_apply, text_encoder)(clip_ids)
+            pooled.block_until_ready()
+        del text_encoder  # before the larger one comes
+        with self._loaded("text_encoder_2") as text_encoder_2, self.times.measure("encode prompts"):
+            embeds = _compiled(_apply, text_encoder_2)(t5_ids).block_until_ready()
+        return embeds, pooled
 
     def initial_noise(self, key: jax.Array, batch: int, height: int, width: int) -> jax.Array:
         """Return standard normal packed latents, float32 [batch, tokens, channels]."""
-        shape = (self._image_tokens(height, width), self.transformer.config.in_channels)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-        return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+        channels = self.transformer.config.in_channels
+        return self._noise(key, (batch, self._image_tokens(height, width), channels))
+
+    def encode_images(
+        self,
+        images: np.ndarray,  # float32 [batch, height, width, 3] in -1..1
+        noise: jax.Array,  # float32 [batch, tokens, channels], standard normal
+    ) -> jax.Array:
+        """Return packed latents of images, float32 [batch, tokens, channels].
+
+        The autoencoder gives a distribution of latents; the noise picks the sample.
+        """
+        rows, columns = (pixels // self.token_pixels for pixels in images.shape[1:3])
+        with self._loaded("vae") as vae, self.times.measure("encode images"):
+            encode = _compiled(_encode, vae)
+            pairs = zip(images, unpack(noise, rows, columns), strict=True)
+            latents = [encode(image[None], sample[None]) for image, sample in pairs]
+            return pack(jnp.concatenate(latents)).block_until_ready()
 
     def denoise(
         self,
@@ -152,6 +206,8 @@ class FluxPipeline:
         guidance_scale: float | None = None,
         true_cfg_scale: float = 1.0,
         negative: tuple[jax.Array, jax.Array] | None = None,
+        image_latents: jax.Array | None = None,
+        strength: float = 1.0,
         progress: bool = True,
     ) -> jax.Array:
         """Return the latents after all steps, float32 [batch, tokens, channels].
@@ -162,32 +218,46 @@ class FluxPipeline:
           pooled: from `encode_prompts`.
           height: of the image in pixels.
           width: of the image in pixels.
-          num_inference_steps: evaluations of the transformer.
+          num_inference_steps: evaluations of the transformer at a strength of 1.
           guidance_scale: None for models without guidance embedding.
           true_cfg_scale: used where `negative` is given.
           negative: embeds and pooled of the negative prompts, of the same shapes.
+          image_latents: start from these with noise added, as `encode_images` gives them.
+          strength: the share of the steps, the last ones, that run; 1 starts from noise alone.
           progress: show a bar over the steps.
         """
         latents = jnp.asarray(latents, jnp.float32)
         if negative is not None:
             embeds = jnp.concatenate([embeds, negative[0]])
             pooled = jnp.concatenate([pooled, negative[1]])
+        sigmas = self.scheduler.sigmas(num_inference_steps, latents.shape[1], strength)
+        if image_latents is not None:
+            latents = add_noise(image_latents, latents, sigmas[0])
         img_ids = image_ids(height // self.token_pixels, width // self.token_pixels)
         txt_ids = np.zeros((embeds.shape[1], 3), np.float32)
+        fixed = jax.device_put((embeds, pooled, img_ids, txt_ids))
         guidance = None if guidance_scale is None else np.float32(guidance_scale)
         scale = None if negative is None else np.float32(true_cfg_scale)
 
-        sigmas = self.scheduler.sigmas(num_inference_steps, latents.shape[1])
-        step = _compiled(_denoising_step, self.transformer)
-        levels = itertools.pairwise(sigmas)
-        for sigma, next_sigma in tqdm(
-            levels, total=num_inference_steps, disable=not progress, unit="step"
+        with (
+            self._loaded("transformer") as transformer,
+            tqdm(total=len(sigmas) - 1, disable=not progress, unit="step") as bar,
         ):
-            latents = step(
-                latents, embeds, pooled, img_ids, txt_ids, sigma, next_sigma, guidance, scale
-            )
-            latents.block_until_ready()  # the bar shows finished steps
+            step, start = _compiled(_denoising_step, transformer), time.perf_counter()
+            for done, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas), -1):
+                last, latents = latents, step(latents, *fixed, sigma, next_sigma, guidance, scale)
+                if done >= 0:  # the next step is queued before the last one is waited for
+                    start = self._finish_step(last, start, bar)
+            self._finish_step(latents, start, bar)
         return latents
+
+    def _finish_step(self, latents: jax.Array, start: float, bar: tqdm) -> float:
+        """Wait for a step, show and record it; returns the time."""
+        latents.block_until_ready()
+        now = time.perf_counter()
+        self.times.add("step", now - start)
+        bar.update()
+        return now
 
     def decode(self, latents: jax.Array, height: int, width: int) -> jax.Array:
         """Return images, float32 [batch, height, width, 3] in 0..1, from packed latents.
@@ -195,8 +265,37 @@ class FluxPipeline:
         One image at a time: at 1024 pixels the decoder's activations take gigabytes.
         """
         rows, columns = height // self.token_pixels, width // self.token_pixels
-        decode = _compiled(_decode, self.vae)
-        return jnp.concatenate([decode(unpack(row[None], rows, columns)) for row in latents])
+        with self._loaded("vae") as vae, self.times.measure("decode"):
+            decode = _compiled(_decode, vae)
+            images = [decode(unpack(row[None], rows, columns)) for row in latents]
+            return jnp.concatenate(images).block_until_ready()
+
+    def load(self) -> "FluxPipeline":
+        """Return a copy that keeps all its models loaded."""
+        loaded = {}
+        for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+            with self._loaded(name) as loaded[name]:
+                pass
+        return dataclasses.replace(self, **loaded)
+
+    @contextlib.contextmanager
+    def _loaded(self, name: str) -> Iterator[nnx.Module]:
+        """Give a model, loaded for the time being if it is deferred."""
+        module = getattr(self, name)
+        if isinstance(module, Deferred):
+            with self.times.measure(f"load {name}"):
+                # Modules hold themselves in cycles: the model of the last stage, and what loading
+                # this one left behind, leave the device only when they are collected.
+                gc.collect()
+                module = module.load()
+                gc.collect()
+                jax.block_until_ready(jax.tree.leaves(nnx.state(module)))
+        yield module
+
+    def _noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Return standard normal float32; what an image gets depends on its place in the batch."""
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(shape[0]))
+        return jax.vmap(lambda key: jax.random.normal(key, shape[1:], jnp.float32))(keys)
 
     def _image_tokens(self, height: int, width: int) -> int:
         return (height // self.token_pixels) * (width // self.token_pixels)
@@ -232,6 +331,16 @@ class FluxPipeline:
         if output_type not in _OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; it must be one of {_OUTPUT_TYPES}")
 
+    def _check_image(
+        self, images: Sequence[Image.Image] | None, strength: float, prompts: int
+    ) -> None:
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength is {strength}; it must be above 0 and at most 1")
+        if images is None and strength != 1:
+            raise ValueError(f"strength is {strength}, but there is no image to start from")
+        if images is not None and len(images) != prompts:
+            raise ValueError(f"image holds {len(images)}; give one, or one for each prompt")
+
 
 def image_ids(rows: int, columns: int) -> np.ndarray:
     """Return the position (0, row, column) of each latent token, float32 [rows * columns, 3]."""
@@ -257,6 +366,12 @@ def unpack(
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(x.shape[0], 2 * rows, 2 * columns, -1)
 
 
+def to_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Return an image resized as diffusers does it, float32 [height, width, 3] in -1..1."""
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return 2 * (np.asarray(resized, np.float32) / 255) - 1
+
+
 def to_pil(image: np.ndarray) -> Image.Image:  # float32 [height, width, 3] in 0..1
     """Return an 8-bit image, rounded to nearest."""
     return Image.fromarray(np.round(255 * image).astype(np.uint8))
@@ -269,14 +384,21 @@ def _token_ids(tokenizer: Any, prompts: Sequence[str], longest: int) -> np.ndarr
 
 
 def _compiled(function: Callable, module: nnx.Module) -> Callable:
-    """Return `function(module, ...)` under jit, the weights an argument rather than constants."""
+    """Return `function(module, ...)` under jit, the weights an argument rather than constants.
+
+    They go in as a flat list: walking the module's state at every call would cost milliseconds.
+    """
     graphdef, state = nnx.split(module)
-    return functools.partial(_jitted(function, graphdef), state)
+    leaves, treedef = jax.tree.flatten(state)
+    return functools.partial(_jitted(function, graphdef, treedef), leaves)
 
 
 @functools.lru_cache(maxsize=16)
-def _jitted(function: Callable, graphdef: nnx.GraphDef) -> Callable:
-    return jax.jit(lambda state, *args: function(nnx.merge(graphdef, state), *args))
+def _jitted(function: Callable, graphdef: nnx.GraphDef, treedef: Any) -> Callable:
+    def call(leaves, *args):
+        return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)), *args)
+
+    return jax.jit(call)
 
 
 def _apply(module, *args):
@@ -301,6 +423,12 @@ def _denoising_step(
         positive, negative = jnp.split(velocity, 2)
         velocity = negative + scale * (positive - negative)
     return euler_step(latents, velocity, sigma, next_sigma)
+
+
+def _encode(vae, image, noise):
+    mean, logvar = (x.astype(jnp.float32) for x in vae.encode(image))
+    latents = mean + jnp.exp(0.5 * logvar) * noise
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def _decode(vae, latents):

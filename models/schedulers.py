@@ -51,8 +51,16 @@ class FlowMatchEulerScheduler:
         fixed = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
         return {**fixed, **dataclasses.asdict(self)}
 
-    def sigmas(self, num_inference_steps: int, image_tokens: int) -> np.ndarray:
+    def sigmas(
+        self, num_inference_steps: int, image_tokens: int, strength: float = 1.0
+    ) -> np.ndarray:
         """Return the noise levels from 1 to 0, float32 [num_inference_steps + 1].
+
+        Args:
+          num_inference_steps: at a strength of 1.
+          image_tokens: how many latent tokens the image has.
+          strength: the share of the steps that is kept, the last ones, rounded up to whole steps;
+            for image to image, which starts at the first level that is kept.
 
         Raises:
           ValueError: num_inference_steps is below 1.
@@ -64,7 +72,8 @@ class FlowMatchEulerScheduler:
         sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
         if self.shift_terminal and num_inference_steps > 1:  # one step has nothing to stretch
             sigmas = 1 - (1 - sigmas) * (1 - self.shift_terminal) / (1 - sigmas[-1])
-        return np.append(sigmas, 0).astype(np.float32)
+        skipped = int(num_inference_steps - num_inference_steps * strength)
+        return np.append(sigmas, 0).astype(np.float32)[skipped:]
 
     def _dynamic_shift(self, image_tokens: int) -> float:
         slope = (self.max_shift - self.base_shift) / (
@@ -72,6 +81,15 @@ class FlowMatchEulerScheduler:
         )
         mu = self.base_shift + slope * (image_tokens - self.base_image_seq_len)
         return math.exp(mu) if self.time_shift_type == "exponential" else mu
+
+
+def add_noise(
+    data: jax.Array,  # float32, any shape
+    noise: jax.Array,  # the same shape
+    sigma: jax.Array,  # float32 scalar
+) -> jax.Array:
+    """Return a sample at noise level sigma, float32."""
+    return sigma * noise + (1 - sigma) * data
 
 
 def euler_step(

@@ -1,9 +1,12 @@
 """What the scripts share: arguments, and one clear line with exit code 2 for bad input."""
 
 import argparse
+import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -68,3 +71,29 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("prompt is empty; write some text")
     return list(prompts)
+
+
+def lora_scales(files: Sequence[Path], scales: Sequence[float]) -> list[tuple[Path, float]]:
+    """Return each adapter file with its scale, 1 where none was given.
+
+    Raises ValueError for more scales than files and for a scale that is no finite number.
+    """
+    if len(scales) > len(files):
+        raise ValueError(
+            f"--lora-scale was given {len(scales)} times, --lora {len(files)}; give one for each "
+            "file, in order"
+        )
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise ValueError(f"--lora-scale is {scale}; it must be a finite number")
+    return list(itertools.zip_longest(files, scales, fillvalue=1.0))
+
+
+def check_strength(strength: float | None, image: Path | None) -> None:
+    """Raise ValueError if a strength is outside (0, 1] or has no image to work on."""
+    if strength is None:
+        return
+    if image is None:
+        raise ValueError("--strength needs an image to start from; add --init-image")
+    if not 0 < strength <= 1:
+        raise ValueError(f"--strength is {strength}; it must be above 0 and at most 1")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from quartz_jax.files import atomic_file
 
@@ -37,6 +37,19 @@ def square(
     columns = math.ceil(math.sqrt(len(items) / len(items[0])))
     starts = range(0, len(items), columns)
     return [[image for item in items[i : i + columns] for image in item] for i in starts]
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image of any format that Pillow knows, upright, RGB.
+
+    Raises:
+      ValueError: it can't be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} can't be read: {error}") from None
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -1,5 +1,6 @@
-"""The whole FLUX pipeline against diffusers, its repeatability and its refusals."""
+"""The FLUX pipeline's parts, repeatability, laziness and refusals; parity is in test_parity."""
 
+import gc
 import json
 import shutil
 
@@ -7,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from PIL import Image
 
 import models
+import models.pipeline
 from models.checkpoint_io import CheckpointError
-from models.pipeline import image_ids, pack, unpack
+from models.pipeline import image_ids, pack, to_pixels, unpack
+from models.stages import Deferred
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -18,22 +23,17 @@ from tiny_pipeline import make_tiny_flux  # noqa: E402 (needs diffusers)
 
 PROMPTS = ["a cat, 3d style", "two red hats on a table, flat"]
 SIZE = {"height": 32, "width": 48}
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
-def tiny(request, tmp_path_factory):
-    """Return a model folder, diffusers' pipeline and ours."""
-    folder = tmp_path_factory.mktemp("tiny")
-    peer = make_tiny_flux(folder, dev=request.param)
-    peer.set_progress_bar_config(disable=True)
-    return folder, peer, models.load_pipeline(folder, dtype=jnp.float32)
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
 def schnell(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("schnell")
-    make_tiny_flux(folder, dev=False)
-    return folder
+    return tmp_path_factory.mktemp("schnell")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def peer(schnell):
+    return make_tiny_flux(schnell, dev=False)
 
 
 @pytest.fixture(scope="module")
@@ -41,60 +41,7 @@ def pipeline(schnell):
     return models.load_pipeline(schnell, dtype=jnp.float32)
 
 
-def relative_error(found, expected):
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
-
-
-def run_both(tiny, *, true_cfg_scale=1.0, output_type):
-    """Return our result and diffusers', from the same noise."""
-    _, peer, ours = tiny
-    noise = ours.initial_noise(jax.random.key(1), len(PROMPTS), **SIZE)
-    guidance = {"guidance_scale": 2.5} if ours.transformer.config.guidance_embeds else {}
-    options = {**SIZE, **guidance, "num_inference_steps": 3, "true_cfg_scale": true_cfg_scale}
-    expected = peer(
-        PROMPTS,
-        negative_prompt=["blurry"] * len(PROMPTS),
-        latents=torch.from_numpy(np.array(noise)),
-        max_sequence_length=peer.tokenizer_2.model_max_length,
-        output_type=output_type,
-        **options,
-    ).images
-    found = ours(
-        PROMPTS,
-        negative_prompt="blurry",
-        latents=noise,
-        progress=False,
-        output_type=output_type,
-        **options,
-    )
-    return found, expected
-
-
-def test_final_latents_match_diffusers(tiny):
-    found, expected = run_both(tiny, output_type="latent")
-    assert relative_error(found, expected) <= 1e-4
-
-
-def test_final_latents_match_diffusers_with_true_guidance(tiny):
-    found, expected = run_both(tiny, true_cfg_scale=3.0, output_type="latent")
-    assert relative_error(found, expected) <= 1e-4
-
-
-def test_images_match_diffusers(tiny):
-    found, expected = run_both(tiny, output_type="np")
-    assert found.shape == (2, 32, 48, 3)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_steps_default_to_the_model_kind(tiny):
-    _, peer, ours = tiny
-    expected = 28 if peer.transformer.config.guidance_embeds else 4
-    assert ours.defaults.num_inference_steps == expected
-
-
-def test_packing_matches_diffusers(tiny):
-    _, peer, _ = tiny
+def test_packing_matches_diffusers(peer):
     latents = np.random.default_rng(0).normal(size=(2, 6, 4, 3)).astype(np.float32)
     channels_first = torch.from_numpy(latents.transpose(0, 3, 1, 2))
     expected = peer._pack_latents(channels_first.contiguous(), 2, 3, 6, 4)
@@ -106,16 +53,15 @@ def test_unpack_inverts_pack():
     np.testing.assert_array_equal(unpack(pack(latents), 3, 2), latents)
 
 
-def test_image_ids_match_diffusers(tiny):
-    _, peer, _ = tiny
+def test_image_ids_match_diffusers(peer):
     expected = peer._prepare_latent_image_ids(1, 3, 2, "cpu", torch.float32)
     np.testing.assert_array_equal(image_ids(3, 2), expected)
 
 
-def test_same_seed_gives_the_same_bytes(pipeline):
-    first, again = (
-        pipeline(PROMPTS, **SIZE, seed=3, num_inference_steps=2, progress=False) for _ in range(2)
-    )
+@pytest.mark.parametrize("image", [None, PHOTO], ids=["text", "image"])
+def test_same_seed_gives_the_same_bytes(pipeline, image):
+    options = {**SIZE, "seed": 3, "num_inference_steps": 2, "progress": False, "image": image}
+    first, again = (pipeline(PROMPTS, **options) for _ in range(2))
     assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
 
 
@@ -132,6 +78,107 @@ def test_weights_are_not_baked_into_the_compiled_step(schnell):
     bias = pipeline.transformer.final_layer.linear.bias
     bias[...] = bias[...] + 1.0
     np.testing.assert_allclose(pipeline("a cat", **options), before - 1.0, atol=1e-5)
+
+
+def test_the_call_does_the_stages_in_turn(pipeline):
+    """With an image: what `__call__` gives is what its parts give, from noise of the same seed."""
+    options = {**SIZE, "num_inference_steps": 4, "progress": False}
+    key, shape = jax.random.key(5), pipeline.initial_noise(jax.random.key(5), 2, **SIZE).shape
+    found = pipeline(PROMPTS, image=PHOTO, strength=0.5, seed=5, output_type="latent", **options)
+    encoder_noise = pipeline._noise(jax.random.fold_in(key, np.uint32(2**31)), shape)
+    pixels = np.stack([to_pixels(PHOTO, **SIZE)] * 2)
+    expected = pipeline.denoise(
+        pipeline.initial_noise(key, 2, **SIZE),
+        *pipeline.encode_prompts(PROMPTS),
+        image_latents=pipeline.encode_images(pixels, encoder_noise),
+        strength=0.5,
+        **options,
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_image_for_each_prompt(pipeline):
+    other = Image.new("RGB", (8, 8), "red")
+    options = {**SIZE, "num_inference_steps": 2, "progress": False, "output_type": "latent"}
+    options["strength"] = 0.5
+    both = pipeline(PROMPTS, image=[PHOTO, other], **options)
+    same = pipeline(PROMPTS, image=PHOTO, **options)
+    np.testing.assert_array_equal(both[0], same[0])
+    assert not np.allclose(both[1], same[1], atol=1e-3)
+
+
+def test_a_second_call_of_the_same_shapes_traces_nothing(pipeline, monkeypatch):
+    """Neither other weights of the same kind nor another scale, seed or image trace again."""
+    traced = []
+    for name in ("_denoising_step", "_apply", "_encode", "_decode"):
+        function = getattr(models.pipeline, name)
+
+        def counted(*args, name=name, function=function):
+            traced.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(models.pipeline, name, counted)
+    options = {**SIZE, "num_inference_steps": 2, "progress": False, "true_cfg_scale": 2.0}
+    pipeline(PROMPTS, image=PHOTO, seed=0, **options)
+    assert sorted(traced) == ["_apply", "_apply", "_decode", "_denoising_step", "_encode"]
+    options |= {"true_cfg_scale": 3.0, "num_inference_steps": 3, "strength": 1.0}
+    pipeline(["other", "texts"], image=PHOTO.rotate(90), seed=1, **options)
+    assert len(traced) == 5
+
+
+def device_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def parameter_bytes(module):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(module)))
+
+
+def test_deferred_models_are_on_the_device_one_at_a_time(schnell, pipeline):
+    seen = {}
+
+    def deferred(name):
+        def load():
+            seen[name] = device_bytes() - before
+            return models.load_component(schnell / name, jnp.float32)
+
+        return Deferred(config=getattr(pipeline, name).config, load=load)
+
+    names = ("text_encoder", "text_encoder_2", "transformer", "vae")
+    frugal = models.load_pipeline(schnell, jnp.float32, **{name: deferred(name) for name in names})
+    options = {**SIZE, "num_inference_steps": 2, "progress": False, "output_type": "np"}
+    gc.collect()
+    before = device_bytes()
+    found = frugal(PROMPTS, **options)
+    assert list(seen) == list(names)
+    # what is there before a model loads is prompts and latents, none of the earlier models
+    assert max(seen.values()) < min(parameter_bytes(getattr(pipeline, name)) for name in names) / 2
+    np.testing.assert_array_equal(found, pipeline(PROMPTS, **options))
+    assert set(frugal.times.seconds) == {f"load {name}" for name in names} | {
+        "encode prompts",
+        "step",
+        "decode",
+    }
+    assert [len(frugal.times.seconds[name]) for name in ("step", "load vae")] == [2, 1]
+
+
+def test_a_loaded_copy_loads_nothing_again(schnell, pipeline):
+    loads = []
+
+    def load():
+        loads.append(1)
+        return pipeline.vae
+
+    given = {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2")}
+    vae = Deferred(config=pipeline.vae.config, load=load)
+    lazy = models.load_pipeline(
+        schnell, jnp.float32, vae=vae, transformer=pipeline.transformer, **given
+    )
+    kept = lazy.load()
+    kept("a", image=PHOTO, **SIZE, num_inference_steps=2, progress=False)
+    assert len(loads) == 1
+    lazy("a", image=PHOTO, **SIZE, num_inference_steps=2, progress=False)
+    assert len(loads) == 3  # to encode and to decode
 
 
 def test_bfloat16_pipeline_keeps_float32_latents(schnell):
@@ -152,6 +199,10 @@ def test_bfloat16_pipeline_keeps_float32_latents(schnell):
         ({"guidance_scale": 3.5}, "guidance_scale is 3.5.* no guidance embedding"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"output_type": "gif"}, "output_type is 'gif'"),
+        ({"strength": 0.5}, "strength is 0.5, but there is no image"),
+        ({"image": PHOTO, "strength": 0.0}, "strength is 0.0; it must be above 0"),
+        ({"image": PHOTO, "strength": 1.5}, "strength is 1.5; it must be above 0"),
+        ({"image": [PHOTO] * 3}, "image holds 3; give one, or one for each prompt"),
         ({"latents": np.zeros((1, 5, 16))}, r"latents has shape \(1, 5, 16\)"),
     ],
 )

@@ -83,3 +83,13 @@ def test_unsupported_option_is_refused_by_name(key, value):
 def test_no_steps_are_refused():
     with pytest.raises(ValueError, match="num_inference_steps is 0"):
         FlowMatchEulerScheduler().sigmas(0, 16)
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.3, 0.5, 0.6, 0.99, 1.0])
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_strength_keeps_the_steps_that_diffusers_keeps(steps, strength):
+    skipped = int(max(steps - min(steps * strength, steps), 0))  # FluxImg2ImgPipeline.get_timesteps
+    scheduler = FlowMatchEulerScheduler(use_dynamic_shifting=True)
+    whole, kept = (scheduler.sigmas(steps, 300, x) for x in (1.0, strength))
+    np.testing.assert_array_equal(kept, whole[skipped:])
+    assert len(kept) >= 2

@@ -1,4 +1,7 @@
-"""A FLUX pipeline with random weights that is small enough for tests, saved by diffusers."""
+"""A FLUX pipeline with random weights that is small enough for tests, saved by diffusers.
+
+What Black Forest Labs' files don't tell (norm groups, scaling, how heads divide) is as in FLUX.1.
+"""
 
 from pathlib import Path
 
@@ -43,24 +46,23 @@ def _transformer(guidance_embeds: bool):
         in_channels=16,
         num_layers=1,
         num_single_layers=2,
-        attention_head_dim=16,
+        attention_head_dim=32,
         num_attention_heads=2,
         joint_attention_dim=24,
         pooled_projection_dim=20,
         guidance_embeds=guidance_embeds,
-        axes_dims_rope=(4, 6, 6),
+        axes_dims_rope=(4, 14, 14),
     )
 
 
 def _vae():
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16),
+        block_out_channels=(32, 32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.4,
-        shift_factor=0.1,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )

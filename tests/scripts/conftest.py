@@ -62,13 +62,44 @@ def quantized(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory):
+    """File of a random adapter for every linear of the tiny model's blocks, kohya's naming."""
+    import lora_files
+
+    from models.flux import FluxConfig
+
+    config = FluxConfig(  # of the tiny model
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        axes_dims_rope=(4, 14, 14),
+    )
+    factors = lora_files.random_factors(lora_files.bfl_modules(config))
+    path = tmp_path_factory.mktemp("lora") / "kohya.safetensors"
+    return lora_files.save(path, lora_files.kohya_tensors(factors, alpha=2.0))
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory):
+    """File of a picture to start from, of another size than the images that are made."""
+    import numpy as np
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
 @pytest.fixture
 def run_script():
     """Run a script as a command; gives the finished process."""
 
-    def run(name, *argv):
+    def run(name, *argv, **env):
         command = [sys.executable, str(ROOT / "scripts" / name), *map(str, argv)]
-        env = os.environ | {"PYTHONPATH": str(ROOT)}  # works without an installation too
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | env  # works without an installation too
         return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
     return run

@@ -217,3 +217,54 @@ def test_a_number_of_steps_that_is_not_positive(refused, steps):
 
 def test_an_unknown_argument(refused):
     assert "unrecognized arguments: --promt" in refused(generate.main, "--promt", "a")
+
+
+def drawn(tmp_path, *argv):
+    return ("--prompt", "a", "--out", tmp_path / "x.png", *argv)
+
+
+def test_more_scales_than_adapters(refused, tmp_path, adapter):
+    argv = ("--lora", adapter, "--lora-scale", "1", "--lora-scale", "2")
+    line = refused(generate.main, *drawn(tmp_path, *argv))
+    assert "--lora-scale was given 2 times, --lora 1" in line
+
+
+def test_a_scale_that_is_no_finite_number(refused, tmp_path, adapter):
+    argv = drawn(tmp_path, "--lora", adapter, "--lora-scale", "nan")
+    assert "--lora-scale is nan" in refused(generate.main, *argv)
+
+
+def test_an_adapter_that_is_absent_or_no_safetensors(refused, tmp_path, tiny):
+    for path in (tmp_path / "absent.safetensors", __file__):
+        argv = drawn(tmp_path, "--model", tiny, "--lora", path)
+        assert f"LoRA {path} can't be read as safetensors" in refused(generate.main, *argv)
+
+
+def test_an_adapter_with_unknown_keys_or_a_wrong_rank(refused, tmp_path, tiny, quantized, adapter):
+    tensors = load_file(adapter)
+    name = "lora_unet_single_blocks_0_linear2"
+    tensors[f"{name}.lora_up.weight"] = np.zeros((64, 3), np.float32)
+    tensors["lora_unet_single_blocks_9_linear2.alpha"] = np.zeros((), np.float32)
+    save_file(tensors, tmp_path / "bad.safetensors")
+    for model in (tiny, quantized):
+        argv = drawn(tmp_path, "--model", model, "--lora", tmp_path / "bad.safetensors")
+        line = refused(generate.main, *argv)
+        assert "unknown key lora_unet_single_blocks_9_linear2.alpha" in line
+        assert f"{name}: lora_up is [64, 3], expected [64, 4]" in line
+
+
+def test_an_image_that_can_t_be_read(refused, tmp_path, tiny, photo):
+    (tmp_path / "cut.jpg").write_bytes(photo.read_bytes()[:300])
+    for path in (tmp_path / "absent.png", __file__, tmp_path, tmp_path / "cut.jpg"):
+        line = refused(generate.main, *drawn(tmp_path, "--model", tiny, "--init-image", path))
+        assert f"image {path} can't be read" in line
+
+
+@pytest.mark.parametrize("strength", ["0", "-0.5", "1.01", "nan"])
+def test_a_strength_outside_its_range(refused, tmp_path, photo, strength):
+    argv = drawn(tmp_path, "--init-image", photo, f"--strength={strength}")
+    assert "must be above 0 and at most 1" in refused(generate.main, *argv)
+
+
+def test_a_strength_without_an_image(refused, tmp_path):
+    assert "add --init-image" in refused(generate.main, *drawn(tmp_path, "--strength", "0.5"))

@@ -1,13 +1,14 @@
 import json
 
 import generate
+import numpy as np
 import pytest
 from PIL import Image
 
 from quartz_jax.metrics import PSNR_OF_EQUAL
 
 KEYS = ["recipe", "seed", "seconds", "transformer_bytes", "transformer_bytes_bf16"]
-KEYS += ["psnr", "ssim", "out"]
+KEYS += ["psnr", "ssim", "out", "stages", "peak_bytes", "programs"]
 
 
 @pytest.fixture
@@ -36,8 +37,22 @@ def test_json_holds_what_was_done(make):
     assert result["transformer_bytes"] < result["transformer_bytes_bf16"]
 
 
-def test_the_same_seed_gives_the_same_bytes(make):
-    assert make()[0].read_bytes() == make(name="again.png")[0].read_bytes()
+def test_the_stages_add_up_to_the_whole(make):
+    result = make()[1]
+    stages = result["stages"]
+    median = stages.pop("median step")
+    assert sum(stages.values()) == pytest.approx(result["seconds"])
+    assert all(seconds > 0 for seconds in stages.values())
+    assert median == stages["other steps"]  # of two steps one is the first
+    loaded = {f"load {name}" for name in ("text_encoder", "text_encoder_2", "transformer", "vae")}
+    work = {"encode prompts", "first step", "other steps", "decode", "rest"}
+    assert set(stages) == loaded | work
+
+
+@pytest.mark.parametrize("what", ["text", "image", "adapter"])
+def test_the_same_seed_gives_the_same_bytes(make, photo, adapter, what):
+    argv = {"text": [], "image": ["--init-image", photo], "adapter": ["--lora", adapter]}[what]
+    assert make(*argv)[0].read_bytes() == make(*argv, name="again.png")[0].read_bytes()
 
 
 def test_another_seed_gives_another_picture(make):
@@ -49,6 +64,40 @@ def test_a_saved_checkpoint_gives_the_same_bytes(make, quantized):
     original, expected = make()
     assert out.read_bytes() == original.read_bytes()
     assert result["transformer_bytes"] == expected["transformer_bytes"]
+
+
+def test_keeping_the_models_loaded_gives_the_same_bytes(make, photo):
+    argv = ("--init-image", photo)
+    frugal, kept = make(*argv), make(*argv, "--keep-loaded", name="kept.png")
+    assert frugal[0].read_bytes() == kept[0].read_bytes()
+    # the autoencoder encodes first and decodes last: kept, it is loaded once
+    assert set(frugal[1]["stages"]) == set(kept[1]["stages"])
+
+
+def test_an_adapter_on_a_checkpoint_is_that_on_the_quantized_model(make, quantized, adapter):
+    argv = ("--lora", adapter, "--lora-scale", 0.5)
+    out = make(*argv, model=quantized, name="loaded.png")[0]
+    assert out.read_bytes() == make(*argv)[0].read_bytes()
+    assert out.read_bytes() != make(name="plain.png")[0].read_bytes()
+
+
+def test_several_adapters_add_up(make, adapter):
+    once = make("--lora", adapter, "--recipe", "bf16")[0]
+    halves = ("--lora", adapter, "--lora-scale", 0.25, "--lora", adapter, "--lora-scale", 0.75)
+    twice = make(*halves, "--recipe", "bf16", name="twice.png")[0]
+    with Image.open(once) as one, Image.open(twice) as two:
+        difference = np.abs(np.asarray(one, np.int16) - np.asarray(two, np.int16))
+    assert difference.max() <= 1  # rounding
+
+
+def test_more_strength_leaves_less_of_the_image(make, photo):
+    """The tiny model's autoencoder is random, so its picture of the photo is what to compare."""
+    weak, strong = (
+        make("--init-image", photo, "--strength", s, "--steps", 10, name=f"{s}.png")[1]
+        for s in (0.1, 1.0)
+    )
+    assert weak["stages"]["other steps"] == 0  # one step of ten
+    assert strong["stages"]["other steps"] > 0
 
 
 def test_compare_puts_bf16_beside_the_recipe_under_labels(make):
@@ -66,6 +115,25 @@ def test_bf16_compared_with_itself_is_equal(make):
     result = make("--compare", "--recipe", "bf16")[1]
     assert result["psnr"] == pytest.approx(PSNR_OF_EQUAL)
     assert result["transformer_bytes"] == result["transformer_bytes_bf16"]
+
+
+def test_a_second_process_compiles_nothing(run_script, tiny, tmp_path):
+    """The first start fills the cache, the second only reads it, and --no-cache does neither."""
+
+    def run(*argv):
+        common = ["--model", tiny, "--prompt", "a", "--size", "32x32", "--steps", "2", "--json"]
+        cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+        done = run_script("generate.py", *common, "--out", tmp_path / "x.png", *argv, **cache)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])["programs"]
+
+    assert run("--no-cache") is None
+    assert not (tmp_path / "cache").exists()
+    first = run()
+    assert first["compiled"] > 0
+    assert first["from_cache"] == 0
+    assert list((tmp_path / "cache" / "quartz-jax").rglob("*-cache"))
+    assert run() == {"compiled": 0, "from_cache": first["compiled"]}
 
 
 def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path):

@@ -1,0 +1,55 @@
+"""Compiled programs that are kept on disk, so that the second start needn't compile."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import jax
+
+_EVENTS = {
+    "/jax/compilation_cache/cache_hits": "from_cache",
+    "/jax/compilation_cache/cache_misses": "compiled",
+}
+_counts = Counter()
+
+
+def enable(use: bool = True) -> Path | None:
+    """Turn JAX's persistent compilation cache on; call it before anything compiles.
+
+    The folder is JAX_COMPILATION_CACHE_DIR if that is set, else quartz-jax in the user's cache
+    folder: XDG_CACHE_HOME, or ~/.cache. JAX_ENABLE_COMPILATION_CACHE=false turns it off as well.
+    A folder that can't be written costs a warning, not the run.
+
+    Args:
+      use: False turns the cache off.
+
+    Returns:
+      The folder, or None where the cache is off.
+    """
+    if not (use and jax.config.jax_enable_compilation_cache):
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    folder = jax.config.jax_compilation_cache_dir or str(_user_folder())
+    jax.config.update("jax_compilation_cache_dir", folder)
+    # Small programs too: a start has hundreds of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if not _counts:
+        _counts.update(dict.fromkeys(_EVENTS.values(), 0))
+        jax.monitoring.register_event_listener(_count)
+    return Path(folder)
+
+
+def counts() -> dict[str, int]:
+    """Return how many programs were "compiled" and came "from_cache" since `enable`."""
+    return dict(_counts)
+
+
+def _user_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "quartz-jax" / "compiled"
+
+
+def _count(event: str, **_) -> None:
+    if event in _EVENTS:
+        _counts[_EVENTS[event]] += 1
