@@ -82,10 +82,10 @@ def test_corrupt_safetensors(refused, broken, tmp_path):
 
 def test_a_checkpoint_of_a_newer_format_version(refused, quantized, tmp_path):
     folder = shutil.copytree(quantized, tmp_path / "newer")
-    text = json.loads((folder / "quartz.json").read_text()) | {"format_version": 2}
+    text = json.loads((folder / "quartz.json").read_text()) | {"format_version": 3}
     (folder / "quartz.json").write_text(json.dumps(text))
     line = refused(generate.main, "--model", folder, "--prompt", "a", "--out", tmp_path / "x.png")
-    assert "format_version is 2" in line
+    assert "format_version is 3" in line
     assert "install a newer one" in line
 
 
