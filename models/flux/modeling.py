@@ -33,24 +33,25 @@ def sinusoidal_embedding(
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def rope_angles(
+def rope_table(
     ids: jax.Array,  # [t, axes]: position of each token on each axis
     axes_dims: tuple[int, ...],
 ) -> jax.Array:
-    """Return the rotation of each pair of channels, float32 [t, d / 2], in radians."""
+    """Return cosine and sine of the rotation of each pair of channels, float32 [2, t, d / 2]."""
     angles = []
     for axis, dim in enumerate(axes_dims):
         frequency = jnp.asarray(_THETA ** (-np.arange(0, dim, 2) / dim), jnp.float32)
         angles.append(ids[:, axis, None].astype(jnp.float32) * frequency)
-    return jnp.concatenate(angles, axis=-1)
+    angles = jnp.concatenate(angles, axis=-1)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
 def apply_rope(
     x: jax.Array,  # float32 [b, t, h, d]
-    angles: jax.Array,  # float32 [t, d / 2]
+    rope: jax.Array,  # float32 [2, t, d / 2]: from `rope_table`
 ) -> jax.Array:
-    """Rotate neighbouring channels (2i, 2i + 1) by their token's angles; same shape and dtype."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    """Rotate neighbouring channels (2i, 2i + 1) of each token; same shape and dtype."""
+    cos, sin = rope[0, :, None], rope[1, :, None]
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
@@ -59,10 +60,10 @@ def attention(
     q: jax.Array,  # float32 [b, t, h, d]
     k: jax.Array,  # float32 [b, t, h, d]
     v: jax.Array,  # [b, t, h, d]
-    angles: jax.Array,  # float32 [t, d / 2]
+    rope: jax.Array,  # float32 [2, t, d / 2]
 ) -> jax.Array:
     """Return attention with rotary positions, [b, t, c] in the dtype of v."""
-    q, k = (apply_rope(x, angles).astype(v.dtype) for x in (q, k))
+    q, k = (apply_rope(x, rope).astype(v.dtype) for x in (q, k))
     out = dot_product_attention(q, k, v)
     return out.reshape(*out.shape[:2], -1)
 
@@ -158,7 +159,7 @@ class DoubleStreamBlock(nnx.Module):
         img: jax.Array,  # [b, image tokens, c]
         txt: jax.Array,  # [b, text tokens, c]
         vec: jax.Array,  # [b, c]: time, guidance and pooled text
-        angles: jax.Array,  # float32 [t, d / 2]
+        rope: jax.Array,  # float32 [2, t, d / 2]
     ) -> tuple[jax.Array, jax.Array]:
         """Return the image and text tokens after this block, shapes as they came."""
         shift, scale, gate, *img_mlp_mod = self.img_mod(vec)
@@ -167,7 +168,7 @@ class DoubleStreamBlock(nnx.Module):
         img_qkv = self.img_attn.project(img, (shift, scale))
         txt_qkv = self.txt_attn.project(txt, (txt_shift, txt_scale))
         joint = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt_out, img_out = jnp.split(attention(*joint, angles), [txt.shape[1]], axis=1)
+        txt_out, img_out = jnp.split(attention(*joint, rope), [txt.shape[1]], axis=1)
 
         img = self.img_attn.proj(img_out, gate=gate, residual=img)
         txt = self.txt_attn.proj(txt_out, gate=txt_gate, residual=txt)
@@ -190,14 +191,14 @@ class SingleStreamBlock(nnx.Module):
         self,
         x: jax.Array,  # [b, t, c]: text and image tokens
         vec: jax.Array,  # [b, c]: time, guidance and pooled text
-        angles: jax.Array,  # float32 [t, d / 2]
+        rope: jax.Array,  # float32 [2, t, d / 2]
     ) -> jax.Array:
         """Return the tokens after this block, [b, t, c]."""
         shift, scale, gate = self.modulation(vec)
         wide = self.linear1(x, modulation=(shift, scale))
         hidden, mlp = x.shape[-1], _MLP_RATIO * x.shape[-1]
         q, k, v = split_heads(wide[..., : 3 * hidden], self.heads)
-        attended = attention(self.query_norm(q), self.key_norm(k), v, angles)
+        attended = attention(self.query_norm(q), self.key_norm(k), v, rope)
         joined = (
             Part(array=attended, size=hidden),
             Part(array=wide, start=3 * hidden, size=mlp, activation="gelu"),
@@ -276,10 +277,10 @@ class FluxTransformer(nnx.Module):
             vec = vec + self.guidance_in(sinusoidal_embedding(1000 * guidance.astype(jnp.float32)))
 
         img, txt = self.img_in(hidden_states), self.txt_in(encoder_hidden_states)
-        angles = rope_angles(jnp.concatenate([txt_ids, img_ids]), self.config.axes_dims_rope)
+        rope = rope_table(jnp.concatenate([txt_ids, img_ids]), self.config.axes_dims_rope)
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, angles)
+            img, txt = block(img, txt, vec, rope)
         x = jnp.concatenate([txt, img], axis=1)
         for block in self.single_blocks:
-            x = block(x, vec, angles)
+            x = block(x, vec, rope)
         return self.final_layer(x[:, txt.shape[1] :], vec)

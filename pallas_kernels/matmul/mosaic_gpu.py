@@ -25,7 +25,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
 from pallas_kernels import codec, compat, device
-from pallas_kernels.matmul import reference
+from pallas_kernels.matmul import reference, tuned
 
 TILE_K = 128  # bytes of k in a tile: the widest swizzle of shared memory
 ROWS = 64  # weight rows of a warpgroup: the first extent of wgmma
@@ -214,6 +214,9 @@ def _call(
 ) -> jax.Array:
     m, decode = x.shape[0], len(weights) == 2
     sms = 2 if interpret else _multiprocessors()
+    if config is None and not interpret:
+        found = tuned.lookup("mosaic_gpu" if decode else "mosaic_gpu_int8", m, n, x.shape[1])
+        config = Config(**found) if found else None
     config = config or choose_config(m, n, decode=decode, sms=sms)
     # Copies clip at the end of an array, but it must hold whole rows of the swizzle.
     x = _pad(x, config.tokens if interpret else 8, TILE_K)

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import codec, device
+from pallas_kernels.matmul import reference
 
 _LOW_NIBBLES = 0x0F0F0F0F
 _EIGHTS = 0x08080808  # the bias that makes stored nibbles unsigned
@@ -69,7 +70,7 @@ class _Plan:
     x_largest: int  # bounds of the operands, for exact float32 sums
     w_largest: int
     x_offset: int  # what the operand has been lowered by: 128 for asymmetric int8, else 0
-    gelu: bool
+    activation: str | None  # in the epilogue
 
 
 def prepare_weights(
@@ -136,24 +137,21 @@ def matmul_prepared(
     *,
     bias: jax.Array | None = None,  # [n], any float
     x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
-    gelu: bool = False,
+    activation: str | None = None,  # None or "gelu"
     gate: jax.Array | None = None,  # [n], any float
     residual: jax.Array | None = None,  # [m, n], any float
     out_dtype: jnp.dtype = jnp.bfloat16,
     operand: jnp.dtype | None = None,
 ) -> jax.Array:
-    """Multiply int8 activations by prepared weights, with the rest of the layer in the epilogue.
-
-    With y as `reference.epilogue` gives it, the result is residual + gate * gelu(y), each of the
-    three where given; GELU in its tanh form, all in float32.
+    """Multiply int8 activations by prepared weights, with `reference.epilogue` in the kernel.
 
     Args:
       x: the activations.
       weights: from `prepare_weights` or `prepare_int8`.
       x_scale: of each row of x.
-      bias: added to y.
+      bias: see `reference.finish` for this one and the next ones.
       x_lo: the offset of each row of asymmetric x.
-      gelu: whether to apply GELU.
+      activation: applied after the bias.
       gate: multiplies each column.
       residual: added last.
       out_dtype: of the result.
@@ -183,7 +181,7 @@ def matmul_prepared(
         x_largest=largest[0] if x_lo is not None else min(largest[0], 128),
         w_largest=largest[1],
         x_offset=offset,
-        gelu=gelu,
+        activation=activation,
     )
     rows = {"x_scale": x_scale, "x_lo": x_lo}
     columns = {"bias": bias, "gate": gate}
@@ -207,11 +205,9 @@ def matmul(
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
     *,
-    bias: jax.Array | None = None,  # [n]
-    x_lo: jax.Array | None = None,  # [m, 1], float32
     group_size: int,
     step: str,
-    out_dtype: jnp.dtype,
+    **options,  # of `matmul_prepared`
 ) -> jax.Array:
     """Multiply int8 activations by packed 4-bit weights; see `pallas_kernels.matmul.matmul`.
 
@@ -220,7 +216,7 @@ def matmul(
     weights = prepare_weights(
         w_codes, w_shifts, w_scale, k=x.shape[1], group_size=group_size, step=step
     )
-    return matmul_prepared(x, weights, x_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
+    return matmul_prepared(x, weights, x_scale, **options)
 
 
 def matmul_int8(
@@ -228,14 +224,11 @@ def matmul_int8(
     w: jax.Array,  # [n, k], int8
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
-    *,
-    bias: jax.Array | None = None,  # [n]
-    x_lo: jax.Array | None = None,  # [m, 1], float32
-    out_dtype: jnp.dtype,
+    **options,  # of `matmul_prepared`
 ) -> jax.Array:
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
     weights = prepare_int8(w, w_scale)
-    return matmul_prepared(x, weights, x_scale, bias=bias, x_lo=x_lo, out_dtype=out_dtype)
+    return matmul_prepared(x, weights, x_scale, **options)
 
 
 def tile_sizes(m: int, n: int, k: int, group_size: int | None) -> tuple[int, int, int]:
@@ -308,8 +301,8 @@ def _kernel(x_ref, w_refs, epilogue_refs, y_ref, acc_ref, decoded_ref=None, *, p
 
     @pl.when(k == plan.k_tiles - 1)
     def _():
-        y = _epilogue(acc_ref[...], {key: ref[...] for key, ref in epilogue_refs.items()}, plan)
-        y_ref[...] = y.astype(y_ref.dtype)
+        given = {key: ref[...] for key, ref in epilogue_refs.items()}
+        y_ref[...] = _epilogue(acc_ref[...], **given, plan=plan, out_dtype=y_ref.dtype)
 
 
 def _decode_tile(w_refs, decoded_ref, k, plan: _Plan) -> None:
@@ -351,22 +344,23 @@ def _dot(x_ref, w_ref, plan: _Plan) -> jax.Array:
     return total
 
 
-def _epilogue(acc: jax.Array, given: dict[str, jax.Array], plan: _Plan) -> jax.Array:
-    """Turn integer sums into the layer's output, in float32; see `matmul_prepared`."""
+def _epilogue(
+    acc: jax.Array,  # [tile_m, tile_n], int32
+    *,
+    plan: _Plan,
+    x_scale: jax.Array,  # [tile_m, 1], float32
+    w_scale: jax.Array,  # [1, tile_n], float32
+    x_lo: jax.Array | None = None,  # [tile_m, 1], float32
+    column: jax.Array | None = None,  # [1, tile_n], int32: sums over k of w
+    **options,  # of `reference.finish`, the columns as [1, tile_n]
+) -> jax.Array:
+    """Turn integer sums into the layer's output, in float32; see `reference.epilogue`."""
     if plan.x_offset:
-        acc = acc + plan.x_offset * given["column"]
-    y = acc.astype(jnp.float32) * given["x_scale"] * given["w_scale"]
-    if "x_lo" in given:
-        y = y + (given["x_lo"] * given["w_scale"]) * given["column"].astype(jnp.float32)
-    if "bias" in given:
-        y = y + given["bias"]
-    if plan.gelu:
-        y = jax.nn.gelu(y, approximate=True)
-    if "gate" in given:
-        y = y * given["gate"]
-    if "residual" in given:
-        y = y + given["residual"].astype(jnp.float32)
-    return y
+        acc = acc + plan.x_offset * column
+    y = acc.astype(jnp.float32) * x_scale * w_scale
+    if x_lo is not None:
+        y = y + (x_lo * w_scale) * column.astype(jnp.float32)
+    return reference.finish(y, activation=plan.activation, **options)
 
 
 def _as_operand(x: jax.Array, asymmetric: bool, operand: jnp.dtype) -> tuple[jax.Array, int]:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
-from pallas_kernels.matmul import reference
+from pallas_kernels.matmul import reference, tuned
 
 BAND = 8  # tiles of x that meet the same tiles of w before the next ones do
 DECODE_ROWS = 4  # weight rows of a program of the decoding kernel
@@ -73,12 +73,13 @@ def matmul_int8(
     x_lo: jax.Array | None = None,  # [m, 1], float32
     activation: str | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
-    config: Config = Config(),
+    config: Config | None = None,
     interpret: bool = False,
     **columns: jax.Array | None,  # bias and gate [n], residual [m, n]
 ) -> jax.Array:
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
     m, n = x.shape[0], w.shape[0]
+    config = config or Config(**tuned.lookup("triton_int8", m, n, x.shape[1]) or {})
     tile = config.tile_m, config.tile_n
     sums = None if x_lo is None else jnp.sum(w, axis=1, dtype=jnp.int32)
     given = {"x_scale": x_scale, "x_lo": x_lo, "w_scale": w_scale, "sums": sums} | columns

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import device
-from pallas_kernels.matmul import triton
+from pallas_kernels.matmul import triton, tuned
 
 MAX_ROWS = 64  # of x; more are bound by arithmetic
 MAX_ROWS_HOPPER = 4  # where `mosaic_gpu` is faster beyond
@@ -49,12 +49,13 @@ def matmul(
     step: str,
     activation: str | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
-    config: Config = Config(),
+    config: Config | None = None,
     interpret: bool = False,
     **others: jax.Array | None,  # bias and gate [n], residual [m, n], x_lo [m, 1]
 ) -> jax.Array:
     """Multiply int8 activations by packed 4-bit weights; see `pallas_kernels.matmul.matmul`."""
     m, n = x.shape[0], w_codes.shape[0]
+    config = config or Config(**tuned.lookup("triton_few_rows", m, n, x.shape[1]) or {})
     # A byte of shifts serves two groups: group_size bytes of codes. A zero code decodes to zero.
     codes = triton.pad(w_codes, config.tile_n, group_size)
     shifts = triton.pad(w_shifts, config.tile_n, 1)

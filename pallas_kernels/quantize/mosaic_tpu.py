@@ -1,22 +1,27 @@
 """Activation quantization on TPU in one pass over memory: floats to the int8 operand of a matmul.
 
-Two things here are not what one would write first.
+Three things here are not what one would write first.
 - 127 / a is an integer long division: the format wants the correctly rounded quotient, and the
   chip's own division isn't specified to give it. It runs once a row.
 - The largest level (step) of a group is found by the matrix unit, since lanes can't be regrouped
   cheaply. Level L becomes 2**(8 L - 127), a float whose bits are L << 26; up to 64 of them add up
   to less than the next level's, so the top bits of the sum are the largest L.
+- The matrix unit packs, too: products with 1 and 16 add up to bytes, which bfloat16 operands and
+  float32 sums hold exactly.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import codec, compat, device
+from pallas_kernels.quantize.reference import NORM_EPSILON
 
 _LANES = 128
 _BLOCK_ELEMENTS = 3 * 2**18  # of x that one grid step takes
@@ -24,6 +29,26 @@ _BLOCK_ROWS = 128
 _CHUNK_ELEMENTS = 2**15  # in flight at once: more would spill registers
 _VMEM_BYTES = 48 * 2**20
 _INFINITY_BITS = 0x7F800000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What the kernel needs to know besides its arrays."""
+
+    k: int  # elements of a row
+    width: int  # the same, padded
+    chunk: int  # columns handled at once, a divisor of width
+    bits: int  # 4 or 8
+    group_size: int
+    asymmetric: bool  # range is "minmax"
+    step: str
+    rounding: str
+    packed: bool  # codes and shifts are written, else decoded values
+
+    @property
+    def shift_columns(self) -> int:
+        """Bytes of packed shifts of a row, padded to whole registers."""
+        return -(-self.width // (2 * self.group_size * _LANES)) * _LANES
 
 
 def quantize(
@@ -34,38 +59,32 @@ def quantize(
     range: str,
     step: str,
     rounding: str,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    norm: tuple[jax.Array, jax.Array] | None = None,  # shift [k], scale [k]
+    packed: bool = False,
+) -> tuple[jax.Array | None, ...]:
     """Quantize each row; see `pallas_kernels.quantize.quantize`."""
     m, k = x.shape
-    width = -(-k // _LANES) * _LANES
+    unit = 2 * _LANES if packed else _LANES
+    width = -(-k // unit) * unit
     rows = min(max(_BLOCK_ELEMENTS // width // 32, 1) * 32, _BLOCK_ROWS, m)
-    chunk = _LANES * _largest_divisor(width // _LANES, _CHUNK_ELEMENTS // _LANES // rows)
-    asymmetric = range == "minmax"
-    column = jax.ShapeDtypeStruct((m, 1), jnp.float32)
-    column_spec = pl.BlockSpec((rows, 1), lambda i: (i, 0))
-    wide_spec = pl.BlockSpec((rows, width), lambda i: (i, 0))
-    values, *scales = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            k=k,
-            chunk=chunk,
-            bits=bits,
-            group_size=group_size,
-            asymmetric=asymmetric,
-            step=step,
-            rounding=rounding,
-        ),
-        grid=(-(-m // rows),),
-        in_specs=[wide_spec, pl.BlockSpec((_LANES, _LANES), lambda i: (0, 0))],
-        out_specs=[wide_spec] + [column_spec] * (1 + asymmetric),
-        out_shape=[jax.ShapeDtypeStruct((m, width), jnp.int8)] + [column] * (1 + asymmetric),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_BYTES
-        ),
-        interpret=device.current().platform != "tpu",
-        name="quartz_quantize",
-    )(jnp.pad(x, [(0, 0), (0, width - k)]), _same_group(group_size))
-    return values[:, :k], scales[0], scales[1] if asymmetric else None
+    plan = _Plan(
+        k=k,
+        width=width,
+        chunk=unit * _largest_divisor(width // unit, _CHUNK_ELEMENTS // unit // rows),
+        bits=bits,
+        group_size=group_size,
+        asymmetric=range == "minmax",
+        step=step,
+        rounding=rounding,
+        packed=packed,
+    )
+    out = _call(_inputs(x, norm, plan), rows, plan)
+    scale, lo = out["scale"], out.get("lo")
+    if not packed:
+        return out["values"][:, :k], scale, lo
+    groups = -(-k // group_size)
+    codes, shifts = (lax.bitcast_convert_type(out[key], jnp.uint8) for key in ("codes", "shifts"))
+    return codes[:, : groups * group_size // 2], shifts[:, : -(-groups // 2)], scale, lo
 
 
 def why_not(target: device.Device, x: jax.Array, **kwargs) -> str | None:
@@ -75,64 +94,162 @@ def why_not(target: device.Device, x: jax.Array, **kwargs) -> str | None:
     return None if 0 not in x.shape else "needs at least one element"
 
 
-def _kernel(x_ref, same_group_ref, values_ref, scale_ref, lo_ref=None, *, k, chunk, **config):
-    asymmetric = config.pop("asymmetric")
-    lo, extent, finite = _extremes(x_ref, k, chunk, asymmetric)
+def _inputs(x: jax.Array, norm: tuple | None, plan: _Plan) -> dict[str, jax.Array]:
+    """Return the kernel's arrays by name: x, what norm holds, and constant matrices."""
+    inputs = {"x": codec.pad(x, plan.width)}
+    if norm is not None:
+        vectors = (codec.pad(a.astype(jnp.float32), plan.width)[None] for a in norm)
+        inputs |= dict(zip(("norm_shift", "norm_scale"), vectors, strict=True))
+    if plan.bits == 4:
+        inputs["same_group"] = _same_group(plan.group_size)
+    if plan.packed:
+        inputs["pack_codes"] = _pack_matrix(1, 2 * _LANES)
+        # After as many columns as fill a register with bytes of shifts, the matrix repeats.
+        columns = min(2 * plan.group_size * _LANES, plan.width)
+        inputs["pack_shifts"] = _pack_matrix(plan.group_size, columns)
+    return inputs
+
+
+def _call(inputs: dict[str, jax.Array], rows: int, plan: _Plan) -> dict[str, jax.Array]:
+    """Run the kernel over blocks of rows."""
+    x = inputs["x"]
+    m, width = x.shape
+    outputs = {"scale": (1, jnp.float32)}
+    if plan.packed:
+        outputs |= {"codes": (width // 2, jnp.int8), "shifts": (plan.shift_columns, jnp.int8)}
+    else:
+        outputs["values"] = (width, jnp.int8)
+    if plan.asymmetric:
+        outputs["lo"] = (1, jnp.float32)
+    scratch = []
+    if "norm_shift" in inputs:
+        scratch.append(pltpu.VMEM((rows, width), x.dtype))
+    if plan.packed:
+        scratch.append(pltpu.VMEM((rows, plan.shift_columns), jnp.float32))
+
+    def block(columns):
+        return pl.BlockSpec((rows, columns), lambda i: (i, 0))
+
+    whole = {key: pl.BlockSpec(array.shape, lambda i: (0, 0)) for key, array in inputs.items()}
+    return pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        grid=(-(-m // rows),),
+        in_specs=[whole | {"x": block(width)}],
+        out_specs={key: block(columns) for key, (columns, _) in outputs.items()},
+        out_shape={
+            key: jax.ShapeDtypeStruct((m, columns), dtype)
+            for key, (columns, dtype) in outputs.items()
+        },
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_BYTES
+        ),
+        interpret=device.current().platform != "tpu",
+        name="quartz_quantize",
+    )(inputs)
+
+
+def _kernel(in_refs, out_refs, *scratch_refs, plan: _Plan):
+    x_ref = in_refs["x"]
+    if "norm_shift" in in_refs:
+        _modulate(in_refs, scratch_refs[0], plan)
+        x_ref = scratch_refs[0]
+    lo, extent, finite = _extremes(x_ref, plan)
     live = finite & (extent >= codec.TINY_RANGE) & (extent < jnp.inf)
-    levels = 255 if asymmetric else 127
+    levels = 255 if plan.asymmetric else 127
     scale = jnp.where(live, extent * jnp.float32(1 / levels), jnp.nan)
-    scale_ref[...] = jnp.where(finite & (extent < codec.TINY_RANGE), 0, scale)
+    out_refs["scale"][...] = jnp.where(finite & (extent < codec.TINY_RANGE), 0, scale)
     multiplier = _divide(levels, jnp.where(live, extent, 1.0))
-    if lo_ref is not None:
-        lo_ref[...] = lo
+    if plan.asymmetric:
+        out_refs["lo"][...] = lo
     kept = jnp.where(live, -1, 0)  # a mask of bits
+    if plan.packed:
+        scratch_refs[-1][...] = jnp.zeros_like(scratch_refs[-1])
 
     def body(i, _):
-        at = pl.ds(pl.multiple_of(i * chunk, _LANES), chunk)
-        x = _load(x_ref, at, asymmetric)
-        scaled = (x - lo if asymmetric else jnp.abs(x)) * multiplier
+        x = _load(x_ref, i, plan)
+        scaled = (x - lo if plan.asymmetric else jnp.abs(x)) * multiplier
         magnitude = jnp.round(scaled).astype(jnp.int32) & kept
-        if k % _LANES:
-            magnitude = jnp.where(_column(i, x.shape) < k, magnitude, 0)
-        values = _through_four_bits(magnitude, same_group_ref[...], asymmetric, **config)
-        values = values - 128 if asymmetric else jnp.where(x < 0, -values, values)
-        values_ref[:, at] = values.astype(jnp.int8)
+        if plan.k != plan.width:
+            magnitude = jnp.where(_column(i, plan, x.shape[0]) < plan.k, magnitude, 0)
+        negative = None if plan.asymmetric else x < 0
+        _store(i, magnitude, negative, in_refs, out_refs, scratch_refs, plan)
         return _
 
-    lax.fori_loop(0, x_ref.shape[1] // chunk, body, 0)
+    lax.fori_loop(0, plan.width // plan.chunk, body, 0)
+    if plan.packed:
+        out_refs["shifts"][...] = _to_bytes(scratch_refs[-1][...])
 
 
-def _load(x_ref, at, asymmetric: bool) -> jax.Array:
-    x = x_ref[:, at].astype(jnp.float32)
-    return jnp.where(jnp.abs(x) < 2.0**-126, 0, x) if asymmetric else x
+def _modulate(in_refs, normed_ref, plan: _Plan) -> None:
+    """Write `reference.modulate` of a block of rows, zeros in the padding."""
+    x_ref = in_refs["x"]
+    start = jnp.zeros((x_ref.shape[0], plan.chunk), jnp.float32)
+    chunks = plan.width // plan.chunk
+
+    def mean(values_of):
+        total = lax.fori_loop(0, chunks, lambda i, total: total + values_of(i), start)
+        return jnp.sum(total, axis=1, keepdims=True) / plan.k
+
+    def masked(i, values):
+        inside = plan.k == plan.width or _column(i, plan, values.shape[0]) < plan.k
+        return jnp.where(inside, values, 0)
+
+    def load(i):
+        return x_ref[:, _chunk(i, plan)].astype(jnp.float32)
+
+    average = mean(load)
+    variance = mean(lambda i: jnp.square(masked(i, load(i) - average))) + NORM_EPSILON
+    multiplier = lax.rsqrt(variance)
+    # The chip's own root isn't specified to float32's precision: one step of Newton's method.
+    refined = multiplier * (1.5 - 0.5 * variance * multiplier * multiplier)
+    multiplier = jnp.where(variance < jnp.inf, refined, multiplier)
+
+    def write(i, _):
+        at = _chunk(i, plan)
+        normed = (load(i) - average) * multiplier
+        y = normed * (1 + in_refs["norm_scale"][:, at]) + in_refs["norm_shift"][:, at]
+        normed_ref[:, at] = masked(i, y).astype(normed_ref.dtype)
+        return _
+
+    lax.fori_loop(0, chunks, write, 0)
 
 
-def _column(i: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _chunk(i: jax.Array, plan: _Plan):
+    return pl.ds(pl.multiple_of(i * plan.chunk, _LANES), plan.chunk)
+
+
+def _load(x_ref, i: jax.Array, plan: _Plan) -> jax.Array:
+    x = x_ref[:, _chunk(i, plan)].astype(jnp.float32)
+    return jnp.where(jnp.abs(x) < 2.0**-126, 0, x) if plan.asymmetric else x
+
+
+def _column(i: jax.Array, plan: _Plan, rows: int) -> jax.Array:
     """Return the column of x that each element of chunk i is."""
-    return i * shape[1] + lax.broadcasted_iota(jnp.int32, shape, 1)
+    return i * plan.chunk + lax.broadcasted_iota(jnp.int32, (rows, plan.chunk), 1)
 
 
-def _extremes(x_ref, k: int, chunk: int, asymmetric: bool):
+def _extremes(x_ref, plan: _Plan):
     """Return lo, max - lo (or max|x|) and whether all of the row is finite, each [rows, 1]."""
+    rows = x_ref.shape[0]
 
     def body(i, carry):
         low, high, peak = carry
-        at = pl.ds(pl.multiple_of(i * chunk, _LANES), chunk)
-        x = _load(x_ref, at, asymmetric)
+        x = _load(x_ref, i, plan)
         bits = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-        if asymmetric:
-            inside = _column(i, x.shape) < k
-            low = jnp.minimum(low, jnp.where(inside, x, jnp.inf) if k % _LANES else x)
-            high = jnp.maximum(high, jnp.where(inside, x, -jnp.inf) if k % _LANES else x)
+        if plan.asymmetric:
+            inside = plan.k == plan.width or _column(i, plan, rows) < plan.k
+            low = jnp.minimum(low, jnp.where(inside, x, jnp.inf))
+            high = jnp.maximum(high, jnp.where(inside, x, -jnp.inf))
         return low, high, jnp.maximum(peak, bits)
 
-    full = functools.partial(jnp.full, (x_ref.shape[0], chunk))
-    start = (full(jnp.inf), full(-jnp.inf), full(0)) if asymmetric else (0.0, 0.0, full(0))
-    low, high, peak = lax.fori_loop(0, x_ref.shape[1] // chunk, body, start)
+    full = functools.partial(jnp.full, (rows, plan.chunk))
+    start = (full(jnp.inf), full(-jnp.inf), full(0)) if plan.asymmetric else (0.0, 0.0, full(0))
+    low, high, peak = lax.fori_loop(0, plan.width // plan.chunk, body, start)
     # As integers a NaN is the largest; none is left when the lanes are compared as floats.
     peak = lax.bitcast_convert_type(jnp.minimum(peak, _INFINITY_BITS), jnp.float32)
     peak = jnp.max(peak, axis=1, keepdims=True)
-    if not asymmetric:
+    if not plan.asymmetric:
         return None, peak, peak < jnp.inf
     low = jnp.min(low, axis=1, keepdims=True)
     return low, jnp.max(high, axis=1, keepdims=True) - low, peak < jnp.inf
@@ -159,35 +276,74 @@ def _divide(levels: int, extent: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((exponent << 23) + kept - 0x800000, jnp.float32)
 
 
-def _through_four_bits(
+def _store(i, magnitude, negative, in_refs, out_refs, scratch_refs, plan: _Plan) -> None:
+    """Take magnitudes (values, if asymmetric) of chunk i through stage 2 and write them."""
+
+    def signed(values):
+        return values if negative is None else jnp.where(negative, -values, values)
+
+    if plan.bits == 4:
+        codes, level = _encode(magnitude, in_refs["same_group"][...], plan)
+    if plan.packed:
+        matrices = in_refs["pack_codes"], in_refs["pack_shifts"]
+        _store_packed(i, signed(codes), level, matrices, out_refs["codes"], scratch_refs[-1], plan)
+        return
+    if plan.bits == 8:
+        values = magnitude
+    else:
+        values = codes * level if plan.step == "integer" else codes << (level - 1)
+    values = values - 128 if plan.asymmetric else signed(values)
+    out_refs["values"][:, _chunk(i, plan)] = values.astype(jnp.int8)
+
+
+def _store_packed(i, codes, level, matrices, codes_ref, sums_ref, plan: _Plan) -> None:
+    """Write the bytes of a chunk's codes, and add those of its shifts, which are level - 1."""
+    pack_codes, pack_shifts = matrices
+    nibbles = (codes & 15).astype(jnp.float32).astype(jnp.bfloat16)
+    shifts = (level - 1).astype(jnp.float32).astype(jnp.bfloat16)
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    parts = [
+        _to_bytes(dot(nibbles[:, start : start + 2 * _LANES], pack_codes[...]))
+        for start in range(0, plan.chunk, 2 * _LANES)
+    ]
+    half = plan.chunk // 2
+    at = pl.ds(pl.multiple_of(i * half, _LANES), half)
+    codes_ref[:, at] = jnp.concatenate(parts, axis=1)
+    for start in range(0, plan.chunk, _LANES):
+        column = i * plan.chunk + start
+        period, rest = column // pack_shifts.shape[0], column % pack_shifts.shape[0]
+        matrix = pack_shifts[pl.ds(pl.multiple_of(rest, _LANES), _LANES), :]
+        at = pl.ds(pl.multiple_of(period * _LANES, _LANES), _LANES)
+        sums_ref[:, at] += dot(shifts[:, start : start + _LANES], matrix)
+
+
+def _to_bytes(sums: jax.Array) -> jax.Array:
+    """Return the int8 with the bits of float32 integers 0..255."""
+    return ((sums.astype(jnp.int32) ^ 128) - 128).astype(jnp.int8)
+
+
+def _encode(
     magnitude: jax.Array,  # [rows, chunk], int32: magnitudes, or the values if asymmetric
     same_group: jax.Array,  # [128, 128], bfloat16
-    asymmetric: bool,
-    *,
-    bits: int,
-    group_size: int,
-    step: str,
-    rounding: str,
-) -> jax.Array:
-    """Return what stage 2 and its decoding make of magnitudes, int32; see `codec.encode`."""
-    if bits == 8:
-        return magnitude
-    code_bits = 4 if asymmetric else 3
+    plan: _Plan,
+) -> tuple[jax.Array, jax.Array]:
+    """Return magnitudes of codes, and each element's step or (for powers) shift + 1, int32."""
+    code_bits = 4 if plan.asymmetric else 3
     top = (1 << code_bits) - 1
-    if step == "integer":
+    if plan.step == "integer":
         # (2 m + 7) // 15 by multiplication, exact in this range.
         level = jnp.clip(lax.shift_right_logical((2 * magnitude + 7) * 4370, 16), 1, codec.MAX_STEP)
     else:
         level = 33 - code_bits - lax.clz(magnitude | top)
     level = _largest_of_group(level, same_group)
-    if step == "integer":
+    if plan.step == "integer":
         # Multiples of 1/64 away from an integer, so that an approximate reciprocal will do.
         ratio = (2 * magnitude + level).astype(jnp.float32) + 0.5
         ratio = ratio * compat.tpu_reciprocal((2 * level).astype(jnp.float32))
-        return jnp.minimum(ratio.astype(jnp.int32), top) * level
+        return jnp.minimum(ratio.astype(jnp.int32), top), level
     shift = level - 1
-    half = 0 if rounding == "truncate" else (1 << shift) >> 1
-    return jnp.minimum(lax.shift_right_logical(magnitude + half, shift), top) << shift
+    half = 0 if plan.rounding == "truncate" else (1 << shift) >> 1
+    return jnp.minimum(lax.shift_right_logical(magnitude + half, shift), top), level
 
 
 def _largest_of_group(level: jax.Array, same_group: jax.Array) -> jax.Array:
@@ -204,6 +360,13 @@ def _same_group(group_size: int) -> jax.Array:
     """Return a [128, 128] matrix with 1 where row and column belong to one group."""
     group = jnp.arange(_LANES) // group_size
     return (group[:, None] == group).astype(jnp.bfloat16)
+
+
+def _pack_matrix(size: int, columns: int) -> jax.Array:
+    """Return the [columns, 128] matrix that packs the first of each `size` columns, two a byte."""
+    column = np.arange(columns)[:, None]
+    weight = np.where(column % (2 * size) == 0, 1, 0) + np.where(column % (2 * size) == size, 16, 0)
+    return jnp.asarray(weight * (column // (2 * size) == np.arange(_LANES)), jnp.bfloat16)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -66,7 +66,7 @@ def test_the_whole_epilogue_compiles(chip):
             x_scale,
             x_lo=x_scale,
             bias=column,
-            gelu=True,
+            activation="gelu",
             gate=column,
             residual=residual,
         )
@@ -77,28 +77,43 @@ def test_the_whole_epilogue_compiles(chip):
     assert aot.compile_for_tpu(chip, run, *arguments, column, residual)
 
 
+def compile_quantize(chip, m, k, *, norm=False, **options):
+    config = {"bits": 4, "group_size": 16, "range": "absmax", "step": "power"}
+    run = functools.partial(quantize_tpu.quantize, **config | {"rounding": "nearest"} | options)
+    x, vector = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), jax.ShapeDtypeStruct((k,), jnp.bfloat16)
+    arguments = (x, vector, vector) if norm else (x,)
+    text = aot.compile_for_tpu(
+        chip, lambda x, *vectors: run(x, norm=vectors if norm else None), *arguments
+    ).as_text()
+    assert "quartz_quantize" in text
+
+
 @on_chips
 @pytest.mark.parametrize("k", [3072, 12288, 15360])
 @pytest.mark.parametrize(
-    ("range_", "step", "bits"),
-    [
-        ("absmax", "power", 4),
-        ("minmax", "power", 4),
-        ("absmax", "integer", 4),
-        ("absmax", "power", 8),
-    ],
+    "options", [{}, {"range": "minmax"}, {"step": "integer"}, {"bits": 8}], ids=str
 )
-def test_quantize_compiles(chip, k, range_, step, bits):
-    run = functools.partial(
-        quantize_tpu.quantize,
-        bits=bits,
-        group_size=16,
-        range=range_,
-        step=step,
-        rounding="nearest",
-    )
-    x = jax.ShapeDtypeStruct((4608, k), jnp.bfloat16)
-    assert "quartz_quantize" in aot.compile_for_tpu(chip, run, x).as_text()
+def test_quantize_compiles(chip, k, options):
+    compile_quantize(chip, 4608, k, **options)
+
+
+@on_chips
+@pytest.mark.parametrize("k", [3072, 12288, 15360])
+def test_packing_quantize_compiles(chip, k):
+    compile_quantize(chip, 4608, k, packed=True)
+
+
+@on_chips
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"packed": True, "group_size": 32}], ids=str)
+def test_quantize_after_a_norm_compiles(chip, options):
+    compile_quantize(chip, 4608, 3072, norm=True, **options)
+
+
+@on_chips
+@pytest.mark.parametrize("group_size", [8, 64])
+def test_odd_rows_and_other_groups_compile(chip, group_size):
+    options = {"norm": True, "packed": True, "range": "minmax", "group_size": group_size}
+    compile_quantize(chip, 37, 1100, **options)
 
 
 @on_chips

@@ -22,6 +22,37 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Folder of a small random FLUX model, its weights in several shards; needs no torch."""
+    from small_flux import SIZES
+
+    from models import synthetic
+    from models.tiny_flux.architecture import FOLDER
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "_SHARD_BYTES", 200_000)
+        synthetic.write_random_flux(folder, SIZES, tokenizers=FOLDER)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def single_files(small, tmp_path_factory):
+    """The same transformer and autoencoder in Black Forest Labs' naming."""
+    import jax.numpy as jnp
+    from small_flux import save_bfl_transformer, save_bfl_vae
+
+    import models
+
+    folder = tmp_path_factory.mktemp("models")
+    names = {"transformer": "flux1-dev.safetensors", "vae": "ae.safetensors"}
+    save = {"transformer": save_bfl_transformer, "vae": save_bfl_vae}
+    for name, file in names.items():
+        save[name](models.load_component(small / name, dtype=jnp.bfloat16), folder / file)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def quantized(tiny, tmp_path_factory):
     """Folder of the tiny model quantized by the default recipe."""
     import quantize

@@ -80,6 +80,70 @@ def test_corrupt_safetensors(refused, broken, tmp_path):
     assert f"{WEIGHTS} is not a readable safetensors file" in line
 
 
+def test_a_truncated_shard(refused, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "broken")
+    shard = sorted((folder / "transformer").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    line = refused(quantize.main, "--model", folder, "--out", tmp_path / "x")
+    assert f"{shard.name} is not a readable safetensors file" in line
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])
+def test_an_index_that_names_a_missing_shard(refused, small, tmp_path, component):
+    folder = shutil.copytree(small, tmp_path / "broken")
+    shards = sorted((folder / component).glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    line = refused(quantize.main, "--model", folder, "--out", tmp_path / "x")
+    assert f"names missing shards: {shards[1].name}" in line
+
+
+def test_another_family_in_a_folder(refused, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "broken")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config["_class_name"] = "SD3Transformer2DModel"
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    line = refused(quantize.main, "--model", folder, "--out", tmp_path / "x")
+    assert "class SD3Transformer2DModel is not supported" in line
+
+
+def test_another_family_in_a_file(refused, small, tmp_path):
+    save_file({"joint_blocks.0.x": np.zeros(2, np.float32)}, tmp_path / "sd3.safetensors")
+    argv = ("--model", tmp_path / "sd3.safetensors", "--text-encoders", small)
+    line = refused(quantize.main, *argv, "--out", tmp_path / "x")
+    assert "holds no FLUX.1 transformer: sd3.safetensors is Stable Diffusion 3" in line
+
+
+def test_a_single_file_without_text_encoders(refused, single_files, tmp_path):
+    line = refused(quantize.main, "--model", single_files, "--out", tmp_path / "x")
+    assert "holds no text_encoder, text_encoder_2, tokenizer, tokenizer_2" in line
+    assert "--text-encoders" in line
+
+
+def test_text_encoders_for_a_folder_that_has_them(refused, small, tmp_path):
+    argv = ("--model", small, "--text-encoders", small, "--out", tmp_path / "x")
+    assert "leave out --text-encoders" in refused(quantize.main, *argv)
+
+
+def test_not_enough_disk(refused, small, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**5))
+    line = refused(quantize.main, "--model", small, "--out", tmp_path / "x")
+    assert "GB and its disk has 0.00 GB free; make room" in line
+
+
+def test_an_infinite_weight(refused, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "broken")
+    shard = sorted((folder / "transformer").glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("attn.to_out.0.weight"))
+    tensors[name][0, 0] = np.inf
+    save_file(tensors, shard)
+    done = cli.run(quantize.main, ["--model", str(folder), "--out", str(tmp_path / "x")])
+    assert done == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
 def test_a_checkpoint_of_a_newer_format_version(refused, quantized, tmp_path):
     folder = shutil.copytree(quantized, tmp_path / "newer")
     text = json.loads((folder / "quartz.json").read_text()) | {"format_version": 3}

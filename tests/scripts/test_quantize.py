@@ -1,9 +1,36 @@
+import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import common
+import generate
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import quantize
+from conftest import ROOT
+from flax import nnx
 
-from quartz_jax import checkpoint
+import models
+from quartz_jax import QuartzLinear, checkpoint, dequantize, get_recipe, quantize_model
+from quartz_jax.convert import stored_arrays
+from quartz_jax.files import work_folder
+
+
+def arrays(folder, component="transformer"):
+    build = functools.partial(models.build_component, dtype=jnp.bfloat16)
+    model = checkpoint.load(folder, build, component)[0]
+    return stored_arrays(nnx.state(model))
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_the_folder_holds_a_checkpoint_of_the_recipe(quantized, tiny):
@@ -45,6 +72,99 @@ def test_a_recipe_file_is_stored_whole(tiny, tmp_path):
     argv = ["--model", tiny, "--recipe", tmp_path / "mine.json", "--out", tmp_path / "out"]
     quantize.main([str(x) for x in argv])
     assert checkpoint.read_manifest(tmp_path / "out").recipe.name == "mine"
+
+
+def test_the_arrays_are_those_of_the_model_quantized_in_memory(small, tmp_path):
+    quantize.main(["--model", str(small), "--out", str(tmp_path / "out")])
+    model = models.load_component(small / "transformer", dtype=jnp.bfloat16)
+    model, report = quantize_model(model, get_recipe("w4a4"))
+    assert_equal(arrays(tmp_path / "out"), stored_arrays(nnx.state(model)))
+    stored = checkpoint.read_manifest(tmp_path / "out").report
+    assert stored.bytes == report.bytes
+    assert {x.path: x.bytes for x in stored.layers} == {x.path: x.bytes for x in report.layers}
+
+
+@pytest.mark.parametrize("model", ["", "flux1-dev.safetensors"], ids=["folder", "file"])
+def test_single_files_give_the_arrays_of_the_diffusers_folder(small, single_files, tmp_path, model):
+    out = {name: tmp_path / name for name in ("files", "folder")}
+    quantize.main(["--model", str(small), "--out", str(out["folder"])])
+    argv = ["--model", str(single_files / model), "--text-encoders", str(small)]
+    quantize.main([*argv, "--out", str(out["files"])])
+    assert_equal(*map(arrays, out.values()))
+    names = [{path.name for path in folder.iterdir()} for folder in out.values()]
+    assert names[0] == names[1]
+    vaes = [models.load_component(folder / "vae") for folder in out.values()]
+    assert vaes[0].config == vaes[1].config
+    jax.tree.map(np.testing.assert_array_equal, *(nnx.state(vae) for vae in vaes))
+    pipeline, report = common.open_checkpoint(out["files"])
+    assert report.recipe == "w4a4"
+    assert pipeline.scheduler == models.load_component(small / "scheduler")
+
+
+@pytest.mark.parametrize(("recipe", "bound"), [("w4a16", 1e-5), ("w8a8", 0.03)])
+def test_a_quantized_t5_is_loaded_back_and_used(small, tmp_path, recipe, bound):
+    """The bound of w8a8 is that of 8-bit inputs; w4a16 has 16-bit ones and differs by rounding."""
+    out, picture = tmp_path / "out", tmp_path / "x.png"
+    quantize.main(["--model", str(small), "--t5", recipe, "--out", str(out)])
+    assert not list((out / "text_encoder_2").rglob("*.safetensors"))
+    encoder = common.open_checkpoint(out)[0].text_encoder_2
+    expected = models.load_component(small / "text_encoder_2", dtype=jnp.float32)
+    linears = dict(nnx.iter_modules(expected))
+    quantized = {p: x for p, x in nnx.iter_modules(encoder) if isinstance(x, QuartzLinear)}
+    assert len(quantized) == 14
+    for path, linear in quantized.items():
+        linears[path].kernel.set_value(dequantize(linear.weight.get_value()).T)
+    ids = jnp.arange(12).reshape(2, 6)
+    error = jnp.linalg.norm(encoder(ids) - expected(ids)) / jnp.linalg.norm(expected(ids))
+    assert error < bound
+    argv = ["--prompt", "a", "--size", "32x32", "--steps", "1", "--out", str(picture)]
+    generate.main(["--model", str(out), *argv])
+    assert picture.exists()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys):
+    quantize.main(
+        ["--model", str(small), "--t5", "w8a8", "--out", str(tmp_path / "out"), "--dry-run"]
+    )
+    text = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    for part in ("transformer: recipe w4a4, 29 layers", "text_encoder_2: recipe w8a8, 14 layers"):
+        assert part in text
+    assert ["single_blocks.2.linear2", "quartz", "g16"] in [
+        x.split()[:3] for x in text.splitlines()
+    ]
+    assert "vae: " in text and "total: about " in text
+
+
+def test_killed_at_any_moment_and_run_again_it_gives_the_same(small, tmp_path):
+    out = tmp_path / "killed"
+    quantize.main(["--model", str(small), "--out", str(tmp_path / "whole")])
+    command = [sys.executable, str(ROOT / "scripts" / "quantize.py"), "--model", str(small)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    records = work_folder(out) / "records"
+    with subprocess.Popen([*command, "--out", str(out)], env=env) as process:
+        while not list(records.glob("transformer.*")) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert not list(tmp_path.rglob("killed*/**/quartz.json"))
+    quantize.main(["--model", str(small), "--out", str(out)])
+    assert_equal(arrays(out), arrays(tmp_path / "whole"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_inspect_says_what_a_checkpoint_is(run_script, quantized):
+    done = run_script("inspect.py", quantized, "--layers")
+    assert done.returncode == 0, done.stderr
+    for part in ("recipe w4a4", "base SHA-256", "format version 2", "double_blocks.0.img_attn.qkv"):
+        assert part in done.stdout
+
+
+def test_inspect_refuses_what_is_no_checkpoint(run_script, tmp_path):
+    done = run_script("inspect.py", tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "expected a quantized checkpoint" in done.stderr
 
 
 def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path):

@@ -1,0 +1,196 @@
+"""Every backend of the activation quantization against the reference, and after a norm float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backends import ON_HARDWARE, Subject, subjects
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import codec, quantize
+from pallas_kernels.quantize import QUANTIZE, reference
+
+# Every shape compiles anew, so the examples are few and aren't shrunk.
+few_examples = settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
+
+CONFIGS = [
+    {"bits": 8, "range": "absmax", "step": "power", "rounding": "nearest"},
+    {"bits": 8, "range": "minmax", "step": "power", "rounding": "nearest"},
+    {"bits": 4, "range": "absmax", "step": "power", "rounding": "nearest"},
+    {"bits": 4, "range": "absmax", "step": "power", "rounding": "truncate"},
+    {"bits": 4, "range": "minmax", "step": "power", "rounding": "nearest"},
+    {"bits": 4, "range": "minmax", "step": "power", "rounding": "truncate"},
+    {"bits": 4, "range": "absmax", "step": "integer", "rounding": "nearest"},
+]
+configs = pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda config: "-".join(map(str, config.values()))
+)
+four_bits = pytest.mark.parametrize(
+    "config", CONFIGS[2:], ids=lambda config: "-".join(map(str, config.values()))
+)
+FLUX = [(4608, 3072), (4608, 12288), (4608, 15360)] if ON_HARDWARE else []
+
+
+def random_input(rng, m, k, dtype):
+    """Return rows from zero and 2**-116 to 2**116, one-sided ones, and outliers within a row."""
+    x = rng.standard_normal((m, k)) * np.exp(rng.uniform(-80, 80, (m, 1)))
+    x *= np.exp(rng.standard_normal((m, k))) * rng.integers(0, 5, (m, 1))
+    return np.where(rng.random((m, 1)) < 0.3, np.abs(x), x).astype(dtype)
+
+
+def run(function, x, norm=None, **config):
+    """Call under jit; return NumPy arrays."""
+    call = jax.jit(lambda x, norm: function(x, norm=norm, **config))
+    return [None if a is None else np.asarray(a) for a in call(x, norm)]
+
+
+def assert_same(subject: Subject, x, **config):
+    found, wanted = run(subject, x, **config), run(reference.quantize, x, **config)
+    for ours, theirs in zip(found, wanted, strict=True):
+        if theirs is None:
+            assert ours is None
+        else:
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("subject", subjects(QUANTIZE, without="reference"))
+class TestQuantize:
+    """What every backend does."""
+
+    @configs
+    @few_examples
+    @given(
+        seed=st.integers(0, 2**31),
+        m=st.integers(1, 150),
+        k=st.integers(1, 400),
+        group_size=st.sampled_from([8, 16, 32, 64]),
+        dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    )
+    def test_values_and_scales(self, subject, config, seed, m, k, group_size, dtype):
+        x = random_input(np.random.default_rng(seed), m, k, dtype)
+        assert_same(subject, x, group_size=group_size, **config)
+
+    @pytest.mark.parametrize("group_size", [16, 32])
+    @pytest.mark.parametrize("shape", [(1, 3072), (5, 1168), (33, 1), *FLUX], ids=str)
+    def test_values_of_long_and_short_rows(self, subject, shape, group_size):
+        x = random_input(np.random.default_rng(0), *shape, jnp.bfloat16)
+        assert_same(subject, x, group_size=group_size, **CONFIGS[2])
+
+    @four_bits
+    @pytest.mark.parametrize(("m", "k", "group_size"), [(5, 700, 16), (3, 8500, 32), (2, 40, 64)])
+    def test_packed_codes_and_shifts(self, subject, config, m, k, group_size):
+        x = random_input(np.random.default_rng(k), m, k, jnp.bfloat16)
+        assert_same(subject, x, group_size=group_size, packed=True, **config)
+
+    @configs
+    @pytest.mark.parametrize(("dtype", "k"), [(jnp.bfloat16, 1024), (jnp.float32, 1000)])
+    def test_a_norm_comes_before(self, subject, config, dtype, k):
+        check_norm(subject, 12, k, dtype, config, packed=False)
+
+    @four_bits
+    def test_packing_after_a_norm(self, subject, config):
+        check_norm(subject, 7, 1000, jnp.bfloat16, config, packed=True)
+
+    @pytest.mark.parametrize("norm", [False, True])
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("range_", ["absmax", "minmax"])
+    def test_a_row_that_is_not_finite_has_scale_nan(self, subject, range_, value, norm):
+        x = np.ones((5, 1152), jnp.bfloat16)
+        x[3, 700] = value
+        norm = (np.ones(1152, np.float32),) * 2 if norm else None
+        config = {"bits": 4, "group_size": 16, "step": "power", "rounding": "nearest"}
+        _, scale, _ = run(subject, x, norm, range=range_, **config)
+        np.testing.assert_array_equal(np.flatnonzero(np.isnan(scale)), [3])
+
+
+def check_norm(subject, m, k, dtype, config, *, packed):
+    """Hold the result of a norm against all that float32 sums in any order may make of it.
+
+    Orders of summation differ between backends by a few units in the last place of float32, so
+    every normed element has an interval; rounding is monotone, so this gives an interval for each
+    8-bit value too. Nearly all hold a single integer, and groups of those determine their codes.
+    """
+    rng = np.random.default_rng(k)
+    x = (rng.standard_normal((m, k)) * 3 + rng.standard_normal((m, 1))).astype(dtype)
+    shift, scale = rng.standard_normal((2, k)).astype(dtype) / 4
+    low, high = normed_interval(x, shift, scale)
+    q_low, q_high, scales, los = quantized_interval(low, high, config["range"])
+    group_size = 16
+    call = config | {"group_size": group_size, "packed": packed}
+    *values, found_scale, found_lo = run(subject, x, (shift, scale), **call)
+    assert (found_scale >= scales[0]).all() and (found_scale <= scales[1]).all()
+    if los is None:
+        assert found_lo is None
+    else:
+        assert (found_lo >= los[0]).all() and (found_lo <= los[1]).all()
+    if config["bits"] == 8:
+        found = values[0].astype(int) + 128 * (config["range"] == "minmax")
+        assert (found >= q_low).all() and (found <= q_high).all()
+        assert np.mean(q_low == q_high) >= 0.97
+        return
+    certain = np.pad(q_low == q_high, [(0, 0), (0, -k % group_size)], constant_values=True)
+    certain = np.repeat(certain.reshape(m, -1, group_size).all(axis=2), group_size, axis=1)[:, :k]
+    assert certain.mean() >= 0.8
+    exact = q_low.astype(np.int8 if config["range"] == "absmax" else np.uint8)
+    options = {"group_size": group_size, "step": config["step"]}
+    codes, shifts = codec.encode(exact, rounding=config["rounding"], **options)
+    wanted = codec.to_operand(codec.decode(codes, shifts, step=config["step"]))[:, :k]
+    if packed:
+        signed = config["range"] == "absmax"
+        values = [codec.decode_packed(*values, signed=signed, **options)[:, :k]]
+    np.testing.assert_array_equal(np.where(certain, values[0], 0), np.where(certain, wanted, 0))
+
+
+def normed_interval(x, shift, scale):
+    """Return bounds of layer_norm(x) * (1 + scale) + shift in the dtype of x, as float64."""
+    wide, shift, scale = (np.asarray(a, np.float64) for a in (x, shift, scale))
+    wide = wide - wide.mean(axis=1, keepdims=True)
+    wide /= np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + reference.NORM_EPSILON)
+    y = wide * (1 + scale) + shift
+    # The mean is off in units of the standard deviation, the rest in those of the element.
+    error = 2e-6 * ((np.abs(wide) + 1) * np.abs(1 + scale) + np.abs(shift))
+    return tuple((y + sign * error).astype(x.dtype).astype(np.float64) for sign in (-1, 1))
+
+
+def quantized_interval(low, high, range_):
+    """Return bounds of the 8-bit values, of the scale, and of lo (None for absmax)."""
+
+    def largest(a):
+        return a.max(axis=1, keepdims=True)
+
+    def scales(extents, levels):
+        return [np.float32(extent * sign) * np.float32(1 / levels) for extent, sign in extents]
+
+    slack = 1e-4  # of the float32 product, at 127 or 255
+    if range_ == "absmax":
+        smallest = np.where((low <= 0) & (high >= 0), 0, np.minimum(np.abs(low), np.abs(high)))
+        a_low, a_high = largest(smallest), largest(np.maximum(np.abs(low), np.abs(high)))
+        q_low = low * 127 / np.where(low > 0, a_high, a_low)
+        q_high = high * 127 / np.where(high > 0, a_low, a_high)
+        bounds, los, limits = (a_low, a_high), None, (-127, 127)
+    else:
+        los = -largest(-low), -largest(-high)
+        d_low, d_high = largest(low) - los[1], largest(high) - los[0]
+        q_low, q_high = (low - los[1]) * 255 / d_high, (high - los[0]) * 255 / d_low
+        bounds, limits = (d_low, d_high), (0, 255)
+    q_low, q_high = (
+        np.clip(np.rint(q_low - slack), *limits),
+        np.clip(np.rint(q_high + slack), *limits),
+    )
+    signs = (1 - 3e-7, 1 + 3e-7)  # float32 differences and products
+    return q_low, q_high, scales(zip(bounds, signs, strict=True), limits[1]), los
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 6}, "bits is 6; it must be 4 or 8"),
+        ({"bits": 8, "packed": True}, "packed is True with bits=8"),
+        ({"norm": (np.ones(3), np.ones(37))}, r"norm has shapes \[3\], \[37\]"),
+    ],
+)
+def test_bad_arguments_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        quantize.quantize(np.ones((3, 37), np.float32), **change)
