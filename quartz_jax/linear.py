@@ -211,7 +211,8 @@ def _weight_only(
     if row_scale and x.shape[0] <= FEW_ROWS and getattr(weight, "bits", 8) == 8:
         high, low = _split_16_bits(x)
         both = jax.tree.map(lambda *parts: jnp.concatenate(parts), high, low)
-        y = quartz_matmul(both, weight, out_dtype=jnp.float32, implementation=_FEW_ROWS_BACKENDS)
+        backends = "xla" if isinstance(weight, IntTensor) else _FEW_ROWS_BACKENDS
+        y = quartz_matmul(both, weight, out_dtype=jnp.float32, implementation=backends)
         y = y[: x.shape[0]] + y[x.shape[0] :]
     else:
         operand = decode(weight).astype(x.dtype) if row_scale else dequantize(weight, x.dtype)

@@ -27,6 +27,7 @@ _LANES = 128
 _BLOCK_ELEMENTS = 3 * 2**18  # of x that one grid step takes
 _BLOCK_ROWS = 128
 _CHUNK_ELEMENTS = 2**15  # in flight at once: more would spill registers
+_CHUNK_COLUMNS = 2048  # the same; each register's width of them is unrolled
 _VMEM_BYTES = 48 * 2**20
 _INFINITY_BITS = 0x7F800000
 
@@ -67,10 +68,11 @@ def quantize(
     unit = 2 * _LANES if packed else _LANES
     width = -(-k // unit) * unit
     rows = min(max(_BLOCK_ELEMENTS // width // 32, 1) * 32, _BLOCK_ROWS, m)
+    columns = min(_CHUNK_ELEMENTS // rows, _CHUNK_COLUMNS)
     plan = _Plan(
         k=k,
         width=width,
-        chunk=unit * _largest_divisor(width // unit, _CHUNK_ELEMENTS // unit // rows),
+        chunk=unit * _largest_divisor(width // unit, columns // unit),
         bits=bits,
         group_size=group_size,
         asymmetric=range == "minmax",
@@ -157,11 +159,12 @@ def _kernel(in_refs, out_refs, *scratch_refs, plan: _Plan):
     lo, extent, finite = _extremes(x_ref, plan)
     live = finite & (extent >= codec.TINY_RANGE) & (extent < jnp.inf)
     levels = 255 if plan.asymmetric else 127
+    tiny = finite & (extent < codec.TINY_RANGE)
     scale = jnp.where(live, extent * jnp.float32(1 / levels), jnp.nan)
-    out_refs["scale"][...] = jnp.where(finite & (extent < codec.TINY_RANGE), 0, scale)
+    out_refs["scale"][...] = jnp.where(tiny, 0, scale)
     multiplier = _divide(levels, jnp.where(live, extent, 1.0))
     if plan.asymmetric:
-        out_refs["lo"][...] = lo
+        out_refs["lo"][...] = jnp.where(live | tiny, lo, jnp.nan)
     kept = jnp.where(live, -1, 0)  # a mask of bits
     if plan.packed:
         scratch_refs[-1][...] = jnp.zeros_like(scratch_refs[-1])

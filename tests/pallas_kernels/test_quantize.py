@@ -12,7 +12,7 @@ from pallas_kernels import codec, quantize
 from pallas_kernels.quantize import QUANTIZE, reference
 
 # Every shape compiles anew, so the examples are few and aren't shrunk.
-few_examples = settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
+few_examples = settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
 
 CONFIGS = [
     {"bits": 8, "range": "absmax", "step": "power", "rounding": "nearest"},
@@ -25,9 +25,6 @@ CONFIGS = [
 ]
 configs = pytest.mark.parametrize(
     "config", CONFIGS, ids=lambda config: "-".join(map(str, config.values()))
-)
-four_bits = pytest.mark.parametrize(
-    "config", CONFIGS[2:], ids=lambda config: "-".join(map(str, config.values()))
 )
 FLUX = [(4608, 3072), (4608, 12288), (4608, 15360)] if ON_HARDWARE else []
 
@@ -78,18 +75,18 @@ class TestQuantize:
         x = random_input(np.random.default_rng(0), *shape, jnp.bfloat16)
         assert_same(subject, x, group_size=group_size, **CONFIGS[2])
 
-    @four_bits
-    @pytest.mark.parametrize(("m", "k", "group_size"), [(5, 700, 16), (3, 8500, 32), (2, 40, 64)])
+    @pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[4], CONFIGS[6]], ids=str)
+    @pytest.mark.parametrize(("m", "k", "group_size"), [(5, 700, 32), (3, 4200, 16)])
     def test_packed_codes_and_shifts(self, subject, config, m, k, group_size):
         x = random_input(np.random.default_rng(k), m, k, jnp.bfloat16)
         assert_same(subject, x, group_size=group_size, packed=True, **config)
 
-    @configs
+    @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[2], CONFIGS[4]], ids=str)
     @pytest.mark.parametrize(("dtype", "k"), [(jnp.bfloat16, 1024), (jnp.float32, 1000)])
     def test_a_norm_comes_before(self, subject, config, dtype, k):
         check_norm(subject, 12, k, dtype, config, packed=False)
 
-    @four_bits
+    @pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[6]], ids=str)
     def test_packing_after_a_norm(self, subject, config):
         check_norm(subject, 7, 1000, jnp.bfloat16, config, packed=True)
 
@@ -180,7 +177,8 @@ def quantized_interval(low, high, range_):
         np.clip(np.rint(q_high + slack), *limits),
     )
     signs = (1 - 3e-7, 1 + 3e-7)  # float32 differences and products
-    return q_low, q_high, scales(zip(bounds, signs, strict=True), limits[1]), los
+    scale = scales(zip(bounds, signs, strict=True), limits[1])
+    return np.clip(q_low, *limits), np.clip(q_high, *limits), scale, los
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from quartz_jax import Format, QuartzConfig, QuartzLinear, dequantize
-from quartz_jax.linear import abstract_weight, encode_activation, encode_weight, round_to_bf16
+from models.linear import Part, modulate
+from quartz_jax import Format, QuartzConfig, QuartzLinear, dequantize, place
+from quartz_jax.linear import (
+    FEW_ROWS,
+    _place,
+    abstract_weight,
+    encode_activation,
+    encode_weight,
+    round_to_bf16,
+)
 
 BF16 = Format(kind="bf16")
 INT8 = Format(kind="int8")
@@ -41,7 +50,76 @@ def test_the_output_is_the_product_of_the_dequantized_operands(weight, activatio
     x = x if activation == BF16 else dequantize(encode_activation(x, activation))
     expected = x @ dequantize(encode_weight("layer", KERNEL, weight)).T + BIAS
     found = layer(weight, activation)(X)
-    assert relative_error(found.reshape(-1, N), expected) < 1e-5  # float32 rounding
+    # float32 rounding; a weight-only layer rounds few rows to 16 bits of their largest magnitude
+    bound = 2**-14 if activation == BF16 else 1e-5
+    assert relative_error(found.reshape(-1, N), expected) < bound
+
+
+@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
+def test_a_weight_only_layer_gives_few_rows_what_it_gives_many(weight):
+    rows = jnp.asarray(RNG.normal(size=(2 * FEW_ROWS, K)), jnp.float32)
+    many = layer(weight, BF16)(rows)
+    few = jnp.concatenate([layer(weight, BF16)(rows[i : i + 1]) for i in range(2 * FEW_ROWS)])
+    largest = jnp.abs(rows).max(axis=1, keepdims=True)
+    sums = jnp.abs(dequantize(encode_weight("layer", KERNEL, weight))).sum(axis=1)
+    # Half a step of 16 bits for each element, and float32's rounding.
+    assert (jnp.abs(few - many) <= largest * sums * 2**-16 + 1e-5).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("activation", [BF16, *ACTIVATIONS], ids=str)
+def test_what_surrounds_the_matmul_is_as_if_done_apart(activation, batch):
+    shift, scale = (jnp.asarray(RNG.normal(size=(batch, 1, K)), jnp.float32) for _ in range(2))
+    gate = jnp.asarray(RNG.normal(size=(batch, 1, N)), jnp.float32)
+    residual = jnp.asarray(RNG.normal(size=(batch, 3, N)), jnp.float32)
+    module = layer(POWER, activation)
+    around = {"modulation": (shift, scale), "activation": "gelu"}
+    found = module(X[:batch], gate=gate, residual=residual, **around)
+    plain = module(modulate(X[:batch], shift, scale))
+    expected = residual + gate * nnx.gelu(plain, approximate=True)
+    assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("activation", [BF16, *ACTIVATIONS], ids=str)
+def test_parts_of_the_input_are_as_if_joined(activation):
+    wide = jnp.asarray(RNG.normal(size=(2, 3, 50)), jnp.float32)
+    parts = (Part(array=X, size=16), Part(array=wide, start=7, size=24, activation="gelu"))
+    module = layer(POWER, activation)
+    joined = jnp.concatenate([part.value() for part in parts], axis=-1)
+    assert relative_error(module(parts), module(joined)) < 1e-4
+
+
+@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
+def test_placed_weights_give_the_same_output(weight):
+    module = layer(weight, POWER)
+    expected = module(X)
+    place(module)
+    np.testing.assert_array_equal(module(X), expected)
+
+
+@pytest.mark.parametrize("weight", [POWER, SEARCHED, INT4], ids=str)
+def test_expanded_weights_are_int8_and_give_the_same_output(weight):
+    module = layer(weight, POWER)
+    expected = module(X)
+    place(module, expand=True)
+    assert module.weight.get_value().values.dtype == jnp.int8
+    np.testing.assert_array_equal(module(X), expected)
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "TPU v6 lite"])
+def test_weights_are_placed_in_the_order_of_the_devices_kernel(kind):
+    platform = "tpu" if kind.startswith("TPU") else "gpu"
+    chip = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    weight = encode_weight("layer", KERNEL, POWER)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip)):
+        placed = jax.eval_shape(lambda w: _place(w, False), weight)
+    assert (placed.implementation, placed.shape) == (f"mosaic_{platform}", (N, K))
+
+
+def test_a_weight_only_layer_keeps_the_packed_order():
+    module = layer(POWER, BF16)
+    place(module, expand=True)
+    assert module.weight.get_value().codes.dtype == jnp.uint8
 
 
 @pytest.mark.parametrize("activation", [BF16, INT8, POWER], ids=str)
