@@ -41,8 +41,11 @@ def enable(use: bool = True) -> Path | None:
 
 
 def counts() -> dict[str, int]:
-    """Return how many programs were "compiled" and came "from_cache" since `enable`."""
-    return dict(_counts)
+    """Return how many programs were "compiled" and came "from_cache" since `enable`.
+
+    Empty where the cache isn't used: it is off, or its folder can't be written.
+    """
+    return dict(_counts) if _counts.total() else {}
 
 
 def _user_folder() -> Path:

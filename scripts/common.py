@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import models
 from models import build_component, load_pipeline
 from models.flux import FluxTransformer, add_lora, read_lora
-from models.flux.lora import Adapter
 from models.pipeline import FluxPipeline
 from models.stages import Deferred
-from quartz_jax import checkpoint, quantize_model
+from quartz_jax import checkpoint, place, quantize_model
 from quartz_jax.recipe import Recipe
 from quartz_jax.report import Report
 
@@ -41,23 +40,28 @@ def apply_recipe(pipeline: FluxPipeline, recipe: Recipe) -> tuple[FluxPipeline, 
     return dataclasses.replace(pipeline, transformer=transformer), report
 
 
-def open_checkpoint(folder: Path, loras: Sequence[tuple[Path, float]] = ()) -> Opened:
+def open_checkpoint(
+    folder: Path, *, loras: Sequence[tuple[Path, float]] = (), expand: bool = False
+) -> Opened:
     """Open a quantized checkpoint, and the report that was saved with it.
 
     Args:
       folder: the checkpoint.
       loras: files and scales of adapters.
+      expand: keep 4-bit weights decoded to int8 on the device.
     """
-    manifest = checkpoint.read_manifest(folder)
+    components = checkpoint.read_manifest(folder).components
     build = functools.partial(build_component, dtype=compute_dtype())
-    deferred = {
+    quantized = {
         name: Deferred(
             config=models.component_config(component.config),
             load=lambda name=name: checkpoint.load(folder, build, name)[0],
         )
-        for name, component in manifest.components.items()
+        for name, component in components.items()
     }
-    return _open(folder, None, deferred, loras, Opened(None, manifest.report))
+    quantized["transformer"] = _prepared(quantized["transformer"], loras, expand)
+    pipeline = _open_pipeline(folder, None, quantized)
+    return Opened(pipeline=pipeline, report=components["transformer"].report)
 
 
 def open_16_bit(
@@ -66,6 +70,7 @@ def open_16_bit(
     *,
     text_encoders: Path | None = None,
     loras: Sequence[tuple[Path, float]] = (),
+    expand: bool = False,
 ) -> Opened:
     """Open a 16-bit model whose transformer is quantized when it is loaded.
 
@@ -74,8 +79,8 @@ def open_16_bit(
       recipe: for the transformer.
       text_encoders: gives what `model` lacks.
       loras: files and scales of adapters.
+      expand: keep 4-bit weights decoded to int8 on the device.
     """
-    opened = Opened(None, None)
     path = models.find_model(model, text_encoders).paths["transformer"]
     stored = models.open_component(path, compute_dtype())
 
@@ -84,39 +89,34 @@ def open_16_bit(
         transformer, opened.report = quantize_model(original, recipe, progress=bool(recipe.rules))
         return transformer
 
-    deferred = {"transformer": Deferred(config=models.component_config(stored.config), load=load)}
-    return _open(model, text_encoders, deferred, loras, opened)
-
-
-def _open(
-    model: Path,
-    text_encoders: Path | None,
-    deferred: dict[str, Deferred],
-    loras: Sequence[tuple[Path, float]],
-    opened: Opened,
-) -> Opened:
-    """Fill in the pipeline: every other model is 16-bit, all tensors and adapters are checked."""
-    dtype = compute_dtype()
-    config = deferred["transformer"].config
-    adapters = [read_lora(path, config) for path, _ in loras]
-    load = deferred["transformer"].load
-    scales = [scale for _, scale in loras]
-    deferred["transformer"] = Deferred(
-        config=config, load=lambda: prepare_transformer(load(), adapters, scales)
-    )
-    paths = models.find_model(model, text_encoders).paths
-    for name in (name for name in _MODELS if name not in deferred and paths[name].exists()):
-        stored = models.open_component(paths[name], dtype)
-        deferred[name] = Deferred(
-            config=models.component_config(stored.config),
-            load=functools.partial(stored.load, dtype),
-        )
-    opened.pipeline = load_pipeline(model, dtype, text_encoders=text_encoders, **deferred)
+    transformer = Deferred(config=models.component_config(stored.config), load=load)
+    given = {"transformer": _prepared(transformer, loras, expand)}
+    opened = Opened(pipeline=_open_pipeline(model, text_encoders, given), report=None)
     return opened
 
 
-def prepare_transformer(
-    transformer: FluxTransformer, adapters: Sequence[Adapter], scales: Sequence[float]
-) -> FluxTransformer:
-    """Do what every transformer gets after loading, whatever it was loaded from."""
-    return add_lora(transformer, adapters, scales, compute_dtype()) if adapters else transformer
+def _prepared(transformer: Deferred, loras: Sequence[tuple[Path, float]], expand: bool) -> Deferred:
+    """Read and check adapters; return a transformer that loads with them, ready for the device."""
+    adapters = [read_lora(path, transformer.config) for path, _ in loras]
+    scales = [scale for _, scale in loras]
+
+    def load() -> FluxTransformer:
+        loaded = transformer.load()
+        place(loaded, expand=expand)
+        return add_lora(loaded, adapters, scales, compute_dtype()) if adapters else loaded
+
+    return Deferred(config=transformer.config, load=load)
+
+
+def _open_pipeline(
+    model: Path, text_encoders: Path | None, given: dict[str, Deferred]
+) -> FluxPipeline:
+    """Return the pipeline; what isn't given loads in 16 bits, its tensors are checked already."""
+    dtype = compute_dtype()
+    paths = models.find_model(model, text_encoders).paths
+    deferred = dict(given)
+    for name in (name for name in _MODELS if name not in given and paths[name].exists()):
+        stored = models.open_component(paths[name], dtype)
+        config = models.component_config(stored.config)
+        deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
+    return load_pipeline(model, dtype, text_encoders=text_encoders, **deferred)

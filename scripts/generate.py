@@ -71,9 +71,9 @@ def open_model(args: argparse.Namespace) -> tuple[common.Opened, common.Opened |
             raise ValueError(f"--compare needs a 16-bit model, and {args.model} is quantized")
         if args.text_encoders:
             raise ValueError(f"{args.model} has text encoders; leave out --text-encoders")
-        return common.open_checkpoint(args.model, loras), None
+        return common.open_checkpoint(args.model, loras=loras, expand=args.expand), None
     names = [args.recipe or "w4a4", *(["bf16"] if args.compare else [])]
-    options = {"text_encoders": args.text_encoders, "loras": loras}
+    options = {"text_encoders": args.text_encoders, "loras": loras, "expand": args.expand}
     opened = [
         common.open_16_bit(args.model, recipe, **options) for recipe in map(get_recipe, names)
     ]
@@ -134,6 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the noise")
     add("--out", type=Path, default=Path("outputs/image.png"), help="PNG to write")
     add("--compare", action="store_true", help="also run bf16 from the same noise")
+    add("--expand", action="store_true", help="keep 4-bit weights as int8: twice the memory")
     add("--keep-loaded", action="store_true", help="load all models first and keep them")
     add("--no-cache", action="store_true", help="compile anew, and keep nothing of it on disk")
     add("--json", action="store_true", help="print one JSON object on the last line")

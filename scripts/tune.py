@@ -101,21 +101,16 @@ def _key(entry: dict[str, Any]) -> tuple:
 
 
 def _mosaic_configs(m: int) -> Iterator[mosaic_gpu.Config]:
-    for tokens, stages, snake in itertools.product(mosaic_gpu.TOKEN_TILES, (4, 5), (8, 16)):
-        if m > 64 and tokens >= 128:
-            yield mosaic_gpu.Config(tokens=tokens, stages=stages, snake=snake)
+    for tokens, snake in itertools.product(mosaic_gpu.TOKEN_TILES, (8, 16)):
+        if m > 64 and tokens >= 160:
+            yield mosaic_gpu.Config(tokens=tokens, stages=4, snake=snake)
 
 
 def _triton_configs(m: int) -> Iterator[triton.Config]:
-    if m <= 64:
-        return
-    for m_n, k, stages in itertools.product(
-        ((128, 128), (128, 256), (256, 128)), (64, 128), (3, 4)
-    ):
+    for tile, stages in itertools.product(((128, 128), (128, 256), (256, 128)), (3, 4)):
         for warps in (4, 8):
-            if warps == 8 or m_n == (128, 128):
-                tile = dict(zip(("tile_m", "tile_n"), m_n, strict=True))
-                yield triton.Config(**tile, tile_k=k, warps=warps, stages=stages)
+            if m > 64 and (warps == 8 or tile == (128, 128)):
+                yield triton.Config(tile_m=tile[0], tile_n=tile[1], warps=warps, stages=stages)
 
 
 def _few_rows_configs(m: int) -> Iterator[triton_few_rows.Config]:

@@ -25,7 +25,7 @@ from models.checkpoint_io import CheckpointError
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
 from models.flux.params import diffusers_rules
-from models.linear import modulate
+from models.linear import Part, modulate
 
 _LISTED = 20  # problems that an error names; of an adapter for another model every key is one
 _DOWN, _UP, _ALPHA = "down", "up", "alpha"
@@ -80,7 +80,7 @@ class LoRALinear(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,  # [..., k]
+        x: jax.Array | tuple[Part, ...],  # [..., k], or parts that lie side by side
         *,
         modulation: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [b, 1, k]
         activation: str | None = None,  # "gelu": its tanh form
@@ -89,12 +89,27 @@ class LoRALinear(nnx.Module):
     ) -> jax.Array:
         """Return residual + gate * activation(base(x') + x' down up), x' the modulated x."""
         y = self.base(x, modulation=modulation)
-        x = x if modulation is None else modulate(x, *modulation)
-        y = y + (x.astype(self.down.dtype) @ self.down @ self.up).astype(y.dtype)
+        y = y + (self._narrow(x, modulation) @ self.up).astype(y.dtype)
         if activation == "gelu":
             y = nnx.gelu(y, approximate=True)
         y = y if gate is None else gate * y
         return y if residual is None else residual + y
+
+    def _narrow(
+        self,
+        x: jax.Array | tuple[Part, ...],
+        modulation: tuple[jax.Array, jax.Array] | None,
+    ) -> jax.Array:
+        """Return x' down, [..., rank]; of parts the sum of theirs, so that nothing is joined."""
+        if modulation is not None or not isinstance(x, tuple):
+            whole = x
+            if isinstance(x, tuple):
+                whole = jnp.concatenate([part.value() for part in x], axis=-1)
+            whole = whole if modulation is None else modulate(whole, *modulation)
+            x = (Part(array=whole, size=whole.shape[-1]),)
+        ends = np.cumsum([part.size for part in x])[:-1]
+        pieces = zip(x, jnp.split(self.down.get_value(), ends), strict=True)
+        return sum(part.value().astype(down.dtype) @ down for part, down in pieces)
 
 
 def add_lora(

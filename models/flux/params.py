@@ -110,11 +110,12 @@ def is_bfl_transformer(names: Mapping[str, object]) -> bool:
     return "double_blocks.0.img_attn.qkv.weight" in names
 
 
-def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
+def config_from_bfl(shapes: Mapping[str, tuple[int, ...]], path: Path | str = "") -> FluxConfig:
     """Return the sizes that a file in Black Forest Labs' naming has; it brings no config.json.
 
     Args:
       shapes: its tensors'.
+      path: of the file, for errors.
 
     Raises:
       CheckpointError: a tensor that tells a size is missing, or the head has an unusual width.
@@ -127,12 +128,14 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
         "final_layer.linear.weight",
     )
     if missing := [name for name in telling if name not in shapes]:
-        raise CheckpointError(f"no FLUX.1 transformer: missing {'; missing '.join(missing)}")
+        raise CheckpointError(
+            f"{path}: no FLUX.1 transformer: missing {'; missing '.join(missing)}"
+        )
     image, text, pooled, head, last = (shapes[name] for name in telling)
     if head[0] % 32:
         raise CheckpointError(
-            f"heads of {head[0]} channels: how positions turn them is known for multiples of 32 "
-            "only; convert to a diffusers folder, whose config.json says it"
+            f"{path}: heads of {head[0]} channels: how positions turn them is known for multiples "
+            "of 32 only; convert to a diffusers folder, whose config.json says it"
         )
     return FluxConfig(
         in_channels=image[1],
@@ -168,7 +171,7 @@ def open_flux_transformer(path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> 
     path = Path(path)
     if path.is_file():
         checkpoint = open_checkpoint(path)
-        config, rules = config_from_bfl(checkpoint.shapes), bfl_rules()
+        config, rules = config_from_bfl(checkpoint.shapes, path), bfl_rules()
     else:
         config = FluxConfig.from_json(read_json(path / "config.json"))
         checkpoint, rules = open_checkpoint(path), diffusers_rules(config)

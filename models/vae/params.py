@@ -87,13 +87,16 @@ def is_bfl_autoencoder(names: Mapping[str, object]) -> bool:
     return "decoder.up.0.block.0.norm1.weight" in names
 
 
-def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderKLConfig:
+def config_from_bfl(
+    shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
+) -> AutoencoderKLConfig:
     """Return the sizes that a file in Black Forest Labs' naming has; it brings no config.json.
 
     Scaling and shift are those of FLUX.1, `src/flux/util.py` of github.com/black-forest-labs/flux.
 
     Args:
       shapes: its tensors'.
+      path: of the file, for errors.
 
     Raises:
       CheckpointError: a tensor that tells a size is missing.
@@ -103,7 +106,9 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderKLConfi
     block = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
     telling = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
     if missing := [name for name in telling if name not in shapes]:
-        raise CheckpointError(f"no FLUX.1 autoencoder: missing {'; missing '.join(missing)}")
+        raise CheckpointError(
+            f"{path}: no FLUX.1 autoencoder: missing {'; missing '.join(missing)}"
+        )
     image, latent, out = (shapes[name] for name in telling)
     return AutoencoderKLConfig(
         in_channels=image[1],
@@ -132,7 +137,7 @@ def open_autoencoder_kl(path: Path | str, dtype: jnp.dtype = jnp.float32) -> Sto
     path = Path(path)
     if path.is_file():
         checkpoint = open_checkpoint(path)
-        config = config_from_bfl(checkpoint.shapes)
+        config = config_from_bfl(checkpoint.shapes, path)
         rules = bfl_rules(config)
     else:
         config = AutoencoderKLConfig.from_json(read_json(path / "config.json"))

@@ -13,7 +13,7 @@ import models
 from models.checkpoint_io import CheckpointError
 from models.flux import FluxConfig
 from models.flux.lora import LoRALinear, add_lora, read_lora
-from models.linear import Linear
+from models.linear import Linear, Part
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -240,6 +240,9 @@ def test_the_branch_comes_before_activation_gate_and_residual():
         some = {name: around[name]}
         np.testing.assert_allclose(branched(x, **some), merged(x, **some), atol=1e-5)
     np.testing.assert_allclose(branched(x, **around), merged(x, **around), atol=1e-5)
+    parts = (Part(array=x, start=1, size=5, activation="gelu"), Part(array=x, size=3))
+    for some in ({}, around):
+        np.testing.assert_allclose(branched(parts, **some), merged(parts, **some), atol=1e-5)
 
 
 def test_the_given_transformer_is_untouched_and_its_weights_are_shared(tiny, tmp_path):

@@ -1,0 +1,172 @@
+"""Time one denoising step of a full-size FLUX.1-dev transformer in several recipes.
+
+    python scripts/benchmark_model.py --recipes bf16 w8a8 w4a4 --out step.json
+
+Weights are random (normal, deviation 1 / sqrt(inputs)) and made on the device; speed doesn't depend
+on them. Each recipe is quantized from the same weights. `queued` is the time a step when steps are
+enqueued without waiting, which is how the sampler runs; `kernels` is the device's own record.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from models.flux import FluxConfig, FluxTransformer
+from models.pipeline import _compiled, _denoising_step, image_ids
+from pallas_kernels import timing
+from quartz_jax import cli, get_recipe, place, quantize_model
+from quartz_jax.recipe import RECIPES
+
+# Part of a kernel's name to what it does; the first that matches counts.
+GROUPS = {
+    "sdpa": "attention",
+    "fmha": "attention",
+    "mosaic_gpu": "matmuls",
+    "matmul_int8": "matmuls",
+    "few_rows": "modulation matmuls",
+    "decode": "decoding",
+    "quantize": "quantize passes",
+    "nvjet": "matmuls",
+    "gemm": "matmuls",
+    "cutlass": "matmuls",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    args = parse(argv)
+    width, height = cli.parse_size(args.size)
+    config = FluxConfig(guidance_embeds=True)
+    model = random_transformer(config)
+    inputs = random_inputs(config, width // 16, height // 16, args.text_tokens)
+    results = {}
+    for name in args.recipes:
+        subject = model
+        if name != "bf16":
+            subject, _ = quantize_model(model, get_recipe(name))
+            place(subject, expand=args.expand)
+        if name == args.recipes[-1]:
+            del model  # so that the peak is the recipe's own, if it is the last
+        results[name] = measure(subject, inputs, args.steps)
+        del subject
+        show(name, results[name], results.get("bf16"))
+    if args.out:
+        device = jax.devices()[0].device_kind
+        record = {"command": " ".join(sys.argv), "device": device, "jax": jax.__version__}
+        record |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "results": results}
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def random_transformer(config: FluxConfig) -> FluxTransformer:
+    """Return a bfloat16 transformer with random weights, made on the device."""
+    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: FluxTransformer(config, rngs=nnx.Rngs(0), **dtypes))
+    )
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    made = []
+    for i, (path, leaf) in enumerate(leaves):
+        if "scale" in jax.tree_util.keystr(path):
+            made.append(jnp.ones(leaf.shape, leaf.dtype))
+        else:
+            deviation = leaf.shape[0] ** -0.5 if len(leaf.shape) == 2 else 0.02
+            made.append(random_normal(jax.random.key(i), leaf.shape, deviation))
+    return nnx.merge(graphdef, jax.tree_util.tree_unflatten(structure, made))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def random_normal(key: jax.Array, shape: tuple[int, ...], deviation: float) -> jax.Array:
+    """Return bfloat16 values."""
+    return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(deviation)
+
+
+def random_inputs(config: FluxConfig, columns: int, rows: int, text_tokens: int) -> tuple:
+    """Return the arguments of a denoising step, for one image."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    latents = jax.random.normal(keys[0], (1, rows * columns, config.in_channels))
+    text = jax.random.normal(keys[1], (1, text_tokens, config.joint_attention_dim), jnp.bfloat16)
+    pooled = jax.random.normal(keys[2], (1, config.pooled_projection_dim), jnp.bfloat16)
+    ids = image_ids(rows, columns), np.zeros((text_tokens, 3), np.float32)
+    sigmas = np.float32(1.0), np.float32(0.9)
+    return latents, text, pooled, *ids, *sigmas, np.float32(3.5), None
+
+
+def measure(model: FluxTransformer, inputs: tuple, steps: int) -> dict:
+    """Compile, run and profile a step."""
+    step = _compiled(_denoising_step, model)
+    start = time.perf_counter()
+    latents = jax.block_until_ready(step(*inputs))
+    first = time.perf_counter() - start
+    if not bool(jnp.isfinite(latents).all()):
+        raise ValueError("the step's result isn't finite")
+    kernels = timing.kernel_times(functools.partial(step, *inputs), 3)
+    groups: dict[str, float] = {}
+    for name, seconds in kernels.items():
+        group = next((g for part, g in GROUPS.items() if part in name.lower()), "the rest")
+        groups[group] = groups.get(group, 0) + 1e3 * seconds
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "first_call_s": first,
+        "queued_ms": statistics.median(queued(step, inputs, steps) for _ in range(5)),
+        "kernels_ms": 1e3 * sum(kernels.values()),
+        "groups_ms": groups,
+        "largest_kernels_ms": {name: 1e3 * t for name, t in list(kernels.items())[:40]},
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "weight_bytes": sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))),
+    }
+
+
+def queued(step: Callable, inputs: tuple, steps: int) -> float:
+    """Return milliseconds a step of several that are enqueued at once."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        latents = step(*inputs)
+    jax.block_until_ready(latents)
+    return (time.perf_counter() - start) / steps * 1e3
+
+
+def show(name: str, result: dict, base: dict | None) -> None:
+    """Print a recipe's figures."""
+    line = (
+        f"{name:10} first call {result['first_call_s']:6.1f} s, step {result['queued_ms']:7.2f} ms"
+    )
+    line += f", kernels {result['kernels_ms']:7.2f} ms"
+    line += f", weights {result['weight_bytes'] / 2**30:6.2f} GiB"
+    if result["peak_bytes"]:
+        line += f", peak {result['peak_bytes'] / 2**30:6.2f} GiB"
+    if base:
+        line += f", {base['queued_ms'] / result['queued_ms']:.2f}x bf16"
+    print(line)
+    total = sum(result["groups_ms"].values())
+    for group, ms in sorted(result["groups_ms"].items(), key=lambda item: -item[1]):
+        print(f"    {group:20} {ms:7.2f} ms {ms / total:5.0%}", flush=True)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--recipes", nargs="+", choices=RECIPES, default=["bf16", "w8a8", "w4a8", "w4a4"])
+    add("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels, multiples of 16")
+    add("--text-tokens", type=cli.positive, default=512)
+    add("--steps", type=cli.positive, default=5, help="steps that are enqueued together")
+    add("--expand", action="store_true", help="4-bit weights decoded to int8 beforehand")
+    add("--out", type=Path, help="JSON file for the results")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
