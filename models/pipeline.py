@@ -166,11 +166,11 @@ class FluxPipeline:
         clip_ids = _token_ids(self.tokenizer, prompts, clip_length)
         t5_ids = _token_ids(self.tokenizer_2, prompts, _MAX_T5_TOKENS)
         with self._loaded("text_encoder") as text_encoder, self.times.measure("encode prompts"):
-            _, pooled = _compiled(_apply, text_encoder)(clip_ids)
+            _, pooled = compiled(_apply, text_encoder)(clip_ids)
             pooled.block_until_ready()
         del text_encoder  # before the larger one comes
         with self._loaded("text_encoder_2") as text_encoder_2, self.times.measure("encode prompts"):
-            embeds = _compiled(_apply, text_encoder_2)(t5_ids).block_until_ready()
+            embeds = compiled(_apply, text_encoder_2)(t5_ids).block_until_ready()
         return embeds, pooled
 
     def initial_noise(self, key: jax.Array, batch: int, height: int, width: int) -> jax.Array:
@@ -189,7 +189,7 @@ class FluxPipeline:
         """
         rows, columns = (pixels // self.token_pixels for pixels in images.shape[1:3])
         with self._loaded("vae") as vae, self.times.measure("encode images"):
-            encode = _compiled(_encode, vae)
+            encode = compiled(_encode, vae)
             pairs = zip(images, unpack(noise, rows, columns), strict=True)
             latents = [encode(image[None], sample[None]) for image, sample in pairs]
             return pack(jnp.concatenate(latents)).block_until_ready()
@@ -243,7 +243,7 @@ class FluxPipeline:
             self._loaded("transformer") as transformer,
             tqdm(total=len(sigmas) - 1, disable=not progress, unit="step") as bar,
         ):
-            step, start = _compiled(_denoising_step, transformer), time.perf_counter()
+            step, start = compiled(denoising_step, transformer), time.perf_counter()
             for done, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas), -1):
                 last, latents = latents, step(latents, *fixed, sigma, next_sigma, guidance, scale)
                 if done >= 0:  # the next step is queued before the last one is waited for
@@ -266,7 +266,7 @@ class FluxPipeline:
         """
         rows, columns = height // self.token_pixels, width // self.token_pixels
         with self._loaded("vae") as vae, self.times.measure("decode"):
-            decode = _compiled(_decode, vae)
+            decode = compiled(_decode, vae)
             images = [decode(unpack(row[None], rows, columns)) for row in latents]
             return jnp.concatenate(images).block_until_ready()
 
@@ -383,7 +383,7 @@ def _token_ids(tokenizer: Any, prompts: Sequence[str], longest: int) -> np.ndarr
     return np.asarray(encoded["input_ids"], np.int32)
 
 
-def _compiled(function: Callable, module: nnx.Module) -> Callable:
+def compiled(function: Callable, module: nnx.Module) -> Callable:
     """Return `function(module, ...)` under jit, the weights an argument rather than constants.
 
     They go in as a flat list: walking the module's state at every call would cost milliseconds.
@@ -405,10 +405,22 @@ def _apply(module, *args):
     return module(*args)
 
 
-def _denoising_step(
-    transformer, latents, embeds, pooled, img_ids, txt_ids, sigma, next_sigma, guidance, scale
-):
-    """One Euler step; with a scale the text inputs hold the prompts, then the negative ones."""
+def denoising_step(
+    transformer: FluxTransformer,
+    latents: jax.Array,  # [batch, image tokens, channels], float32
+    embeds: jax.Array,  # [batch, text tokens, channels]; with a scale twice the batch
+    pooled: jax.Array,  # [batch, channels]; with a scale twice the batch
+    img_ids: jax.Array,  # [image tokens, axes]
+    txt_ids: jax.Array,  # [text tokens, axes]
+    sigma: jax.Array,  # [], noise level, 1 (noise) to 0 (data)
+    next_sigma: jax.Array,  # [], that of the result
+    guidance: jax.Array | None,  # [], distilled guidance
+    scale: jax.Array | None,  # [], of true classifier-free guidance
+) -> jax.Array:
+    """Return the latents after one Euler step, float32.
+
+    With a scale the text inputs hold the prompts, then the negative ones.
+    """
     batch = embeds.shape[0]
     velocity = transformer(
         hidden_states=latents if scale is None else jnp.concatenate([latents, latents]),

@@ -25,7 +25,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models.flux import FluxConfig, FluxTransformer
-from models.pipeline import _compiled, _denoising_step, image_ids
+from models.pipeline import compiled, denoising_step, image_ids
 from pallas_kernels import timing
 from quartz_jax import cli, get_recipe, place, quantize_model
 from quartz_jax.recipe import RECIPES
@@ -106,7 +106,7 @@ def random_inputs(config: FluxConfig, columns: int, rows: int, text_tokens: int)
 
 def measure(model: FluxTransformer, inputs: tuple, steps: int) -> dict:
     """Compile, run and profile a step."""
-    step = _compiled(_denoising_step, model)
+    step = compiled(denoising_step, model)
     start = time.perf_counter()
     latents = jax.block_until_ready(step(*inputs))
     first = time.perf_counter() - start

@@ -110,7 +110,7 @@ def test_an_image_for_each_prompt(pipeline):
 def test_a_second_call_of_the_same_shapes_traces_nothing(pipeline, monkeypatch):
     """Neither other weights of the same kind nor another scale, seed or image trace again."""
     traced = []
-    for name in ("_denoising_step", "_apply", "_encode", "_decode"):
+    for name in ("denoising_step", "_apply", "_encode", "_decode"):
         function = getattr(models.pipeline, name)
 
         def counted(*args, name=name, function=function):
@@ -120,7 +120,7 @@ def test_a_second_call_of_the_same_shapes_traces_nothing(pipeline, monkeypatch):
         monkeypatch.setattr(models.pipeline, name, counted)
     options = {**SIZE, "num_inference_steps": 2, "progress": False, "true_cfg_scale": 2.0}
     pipeline(PROMPTS, image=PHOTO, seed=0, **options)
-    assert sorted(traced) == ["_apply", "_apply", "_decode", "_denoising_step", "_encode"]
+    assert sorted(traced) == ["_apply", "_apply", "_decode", "denoising_step", "_encode"]
     options |= {"true_cfg_scale": 3.0, "num_inference_steps": 3, "strength": 1.0}
     pipeline(["other", "texts"], image=PHOTO.rotate(90), seed=1, **options)
     assert len(traced) == 5

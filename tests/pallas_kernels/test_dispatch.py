@@ -3,9 +3,11 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import device, dispatch
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8
 from pallas_kernels.quantize import QUANTIZE
+
+HERE = device.current().platform
 
 
 def operation():
@@ -43,7 +45,9 @@ def test_a_named_backend_that_cannot_run_raises_with_its_reason():
 
 
 def test_several_named_backends_that_cannot_run_raise_with_every_reason():
-    with pytest.raises(ValueError, match=r"never: it needs a loom, not a cpu; fast: x is 3, odd"):
+    with pytest.raises(
+        ValueError, match=rf"never: it needs a loom, not a {HERE}; fast: x is 3, odd"
+    ):
         operation()(3, implementation=["never", "fast"])
 
 
@@ -54,7 +58,7 @@ def test_an_unknown_name_raises_with_the_known_ones():
 
 def test_explain_tells_what_runs_and_why_the_others_do_not():
     assert operation().explain(2).splitlines() == [
-        "op/never: it needs a loom, not a cpu",
+        f"op/never: it needs a loom, not a {HERE}",
         "op/fast: runs",
         "op/slow: not needed",
     ]

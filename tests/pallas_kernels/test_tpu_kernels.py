@@ -12,6 +12,10 @@ from pallas_kernels.matmul import mosaic_tpu as tpu
 from pallas_kernels.matmul import reference
 from pallas_kernels.quantize import mosaic_tpu as tpu_quantize
 
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() == "gpu", reason="TPU kernels are interpreted on the CPU only"
+)
+
 
 def packed_weights(rng, n, k, group_size, step):
     """Return any codes but -8, which the format lacks, and any shifts."""
