@@ -1,12 +1,19 @@
 """Settings that must be in place before JAX starts, for all tests."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Scripts keep compiled programs in the user's cache folder; the tests of that turn it on again.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# Compiled programs are kept for this run only, for all of its processes: many tests call scripts
+# that compile the same ones. Workers inherit the folder from the process that starts them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="quartz-jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 # Several devices on the host, so that shard_map has something to split over.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 

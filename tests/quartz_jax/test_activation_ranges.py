@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from models import load_pipeline
+from models.linear import Part
 from models.pipeline import image_ids
 from models.tiny_flux.architecture import FOLDER
 from pallas_kernels.quantize import quantize
@@ -22,9 +23,10 @@ class Tap(nnx.Module):
     def __init__(self, linear: nnx.Linear):
         self.linear, self.inputs = linear, nnx.data([])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.inputs.append(x.reshape(-1, x.shape[-1]))
-        return self.linear(x)
+    def __call__(self, x: tuple[Part, ...], **around) -> jax.Array:
+        joined = jnp.concatenate([part.value() for part in x], axis=-1)
+        self.inputs.append(joined.reshape(-1, joined.shape[-1]))
+        return self.linear(x, **around)
 
 
 @pytest.fixture(scope="module")

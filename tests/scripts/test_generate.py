@@ -128,7 +128,7 @@ def test_a_second_process_compiles_nothing(run_script, tiny, tmp_path):
 
     def run():
         common = ["--model", tiny, "--prompt", "a", "--size", "32x32", "--steps", "2", "--json"]
-        cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+        cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
         done = run_script("generate.py", *common, "--out", tmp_path / "x.png", **cache)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])["programs"]
