@@ -220,9 +220,11 @@ def _call(
     config = config or choose_config(m, n, decode=decode, sms=sms)
     # Copies clip at the end of an array, but it must hold whole rows of the swizzle.
     x = _pad(x, config.tokens if interpret else 8, TILE_K)
-    columns = n + -n % ROWS
+    # Neither do they clip along an axis of one tile, whose index they drop: there must be columns
+    # for both warpgroups, or the second one would write its padding over the first one's results.
+    columns = max(n + -n % ROWS, TILE_N)
     if residual is not None:
-        residual = _pad(residual, config.tokens if interpret else 8, ROWS)
+        residual = _pad(residual, config.tokens if interpret else 8, columns)
     given = given | {"bias": bias, "gate": gate}
     vectors = {
         name: _flat(array, config.tokens if name.startswith("x_") else TILE_N)
