@@ -235,7 +235,7 @@ class FluxPipeline:
             latents = add_noise(image_latents, latents, sigmas[0])
         img_ids = image_ids(height // self.token_pixels, width // self.token_pixels)
         txt_ids = np.zeros((embeds.shape[1], 3), np.float32)
-        fixed = jax.device_put((embeds, pooled, img_ids, txt_ids))
+        fixed = (embeds, pooled, img_ids, txt_ids)
         guidance = None if guidance_scale is None else np.float32(guidance_scale)
         scale = None if negative is None else np.float32(true_cfg_scale)
 
@@ -244,6 +244,9 @@ class FluxPipeline:
             tqdm(total=len(sigmas) - 1, disable=not progress, unit="step") as bar,
         ):
             step, start = compiled(denoising_step, transformer), time.perf_counter()
+            # A step's result is committed to the weights' device if they are. Latents that aren't
+            # would be another program's.
+            latents, *fixed = jax.device_put((latents, *fixed), _device(transformer))
             for done, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas), -1):
                 last, latents = latents, step(latents, *fixed, sigma, next_sigma, guidance, scale)
                 if done >= 0:  # the next step is queued before the last one is waited for
@@ -399,6 +402,13 @@ def _jitted(function: Callable, graphdef: nnx.GraphDef, treedef: Any) -> Callabl
         return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)), *args)
 
     return jax.jit(call)
+
+
+def _device(module: nnx.Module) -> jax.sharding.Sharding | None:
+    """Return where the weights are, or None if they are on several devices."""
+    shardings = {leaf.sharding for leaf in jax.tree.leaves(nnx.state(module))}
+    one = len(shardings) == 1 and len(next(iter(shardings)).device_set) == 1
+    return shardings.pop() if one else None
 
 
 def _apply(module, *args):

@@ -71,6 +71,16 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(pipeline):
     assert not np.array_equal(three[0], three[1])
 
 
+def test_all_steps_are_one_program_where_weights_are_committed_to_a_device(schnell):
+    pipeline = models.load_pipeline(schnell, dtype=jnp.float32)
+    graphdef, state = nnx.split(pipeline.transformer)
+    pipeline.transformer = nnx.merge(graphdef, jax.device_put(state, jax.devices()[1]))
+    step = models.pipeline.compiled(models.pipeline.denoising_step, pipeline.transformer).func
+    step.clear_cache()
+    pipeline("a cat", **SIZE, num_inference_steps=3, progress=False, output_type="latent")
+    assert step._cache_size() == 1
+
+
 def test_weights_are_not_baked_into_the_compiled_step(schnell):
     pipeline = models.load_pipeline(schnell, dtype=jnp.float32)
     options = {**SIZE, "num_inference_steps": 1, "progress": False, "output_type": "latent"}
