@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -53,14 +54,17 @@ def main(argv: list[str] | None = None) -> None:
     model = random_transformer(config)
     inputs = random_inputs(config, width // 16, height // 16, args.text_tokens)
     results = {}
+    if args.together:
+        subjects = {name: in_recipe(model, name, args.expand) for name in args.recipes}
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda subject: run_once(subject, inputs), subjects.values()))
     for name in args.recipes:
-        subject = model
-        if name != "bf16":
-            subject, _ = quantize_model(model, get_recipe(name))
-            place(subject, expand=args.expand)
+        subject = subjects.pop(name) if args.together else in_recipe(model, name, args.expand)
         if name == args.recipes[-1]:
             del model  # so that the peak is the recipe's own, if it is the last
         results[name] = measure(subject, inputs, args.steps)
+        if args.together:  # they weren't this recipe's own
+            results[name] |= {"first_call_s": None, "peak_bytes": None}
         del subject
         show(name, results[name], results.get("bf16"))
     if args.out:
@@ -68,6 +72,15 @@ def main(argv: list[str] | None = None) -> None:
         record = {"command": " ".join(sys.argv), "device": device, "jax": jax.__version__}
         record |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "results": results}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def in_recipe(model: FluxTransformer, name: str, expand: bool) -> FluxTransformer:
+    """Return the model quantized and brought into this device's order; itself for bf16."""
+    if name == "bf16":
+        return model
+    subject, _ = quantize_model(model, get_recipe(name))
+    place(subject, expand=expand)
+    return subject
 
 
 def random_transformer(config: FluxConfig) -> FluxTransformer:
@@ -106,12 +119,7 @@ def random_inputs(config: FluxConfig, columns: int, rows: int, text_tokens: int)
 
 def measure(model: FluxTransformer, inputs: tuple, steps: int) -> dict:
     """Compile, run and profile a step."""
-    step = compiled(denoising_step, model)
-    start = time.perf_counter()
-    latents = jax.block_until_ready(step(*inputs))
-    first = time.perf_counter() - start
-    if not bool(jnp.isfinite(latents).all()):
-        raise ValueError("the step's result isn't finite")
+    step, first = compiled(denoising_step, model), run_once(model, inputs)
     kernels = timing.kernel_times(functools.partial(step, *inputs), 3)
     groups: dict[str, float] = {}
     for name, seconds in kernels.items():
@@ -129,6 +137,16 @@ def measure(model: FluxTransformer, inputs: tuple, steps: int) -> dict:
     }
 
 
+def run_once(model: FluxTransformer, inputs: tuple) -> float:
+    """Return the seconds of a step, compiling included if it is the first."""
+    start = time.perf_counter()
+    latents = jax.block_until_ready(compiled(denoising_step, model)(*inputs))
+    seconds = time.perf_counter() - start
+    if not bool(jnp.isfinite(latents).all()):
+        raise ValueError("the step's result isn't finite")
+    return seconds
+
+
 def queued(step: Callable, inputs: tuple, steps: int) -> float:
     """Return milliseconds a step of several that are enqueued at once."""
     start = time.perf_counter()
@@ -140,9 +158,9 @@ def queued(step: Callable, inputs: tuple, steps: int) -> float:
 
 def show(name: str, result: dict, base: dict | None) -> None:
     """Print a recipe's figures."""
-    line = (
-        f"{name:10} first call {result['first_call_s']:6.1f} s, step {result['queued_ms']:7.2f} ms"
-    )
+    line = f"{name:10} step {result['queued_ms']:7.2f} ms"
+    if result["first_call_s"]:
+        line += f", first call {result['first_call_s']:6.1f} s"
     line += f", kernels {result['kernels_ms']:7.2f} ms"
     line += f", weights {result['weight_bytes'] / 2**30:6.2f} GiB"
     if result["peak_bytes"]:
@@ -164,6 +182,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--text-tokens", type=cli.positive, default=512)
     add("--steps", type=cli.positive, default=5, help="steps that are enqueued together")
     add("--expand", action="store_true", help="4-bit weights decoded to int8 beforehand")
+    add("--together", action="store_true", help="compile all at once; no first calls, no peaks")
     add("--out", type=Path, help="JSON file for the results")
     return parser.parse_args(argv)
 
