@@ -49,15 +49,20 @@ class Config:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "steps", "scale", "column_sums"],
+    data_fields=["tiles", "scale", "column_sums"],
     meta_fields=["n", "k"],
 )
 @dataclasses.dataclass(frozen=True)
 class TiledWeights:
-    """4-bit weights in the order in which the kernel's threads read them; see `prepare_weights`."""
+    """Weights in the kernel's order; see `prepare_weights` and `prepare_int8`.
 
-    codes: jax.Array  # int32 [n_tiles, k_tiles, 16, 128]: codes plus 8, eight a word
-    steps: jax.Array  # int32 [n_tiles, k_tiles, 128]: step minus 1 of 16 k, eight a word
+    The tiles are 4-bit codes and steps in the order in which the kernel's threads read them:
+    int32 [n_tiles, k_tiles, 16, 128], codes plus 8, eight a word, and
+    int32 [n_tiles, k_tiles, 128], step minus 1 of 16 k, eight a word;
+    or int8 [n padded, k padded] alone.
+    """
+
+    tiles: tuple[jax.Array, ...]
     scale: jax.Array  # float32 [n, 1]
     column_sums: jax.Array  # int32 [n]: sum over k of the decoded weights
     n: int  # weight rows
@@ -93,14 +98,18 @@ def prepare_weights(
     words = _join(nibbles.transpose(0, 5, 1, 6, 2, 4, 9, 7, 3, 8, 10), (0, 8, 16, 24))
     words = _join(words, (0, 4))
     steps = steps.reshape(n_tiles, TILE_N, k_tiles, 8).transpose(0, 2, 1, 3)
-    return TiledWeights(
-        codes=words.reshape(n_tiles, k_tiles, TILE_N // 8, 128),
-        steps=_join(steps, range(0, 32, 4)),
-        scale=scale,
-        column_sums=sums,
-        n=n,
-        k=k,
-    )
+    tiles = words.reshape(n_tiles, k_tiles, TILE_N // 8, 128), _join(steps, range(0, 32, 4))
+    return TiledWeights(tiles=tiles, scale=scale, column_sums=sums, n=n, k=k)
+
+
+def prepare_int8(
+    w: jax.Array,  # [n, k], int8
+    scale: jax.Array,  # [n, 1], float32
+) -> TiledWeights:
+    """Pad int8 weights to whole tiles and sum their columns: once, at load time."""
+    n, k = w.shape
+    sums = jnp.sum(w, axis=1, dtype=jnp.int32)
+    return TiledWeights(tiles=(_pad(w, TILE_N, TILE_K),), scale=scale, column_sums=sums, n=n, k=k)
 
 
 def _pad(x: jax.Array, rows: int, columns: int, value: int = 0) -> jax.Array:
@@ -122,10 +131,10 @@ def matmul_prepared(
     x_lo: jax.Array | None = None,  # [m, 1], float32
     **options,  # of `_call`
 ) -> jax.Array:
-    """Multiply by weights that `prepare_weights` made; see `pallas_kernels.matmul.matmul`."""
+    """Multiply by prepared weights; see `pallas_kernels.matmul.matmul`."""
     sums = w.column_sums if x_lo is not None else None
     given = {"x_scale": x_scale, "w_scale": w.scale, "x_lo": x_lo, "sums": sums}
-    return _call(x, (w.codes, w.steps), given, n=w.n, **options)
+    return _call(x, w.tiles, given, n=w.n, **options)
 
 
 def matmul(
@@ -155,14 +164,10 @@ def matmul_int8(
     w: jax.Array,  # [n, k], int8
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
-    *,
-    x_lo: jax.Array | None = None,  # [m, 1], float32
-    **options,  # of `_call`
+    **options,  # of `matmul_prepared`
 ) -> jax.Array:
     """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
-    sums = None if x_lo is None else jnp.sum(w, axis=1, dtype=jnp.int32)
-    given = {"x_scale": x_scale, "w_scale": w_scale, "x_lo": x_lo, "sums": sums}
-    return _call(x, (_pad(w, TILE_N, TILE_K),), given, n=w.shape[0], **options)
+    return matmul_prepared(x, prepare_int8(w, w_scale), x_scale, **options)
 
 
 def why_not(
