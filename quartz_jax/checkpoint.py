@@ -16,6 +16,7 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -236,8 +237,10 @@ def load(
         raise ValueError(f"{folder} has no quantized {component}; it has {listed}")
     described = manifest.components[component]
     path = Path(folder).absolute() / component
-    for part, sha256 in described.parts.items():
-        if hash_files(path / part, "*") != sha256:
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
+        hashes = list(pool.map(lambda part: hash_files(path / part, "*"), described.parts))
+    for (part, sha256), found in zip(described.parts.items(), hashes, strict=True):
+        if found != sha256:
             raise ValueError(
                 f"{path / part} is corrupt or incomplete: its SHA-256 isn't quartz.json's"
             )
