@@ -99,11 +99,16 @@ def run_shards(bench: "Bench", recipes: list, missing: list, argv: Sequence[str]
     jobs = range(min(bench.args.jobs, len(recipes)))
     logs = [shard_path(bench.args.out, i).with_suffix(".log") for i in jobs]
     processes = [start_shard(bench, i, log, argv) for i, log in enumerate(logs)]
-    with tqdm(total=len(recipes), desc=bench.args.model.name, unit="recipe") as bar:
-        while any(process.poll() is None for process in processes):
-            time.sleep(1)
-            bench.take_in()
-            bar.update(sum(map(bench.finished, recipes)) - bar.n)
+    try:
+        with tqdm(total=len(recipes), desc=bench.args.model.name, unit="recipe") as bar:
+            while any(process.poll() is None for process in processes):
+                time.sleep(1)
+                bench.take_in()
+                bar.update(sum(map(bench.finished, recipes)) - bar.n)
+    finally:  # whatever ends this ends them
+        for process in processes:
+            process.terminate()
+            process.wait()
     bench.take_in()
     evaluation.write_results(bench.args.out, bench.results)
     for process, log in zip(processes, logs, strict=True):
