@@ -155,8 +155,12 @@ class ImageNetworks:
             parts.append(jax.device_get(efficientnet_lite0(self._effnet, part)))
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
-    def distance(self, images: np.ndarray, reference: np.ndarray) -> np.ndarray:
-        """Return ST-LPIPS of each pair of images [n, h, w, 3] in 0..1, float32 [n]."""
+    def distance(self, images: np.ndarray, reference: np.ndarray, batch: int = 8) -> np.ndarray:
+        """Return ST-LPIPS of each pair of images [n, h, w, 3] in 0..1, float32 [n].
+
+        A few at a time: early stages are large.
+        """
         compare = functools.partial(stlpips, self._stlpips)
-        pairs = zip(images, reference, strict=True)  # one at a time: early stages are large
-        return np.array([float(compare(a[None], b[None])[0]) for a, b in pairs])
+        starts = range(0, len(images), batch)
+        parts = [compare(images[s : s + batch], reference[s : s + batch]) for s in starts]
+        return np.concatenate(jax.device_get(parts))

@@ -2,10 +2,12 @@ r"""Compare recipes and methods with bf16 over many prompts, from the same noise
 
     python scripts/evaluate.py --recipes bf16,w4a4,nvfp4,svdquant+int4-g64
     python scripts/evaluate.py --recipes bf16,w4a4,w4a4x,bench --count 512 --batch 64 \
-        --calibration 128 --calibration-rows 256 --minutes 9
+        --calibration 128 --calibration-rows 256 --jobs 10
 
 Recipes are built-in names, .json files, or methods by their parts (quartz_jax/methods/names.py);
-"bench" is the whole comparison. Run the same command again to go on where it stopped.
+"bench" is the whole comparison. Run the same command again to go on where it stopped. Most of the
+time goes into compiling a program a recipe: --jobs spreads the recipes over processes, which share
+the device (or several) and the compiled programs on disk.
 """
 
 import argparse
@@ -13,7 +15,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +32,7 @@ from tqdm import tqdm
 
 from models import load_pipeline
 from models.pipeline import FluxPipeline
-from quartz_jax import cli, evaluation, get_recipe
+from quartz_jax import cli, compilation_cache, evaluation, get_recipe
 from quartz_jax.files import check_output, hash_files
 from quartz_jax.methods import (
     LayerStatistics,
@@ -56,14 +60,84 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, keep the results in a file and print a table."""
     args = parse(argv)
     recipes = [evaluation.resolve(name) for name in split_names(args.recipes)]
+    if args.jobs > 1:  # before the device is asked for its memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    compilation_cache.enable()
     bench = Bench(args)
     try:
-        for recipe in recipes:
+        if args.jobs > 1:
+            spread(bench, recipes, sys.argv[1:] if argv is None else argv)
+        for recipe in recipes if args.shard is None else recipes[args.shard[0] :: args.shard[1]]:
             bench.evaluate(recipe)
     except OutOfTime:
         print(f"{args.minutes} minutes are over; the same command goes on from here")
     rows = [bench.results["recipes"].get(x.name, {}).get("summary") for x in recipes]
     print(evaluation.markdown_table([row for row in rows if row]))
+
+
+def spread(bench: "Bench", recipes: list, argv: Sequence[str]) -> None:
+    """Evaluate recipes in --jobs processes, each its share, and take in what they found.
+
+    What all need is made first: bf16's images and program, and what the linears are given.
+
+    Raises:
+      ValueError: a process failed; its log is named.
+    """
+    bench.take_in()
+    for recipe in filter(recipe_is_16bit, recipes):
+        bench.evaluate(recipe)
+    evaluation.write_results(bench.args.out, bench.results)
+    if missing := [x for x in recipes if not bench.finished(x)]:
+        run_shards(bench, recipes, missing, argv)
+    for path in bench.shards():
+        path.unlink()
+
+
+def run_shards(bench: "Bench", recipes: list, missing: list, argv: Sequence[str]) -> None:
+    """Run the processes to their end; what isn't finished then raises, and stays in their files."""
+    bench.prepare(calibrated=any(getattr(x, "calibrated", False) for x in missing))
+    jobs = range(min(bench.args.jobs, len(recipes)))
+    logs = [shard_path(bench.args.out, i).with_suffix(".log") for i in jobs]
+    processes = [start_shard(bench, i, log, argv) for i, log in enumerate(logs)]
+    try:
+        with tqdm(total=len(recipes), desc=bench.args.model.name, unit="recipe") as bar:
+            while any(process.poll() is None for process in processes):
+                time.sleep(1)
+                bench.take_in()
+                bar.update(sum(map(bench.finished, recipes)) - bar.n)
+    finally:  # whatever ends this ends them
+        for process in processes:
+            process.terminate()
+            process.wait()
+    bench.take_in()
+    evaluation.write_results(bench.args.out, bench.results)
+    for process, log in zip(processes, logs, strict=True):
+        if process.returncode:
+            raise ValueError(f"a process of {len(processes)} failed; {log} says why")
+    if not all(map(bench.finished, recipes)):
+        raise OutOfTime
+    for log in logs:
+        log.unlink()
+
+
+def start_shard(bench: "Bench", index: int, log: Path, argv: Sequence[str]) -> subprocess.Popen:
+    """Start a process that evaluates every --jobs-th recipe into a file of its own."""
+    more = ["--jobs", "1", "--shard", f"{index}/{bench.args.jobs}"]
+    if bench.args.minutes:
+        more += ["--minutes", str(max(bench.minutes_left(), 1e-9))]
+    env = dict(os.environ)
+    if jax.default_backend() == "gpu":  # in turn on every GPU
+        every = ",".join(str(device.id) for device in jax.local_devices())
+        names = env.get("CUDA_VISIBLE_DEVICES", every).split(",")
+        env["CUDA_VISIBLE_DEVICES"] = names[index % len(names)]
+    command = [sys.executable, __file__, *argv, *more]
+    with log.open("w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env=env)
+
+
+def shard_path(out: Path, index: int) -> Path:
+    """Return where a process of several keeps its results."""
+    return out.with_suffix(f".shard{index}.json")
 
 
 class Bench:
@@ -82,16 +156,23 @@ class Bench:
         self.options = paired.SamplingOptions.of(
             self.original, size, args.steps, args.guidance, args.true_cfg
         )
-        self.results = evaluation.open_results(args.out, self.settings())
-        if not args.out.exists():  # files beside it are of other results
+        self.results = evaluation.open_results(args.out, self.settings)
+        self.out, self.known = args.out, {}
+        if args.shard is not None:
+            self.out, self.known = shard_path(args.out, args.shard[0]), self.results["recipes"]
+            self.results = evaluation.open_results(self.out, self.settings)
+        elif not args.out.exists():  # files beside it are of other results
+            for path in self.shards():
+                path.unlink()
             for name in ("calibration", "rows"):
                 self.beside(f"{name}.npz").unlink(missing_ok=True)
         self.base, _ = common.apply_recipe(self.original, get_recipe("bf16"))
         self.noise = self.noise_for(args.seed0, len(self.prompts))
         self.reference = functools.cache(self.sampler(self.base))
 
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """Return what must be the same for results to go into one file."""
+        """What must be the same for results to go into one file."""
         args = self.args
         weights = hash_files(args.model / "transformer", "*.safetensors")
         settings = {name: getattr(args, name) for name in _SETTINGS}
@@ -101,9 +182,9 @@ class Bench:
 
     def evaluate(self, recipe) -> None:
         """Measure one recipe, or what is still missing of it."""
-        entry = evaluation.open_scores(self.results, recipe)
-        if entry.get("summary") and len(entry["scores"]["psnr"]) == len(self.prompts):
+        if self.finished(recipe):
             return
+        entry = evaluation.open_scores(self.results, recipe)
         self.check_time()
         began = time.monotonic()
         pipeline, report = self.quantized(recipe)
@@ -124,7 +205,34 @@ class Bench:
         entry["seconds"] = entry.get("seconds", 0) + time.monotonic() - began
         bits = evaluation.mean_activation_bits(self.original.transformer, recipe)
         entry["summary"] = evaluation.summarize(recipe, report, entry["scores"], bits, **more)
-        evaluation.write_results(self.args.out, self.results)
+        evaluation.write_results(self.out, self.results)
+
+    def finished(self, recipe) -> bool:
+        """Whether all images of a recipe are measured."""
+        found = (x.get(recipe.name) for x in (self.results["recipes"], self.known))
+        return any(
+            entry["recipe"] == recipe.to_json() and self.complete(entry) for entry in found if entry
+        )
+
+    def complete(self, entry: dict[str, Any]) -> bool:
+        """Whether an entry of the results holds all images and the summary."""
+        return bool(entry.get("summary")) and len(entry["scores"]["psnr"]) == len(self.prompts)
+
+    def shards(self) -> list[Path]:
+        """Return the results of processes that are there."""
+        return sorted(self.args.out.parent.glob(f"{self.args.out.stem}.shard*.json"))
+
+    def take_in(self) -> None:
+        """Add the recipes that processes finished."""
+        for path in self.shards():
+            found = evaluation.open_results(path, self.settings)["recipes"]
+            whole = {name: entry for name, entry in found.items() if self.complete(entry)}
+            self.results["recipes"] |= whole
+
+    def prepare(self, calibrated: bool) -> None:
+        """Make what other processes find: inputs beside the results, programs in the cache."""
+        _ = self.rows, self.trajectory, self.calibration if calibrated else None
+        self.reference(0, min(self.args.batch, len(self.prompts)))
 
     def quantized(self, recipe) -> tuple[FluxPipeline, Any]:
         """Return the pipeline with a transformer that follows a recipe, and the report."""
@@ -146,7 +254,7 @@ class Bench:
         done = len(scores["psnr"])
         with tqdm(total=len(self.prompts), initial=done, desc=recipe.name, unit="image") as bar:
             for images in batches:
-                evaluation.write_results(self.args.out, self.results)
+                evaluation.write_results(self.out, self.results)
                 bar.update(images)
                 self.check_time()
 
@@ -221,9 +329,15 @@ class Bench:
         """Return a path beside the results file."""
         return self.args.out.with_suffix(f".{name}")
 
+    def minutes_left(self) -> float | None:
+        """Return what is left of --minutes, None without them."""
+        if not self.args.minutes:
+            return None
+        return self.args.minutes - (time.monotonic() - self.started) / 60
+
     def check_time(self) -> None:
         """Raise OutOfTime once --minutes are over."""
-        if self.args.minutes and time.monotonic() - self.started > 60 * self.args.minutes:
+        if self.args.minutes and self.minutes_left() < 0:
             raise OutOfTime
 
 
@@ -259,6 +373,14 @@ def read_labels(path: Path | None, prompts: list[str]) -> tuple[np.ndarray, np.n
     return indices, indices[evaluation.class_of_prompts(prompts, classes)]
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return (index, count) from text such as "2/8", for argparse."""
+    index, count = map(int, text.split("/"))
+    if not 0 <= index < count:
+        raise ValueError
+    return index, count
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
@@ -278,8 +400,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--real-count", type=cli.positive, default=2048, help="how many of them, drawn at random")
     add("--classes", type=Path, help="JSON list of classes (name, in1k), for class agreement")
     add("--minutes", type=float, help="stop after so long; the same command goes on")
+    add("--jobs", type=cli.positive, default=1, help="processes that share the recipes")
+    add("--shard", type=parse_shard, metavar="I/N", help="only every N-th recipe, from number I on")
     add("--out", type=Path, default=Path("outputs/evaluation.json"), help="results, resumed from")
     args = parser.parse_args(argv)
+    if args.shard is not None and (args.jobs > 1 or not args.out.exists()):
+        raise ValueError("--shard is what --jobs starts; give --jobs and no --shard")
     args.prompts = args.prompts or args.model / "prompts.txt"
     args.calibration_prompts = args.calibration_prompts or args.model / "calibration_prompts.txt"
     return args

@@ -1,4 +1,4 @@
-"""Train the embedded model from captioned images, stage by stage, into a diffusers folder.
+r"""Train the embedded model from captioned images, stage by stage, into a diffusers folder.
 
     python scripts/train_tiny_flux.py vae     --data emoji128.npz --work train/
     python scripts/train_tiny_flux.py flow    --data emoji128.npz --work train/
@@ -8,21 +8,25 @@
 
 With --data FOLDER of photos (train_*.npz, classes.json) it trains tiny-flux-photo, in one go:
 
-    for stage in vae flow distill export; do
-        python scripts/train_tiny_flux.py $stage --data tiny-imagenet --work photo/ --out OUT
-    done
+    python scripts/train_tiny_flux.py vae flow distill export \
+        --data tiny-imagenet --work photo/ --out OUT
 
-Every training stage resumes from the state it saved under --work and uses all local devices.
+Every training stage resumes from the state it saved under --work and uses all local devices; what
+is left of a stage that --stop-after ended is done by the same command.
 "measure" prints the autoencoder's PSNR and plots the losses in OUT/training (needs matplotlib).
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +38,8 @@ from models.text_encoders.clip import export_clip_text_encoder
 from models.text_encoders.t5 import export_t5_encoder
 from models.tiny_flux import architecture, dataset, training
 from models.vae.params import export_autoencoder_kl, load_autoencoder_kl
+from quartz_jax import cli, compilation_cache
+from quartz_jax.files import check_output
 
 # Enough on H200 GPUs: one for the autoencoder, four for the rest.
 STAGES = {
@@ -47,73 +53,95 @@ STAGES = {
         steps=8_000, minutes=2.0, batch_size=256, learning_rate=3e-4, ema_decay=0.998
     ),
 }
-# Photos: 64 pixels a side, 64 image tokens; for one H100.
+# Photos: 64 pixels a side, 64 image tokens; for two H100s.
 PHOTO_STAGES = {
-    "vae": dataclasses.replace(STAGES["vae"], minutes=2.5, batch_size=128),
-    "flow": dataclasses.replace(STAGES["flow"], minutes=7.0, batch_size=512),
-    "distill": dataclasses.replace(STAGES["distill"], minutes=1.5, batch_size=512),
+    "vae": dataclasses.replace(STAGES["vae"], minutes=2.0, batch_size=128, save_minutes=2.0),
+    "flow": dataclasses.replace(STAGES["flow"], minutes=7.0, batch_size=512, save_minutes=2.0),
+    "distill": dataclasses.replace(STAGES["distill"], minutes=1.2, batch_size=512),
 }
 LATENT_CHANNELS = 4
 PHOTO_LATENT_CHANNELS = 8  # texture needs more than smooth drawings do
+PHOTO_T5_TOKENS = 16  # "a photo of a Yorkshire terrier" is short: the longest caption takes 10
+# Without distillation the guidance embedding knows only 1, and guidance takes two calls a step.
+FLOW_GUIDANCE = {"guidance_scale": 1.0, "true_cfg_scale": 3.0}
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=[*STAGES, "export", "measure"])
-    parser.add_argument("--data", type=Path, required=True, help="the .npz of captioned images")
-    parser.add_argument("--work", type=Path, help="states and the growing model")
-    parser.add_argument("--out", type=Path, help="export and measure: the model folder")
-    parser.add_argument("--minutes", type=float, help="training time of the stage")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch-size", type=int, help="on each device")
-    parser.add_argument("--stop-after", type=float, default=math.inf, help="minutes; resumable")
-    parser.add_argument("--latent-channels", type=int, help="default: 4, for photos 8")
-    parser.add_argument("--caption-dropout", type=float, default=0.1)
-    args = parser.parse_args()
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line and refuse what can't be done."""
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("stages", nargs="+", choices=[*STAGES, "export", "measure"], help="run one after another")
+    add("--data", type=Path, required=True, help=".npz of captioned images, or folder of photos")
+    add("--work", type=Path, help="states and the growing model")
+    add("--out", type=Path, help="export and measure: the model folder")
+    add("--minutes", type=float, nargs="+", help="training time, one for each stage that trains")
+    add("--steps", type=cli.positive, help="at most, in each stage")
+    add("--batch-size", type=cli.positive, help="on each device")
+    add("--stop-after", type=float, default=math.inf, help="minutes of a stage; resumable")
+    add("--latent-channels", type=cli.positive, help="default: 4, for photos 8")
+    add("--caption-dropout", type=float, default=0.1)
+    args = parser.parse_args(argv)
     if args.latent_channels is None:
         args.latent_channels = PHOTO_LATENT_CHANNELS if args.data.is_dir() else LATENT_CHANNELS
-    if args.work is None and args.stage != "measure":
-        parser.error(f"{args.stage} needs --work FOLDER")
-    if args.out is None and args.stage in ("export", "measure"):
-        parser.error(f"{args.stage} needs --out FOLDER")
+    trained = [stage for stage in args.stages if stage in STAGES]
+    if args.minutes and len(args.minutes) != len(trained):
+        raise ValueError(
+            f"--minutes holds {len(args.minutes)}; give one for each of {', '.join(trained)}"
+        )
+    args.minutes = dict(zip(trained, args.minutes or [], strict=False))
+    if args.work is None and args.stages != ["measure"]:
+        raise ValueError("--work is missing; name a folder for states and the growing model")
+    if args.out is None and {"export", "measure"} & set(args.stages):
+        raise ValueError("--out is missing; name the model folder")
+    dataset.check_images(args.data)
+    check_output((args.work or args.out) / "x")
     return args
 
 
-def main() -> None:
-    """Run one stage."""
-    args = parse()
-    if args.stage == "vae":
-        train_vae(args)
-    elif args.stage == "export":
-        export(args)
-    elif args.stage == "measure":
-        measure(args)
-    else:
-        train_transformer(args)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stages; one that isn't finished ends the run."""
+    args = parse(argv)
+    compilation_cache.enable()
+    others = {"export": export, "measure": measure}
+    for stage in args.stages:
+        if stage in others:
+            others[stage](args)
+            continue
+        train = train_vae if stage == "vae" else train_transformer
+        if not train(args, stage):
+            print(f"{stage} isn't finished; the same command goes on from here")
+            return
 
 
 def stage_config(args: argparse.Namespace, stage: str) -> training.TrainingConfig:
     """Return the stage's defaults with the command line's changes."""
-    changes = {"minutes": args.minutes, "batch_size": args.batch_size, "steps": args.steps}
+    minutes = args.minutes.get(stage)
+    changes = {"minutes": minutes, "batch_size": args.batch_size, "steps": args.steps}
     given = {name: value for name, value in changes.items() if value is not None}
     stages = PHOTO_STAGES if args.data.is_dir() else STAGES
-    return dataclasses.replace(stages[stage], **given)
+    config = dataclasses.replace(stages[stage], **given)
+    return dataclasses.replace(config, scan=min(config.scan, config.steps))
 
 
-def train_vae(args: argparse.Namespace) -> None:
-    """Train the autoencoder and export it with its latents' mean and deviation."""
-    data = dataset.read_captioned_images(args.data)
-    vae = architecture.build_vae(args.latent_channels, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+@functools.cache
+def read_data(path: Path) -> dataset.CaptionedImages:
+    """Return the images and captions, decoded once for all stages."""
+    return dataset.read_captioned_images(path)
+
+
+def train_vae(args: argparse.Namespace, stage: str) -> bool:
+    """Train the autoencoder and export it with its latents' mean and deviation, if it finished."""
+    images = read_data(args.data).images
+    vae = architecture.build_vae(args.latent_channels, dtype=compute_dtype(), rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(vae)
-    config = stage_config(args, "vae")
+    config = stage_config(args, stage)
     loss = training.vae_loss(graphdef, config.batch_size)
     ema, finished = training.train(
-        "vae", config, loss, params, data.images, args.work / "vae", stop_after=args.stop_after
+        stage, config, loss, params, images, args.work / stage, stop_after=args.stop_after
     )
     if not finished:
-        return
-    latents = training.encode_dataset(graphdef, ema, data.images)
+        return False
+    latents = training.encode_dataset(graphdef, ema, images)
     vae = nnx.merge(graphdef, ema)
     vae.config = dataclasses.replace(
         vae.config,
@@ -122,17 +150,25 @@ def train_vae(args: argparse.Namespace) -> None:
     )
     export_autoencoder_kl(vae, args.work / "model" / "vae")
     print(f"latents: mean {latents.mean():.4f}, deviation {latents.std():.4f}")
+    return True
 
 
-def conditioned_latents(args: argparse.Namespace):
-    """Return the training arrays: packed latents and both forms of every caption."""
-    data = dataset.read_captioned_images(args.data)
-    vae = load_autoencoder_kl(args.work / "model" / "vae", dtype=jnp.bfloat16)
-    if args.data.is_dir():
+def compute_dtype() -> jnp.dtype:
+    """Return bfloat16, but float32 on CPUs, whose convolutions in bfloat16 take minutes a step."""
+    return common.compute_dtype()
+
+
+@functools.cache
+def conditioned_latents(path: Path, work: Path) -> tuple[dict, int]:
+    """Return the training arrays, packed latents and both forms of every caption, and channels."""
+    data = read_data(path)
+    vae = load_autoencoder_kl(work / "model" / "vae", dtype=compute_dtype())
+    tokenizers = make_tokenizers(path, data)
+    if path.is_dir():
         data = with_mirrored(data)
     latents = training.encode_dataset(*nnx.split(vae), data.images)
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    t5, clip = make_tokenizers(data)
+    t5, clip = tokenizers
     forms = (data.prompts, data.prompts_bare)
     rows = {
         "latents": np.asarray(pack(jnp.asarray(latents)).astype(jnp.bfloat16)),
@@ -155,67 +191,76 @@ def with_mirrored(data: dataset.CaptionedImages) -> dataset.CaptionedImages:
     )
 
 
-def make_tokenizers(data: dataset.CaptionedImages):
+def make_tokenizers(path: Path, data: dataset.CaptionedImages):
     """Return T5's and CLIP's tokenizer, both made from the captions."""
     length = architecture.TEXT_TOKENS
-    t5 = dataset.train_t5_tokenizer(data.prompts, architecture.T5_CONFIG.vocab_size, length)
+    t5_length = PHOTO_T5_TOKENS if path.is_dir() else length
+    t5 = dataset.train_t5_tokenizer(data.prompts, architecture.T5_CONFIG.vocab_size, t5_length)
     clip = dataset.train_clip_tokenizer(data.prompts, architecture.CLIP_CONFIG.vocab_size, length)
     return t5, clip
 
 
-def train_transformer(args: argparse.Namespace) -> None:
+def train_transformer(args: argparse.Namespace, stage: str) -> bool:
     """Train transformer and text encoders, or distill guidance into the transformer."""
-    data, channels = conditioned_latents(args)
-    graphdef, params = training.initialise(architecture.transformer_config(channels), seed=0)
-    config = stage_config(args, args.stage)
+    data, channels = conditioned_latents(args.data, args.work)
+    config = stage_config(args, stage)
+    graphdef, params = initialise(channels)
     frozen = None
-    if args.stage == "flow":
+    if stage == "flow":
         loss = training.flow_loss(graphdef, config.batch_size, args.caption_dropout)
     else:
         params = frozen = training.restore_ema(args.work / "flow", params)
         loss = training.guidance_loss(graphdef, config.batch_size)
-    training.train(
-        args.stage,
+    _, finished = training.train(
+        stage,
         config,
         loss,
         params,
         data,
-        args.work / args.stage,
+        args.work / stage,
         frozen=frozen,
         stop_after=args.stop_after,
     )
+    return finished
+
+
+def initialise(channels: int) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return transformer and text encoders for so many latent channels."""
+    config = architecture.transformer_config(channels)
+    return training.initialise(config, seed=0, dtype=compute_dtype())
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the whole model folder: the last stage that ran, and the autoencoder."""
-    vae = load_autoencoder_kl(args.work / "model" / "vae", dtype=jnp.bfloat16)
-    config = architecture.transformer_config(vae.config.latent_channels)
-    graphdef, params = training.initialise(config, seed=0)
-    last = "distill" if (args.work / "distill").exists() else "flow"
+    """Write the whole model folder: the last stage that saved a state, and the autoencoder."""
+    vae = load_autoencoder_kl(args.work / "model" / "vae", dtype=compute_dtype())
+    graphdef, params = initialise(vae.config.latent_channels)
+    last = "distill" if training.has_state(args.work / "distill") else "flow"
     model = nnx.merge(graphdef, training.restore_ema(args.work / last, params))
     export_flux_transformer(model.transformer, args.out / "transformer")
     export_clip_text_encoder(model.clip, args.out / "text_encoder")
     export_t5_encoder(model.t5, args.out / "text_encoder_2")
     export_autoencoder_kl(vae, args.out / "vae")
-    data = dataset.read_captioned_images(args.data)
-    t5, clip = make_tokenizers(data)
+    data = read_data(args.data)
+    t5, clip = make_tokenizers(args.data, data)
     clip.save_pretrained(args.out / "tokenizer")
     t5.save_pretrained(args.out / "tokenizer_2")
-    for stage in ("flow", "distill"):
-        log = args.out / "training" / f"{stage}.jsonl"
-        log.parent.mkdir(exist_ok=True)
-        shutil.copyfile(args.work / stage / "log.jsonl", log)
+    for source in sorted(args.work.glob("*/log.jsonl")):
+        if source.parent.name != "vae":
+            log = args.out / "training" / f"{source.parent.name}.jsonl"
+            log.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, log)
     write_json(args.out / "scheduler" / "scheduler_config.json", architecture.SCHEDULER_CONFIG)
-    write_json(args.out / "model_index.json", model_index(data.images.shape[1]))
+    guidance = FLOW_GUIDANCE if last == "flow" else {}
+    write_json(args.out / "model_index.json", model_index(data.images.shape[1], guidance))
     if args.data.is_dir():
         write_prompts(args.out, data)
     print(f"{last} weights from {jax.device_count()} device(s) written to {args.out}")
 
 
-def model_index(side: int) -> dict:
+def model_index(side: int, guidance: dict[str, float]) -> dict:
     """Return model_index.json for square images of so many pixels a side."""
     own = architecture.MODEL_INDEX
-    defaults = own["_generation_defaults"] | {"height": side, "width": side}
+    defaults = own["_generation_defaults"] | {"height": side, "width": side} | guidance
     return own | {"_generation_defaults": defaults}
 
 
@@ -230,7 +275,7 @@ def write_prompts(out: Path, data: dataset.CaptionedImages) -> None:
 
 def measure(args: argparse.Namespace, images: int = 128) -> None:
     """Print the autoencoder's reconstruction PSNR and plot the losses of the other stages."""
-    data = dataset.read_captioned_images(args.data)
+    data = read_data(args.data)
     chosen = np.random.default_rng(0).choice(len(data.images), images, replace=False)
     vae = load_autoencoder_kl(args.out / "vae", dtype=jnp.float32)
     psnr = training.reconstruction_psnr(vae, data.images[np.sort(chosen)])
@@ -259,4 +304,4 @@ def write_json(path: Path, value: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

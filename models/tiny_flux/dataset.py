@@ -37,6 +37,16 @@ class CaptionedImages:
     prompts_bare: list[str]  # "pizza, 3d style"
 
 
+def check_images(path: Path) -> None:
+    """Raise ValueError unless a path is a file, or a folder with what one of photos holds."""
+    if path.is_dir():
+        wanted = [x for x in ("classes.json", "train_*.npz") if not list(path.glob(x))]
+        if wanted:
+            raise ValueError(f"{path} holds no {' and no '.join(wanted)}; give a folder of photos")
+    elif not path.is_file():
+        raise ValueError(f"{path} doesn't exist; give an .npz of images or a folder of photos")
+
+
 def read_captioned_images(path: Path) -> CaptionedImages:
     """Decode every image of the file, or of the folder of photos, and write out its captions."""
     return _read_photos(path) if path.is_dir() else _read_emoji(path)

@@ -127,7 +127,7 @@ def train(
     run = _make_run(config, optimizer, loss_function)
     begin = last = saved = time.monotonic()
     compiling = True  # the first call's time isn't training time
-    bar = tqdm(total=config.steps, initial=step, desc=name, mininterval=5)
+    bar = tqdm(total=config.steps, initial=step, desc=name, mininterval=10)
     log = (folder / "log.jsonl").open("a")
     while step < config.steps and elapsed < 60 * config.minutes:
         progress = max(step / config.steps, elapsed / (60 * config.minutes))
@@ -157,8 +157,20 @@ def train(
     return state["ema"], finished
 
 
+def has_state(folder: Path) -> bool:
+    """Whether a stage saved a state in this folder."""
+    state = folder.resolve() / "state"
+    return state.exists() and ocp.CheckpointManager(state).latest_step() is not None
+
+
 def restore_ema(folder: Path, like: Any) -> Any:
-    """Return the EMA parameters of a saved stage; `like` is a pytree of the same structure."""
+    """Return the EMA parameters of a saved stage; `like` is a pytree of the same structure.
+
+    Raises:
+      ValueError: the stage saved nothing there.
+    """
+    if not has_state(folder):
+        raise ValueError(f"{folder} holds no saved state; train that stage first")
     manager = ocp.CheckpointManager(folder.resolve() / "state")
     state = {"params": like, "ema": like, "optimizer": make_optimizer().init(like)}
     state["key"] = jax.random.key_data(jax.random.key(0))
@@ -298,7 +310,8 @@ def guidance_loss(
         teacher: TextToImage = nnx.merge(graphdef, frozen)
         student: TextToImage = nnx.merge(graphdef, params)
         noised, time_, _, *ids = _noised(data, use, batch_size, caption_dropout)
-        empty = [jnp.broadcast_to(data[name], ids[0].shape) for name in ("empty_t5", "empty_clip")]
+        names = ("empty_t5", "empty_clip")
+        empty = [jnp.broadcast_to(data[x], y.shape) for x, y in zip(names, ids, strict=True)]
         scale = jax.random.uniform(scale_key, (batch_size,), minval=1.0, maxval=largest)
         ones = jnp.ones(batch_size)
         embeds, pooled = teacher.encode(*ids)
@@ -312,9 +325,11 @@ def guidance_loss(
     return loss
 
 
-def initialise(config: FluxConfig, seed: int) -> tuple[nnx.GraphDef, Any]:
-    """Return graph definition (bfloat16 compute) and float32 parameters of the trained part."""
-    model = TextToImage(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(seed))
+def initialise(
+    config: FluxConfig, seed: int, dtype: jnp.dtype = jnp.bfloat16
+) -> tuple[nnx.GraphDef, Any]:
+    """Return graph definition (computing in `dtype`) and float32 parameters of what is trained."""
+    model = TextToImage(config, dtype=dtype, rngs=nnx.Rngs(seed))
     return nnx.split(model)
 
 

@@ -139,3 +139,42 @@ def test_a_report_of_nothing_is_refused(argv, out, tmp_path, capsys):
     code = cli.run(report.main, ["--results", str(out), "--out", str(tmp_path / "r.html")])
     assert (code, (tmp_path / "r.html").exists()) == (2, False)
     assert "needs bf16" in capsys.readouterr().err
+
+
+def test_processes_that_share_the_recipes_find_what_one_does(argv, out, tmp_path):
+    evaluate.main(with_recipes(argv, "bf16,w8a8,gptq+int4-g64"))
+    one = json.loads(out.read_text())["recipes"]
+    path = tmp_path / "spread.json"
+    more = ("--out", str(path), "--jobs", "2")
+    evaluate.main(with_recipes(argv, "bf16,w8a8,gptq+int4-g64", *more))
+    several = json.loads(path.read_text())["recipes"]
+    assert set(several) == set(one)
+    for name, entry in one.items():
+        np.testing.assert_allclose(several[name]["scores"]["psnr"], entry["scores"]["psnr"], 1e-5)
+    assert list(tmp_path.glob("spread.shard*")) == []
+
+
+def test_what_processes_found_before_they_were_stopped_is_taken_in(argv, out):
+    evaluate.main(with_recipes(argv, "bf16,w8a8"))
+    results = json.loads(out.read_text())
+    entry = results["recipes"].pop("w8a8")
+    entry["scores"]["psnr"] = [1.0, 2.0]
+    shard = results | {"recipes": {"w8a8": entry}}
+    out.write_text(json.dumps(results))
+    out.with_suffix(".shard0.json").write_text(json.dumps(shard))
+    evaluate.main(with_recipes(argv, "bf16,w8a8", "--jobs", "2"))
+    assert scores(out, "w8a8") == [1.0, 2.0]
+
+
+def test_a_process_that_fails_is_said_and_its_log_is_kept(argv, out, capsys, monkeypatch):
+    evaluate.main(with_recipes(argv, "bf16"))
+    monkeypatch.setattr(evaluate, "__file__", "no_such_script.py")
+    assert cli.run(evaluate.main, with_recipes(argv, "bf16,w8a8", "--jobs", "2")) == 2
+    assert "says why" in capsys.readouterr().err
+    assert "no_such_script.py" in out.with_suffix(".shard0.log").read_text()
+
+
+def test_a_shard_without_the_common_results_is_refused(argv, out, capsys):
+    assert cli.run(evaluate.main, [*argv, "--shard", "0/2"]) == 2
+    assert "give --jobs and no --shard" in capsys.readouterr().err
+    assert not out.exists()
