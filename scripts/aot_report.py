@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args()
     lines = [_title(), "", *HEADER.splitlines()]
-    notes = _notes(options.out)
+    notes = kept_notes(options.out)
     print("\n".join(lines))
     with tempfile.TemporaryDirectory() as folder:
         # Read by libtpu when it starts, with the first compilation.
@@ -85,7 +85,7 @@ def main() -> int:
     return 0
 
 
-def _notes(path: Path | None) -> str:
+def kept_notes(path: Path | None) -> str:
     """Return the notes of an earlier report, a blank line before them, or nothing."""
     if path is None or not path.exists():
         return ""
