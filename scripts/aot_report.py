@@ -43,7 +43,7 @@ EPILOGUE_HEADER = """\
 What the fused kernel (group 16) runs outside the loop over k, once a tile of m and n: multiplying
 by the scales alone, and with what a layer adds.
 
-- epilogue: bundles of that branch.
+- bundles: of that branch.
 - grid step: bundles a step of the grid as above, the epilogue's share included.
 - of scales alone: that over the grid step of the first row.
 
