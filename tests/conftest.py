@@ -16,8 +16,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="quartz-jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-# Small programs too: both workers meet the same shapes, and so do models that are built again.
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Several devices on the host, so that shard_map has something to split over.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
