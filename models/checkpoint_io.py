@@ -103,8 +103,12 @@ class StoredModule:
     def load(self, dtype: jnp.dtype) -> nnx.Module:
         """Return the module with every parameter read, in a floating dtype."""
         graphdef, state = nnx.split(self.abstract)
+        # Cast by NumPy: on the device every shape would be a program of its own to compile.
         filled = [
-            (path, variable.replace(jnp.asarray(self.read(_dotted(path)), dtype)))
+            (
+                path,
+                variable.replace(jnp.asarray(self.read(_dotted(path)).astype(dtype, copy=False))),
+            )
             for path, variable in nnx.to_flat_state(state)
         ]
         return nnx.merge(graphdef, nnx.from_flat_state(filled))

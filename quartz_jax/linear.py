@@ -140,7 +140,7 @@ def encode_weight(
     Raises:
       ValueError: it holds a NaN or an infinity; names the layer.
     """
-    if not jnp.isfinite(kernel).all():
+    if not _all_finite(kernel):
         raise ValueError(f"weight of {path} holds NaN or infinity; check the base checkpoint")
     return _encode_weight(kernel, format)
 
@@ -187,6 +187,11 @@ def encode_activation(
 def round_to_bf16(x: jax.Array) -> jax.Array:
     """Return floating values rounded to bfloat16, in the dtype they have."""
     return x.astype(jnp.bfloat16).astype(x.dtype)
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def _encode_weight(kernel: jax.Array, format: Format) -> QuartzTensor | IntTensor:

@@ -1,9 +1,10 @@
 """Compare the static schedules of the fused and the plain int8 TPU kernels, without a TPU.
 
-    python scripts/aot_report.py --out tpu_schedules.md
+    python scripts/aot_report.py --out pallas_kernels/matmul/tpu_schedules.md
 
 Needs the libtpu that matches the installed JAX. Bundles are what the compiler schedules, one a
-cycle unless memory stalls; waiting for memory isn't in them.
+cycle unless memory stalls; waiting for memory isn't in them. Notes that the file holds already,
+from the line "## Notes" on, are kept.
 """
 
 import argparse
@@ -11,10 +12,12 @@ import importlib.metadata
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,7 +25,10 @@ from pallas_kernels import aot
 from pallas_kernels.matmul import mosaic_tpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
 
+NOTES = "## Notes"
 HEADER = """\
+## Grid steps
+
 Bundles a step of the grid (one tile of m, n and k), averaged over a whole matmul.
 
 - ratio: the fused kernel's bundles over the plain int8 kernel's, at the shape's own m.
@@ -31,6 +37,26 @@ Bundles a step of the grid (one tile of m, n and k), averaged over a whole matmu
 
 | chip | shape | m, n, k | group | plain | fused | ratio | one tile | matrix |
 |---|---|---|---|---|---|---|---|---|"""
+EPILOGUE_HEADER = """\
+## Epilogues
+
+What the fused kernel (group 16) runs outside the loop over k, once a tile of m and n: multiplying
+by the scales alone, and with what a layer adds.
+
+- bundles: of that branch.
+- grid step: bundles a step of the grid as above, the epilogue's share included.
+- of scales alone: that over the grid step of the first row.
+
+| chip | shape | epilogue | bundles | grid step | of scales alone |
+|---|---|---|---|---|---|"""
+# What layers put into the epilogue, by name.
+EPILOGUES = {
+    "scales": (),
+    "scales, bias": ("bias",),
+    "scales, bias, GELU": ("bias", "gelu"),
+    "scales, bias, gate, residual": ("bias", "gate", "residual"),
+}
+EPILOGUE_SHAPES = ["flux-mlp-up", "flux-mlp-down"]
 
 
 def main() -> int:
@@ -43,22 +69,48 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args()
     lines = [_title(), "", *HEADER.splitlines()]
+    notes = kept_notes(options.out)
     print("\n".join(lines))
     with tempfile.TemporaryDirectory() as folder:
         # Read by libtpu when it starts, with the first compilation.
         os.environ["LIBTPU_INIT_ARGS"] = " ".join(
             f"--xla_jf_dump_{key}" for key in (f"to={folder}", "hlo_text=true", "llo_text=true")
         )
-        for chip in options.chips:
-            for name in options.shapes:
-                plain = _schedule(Path(folder), chip, SHAPES[name], None)
-                for group_size in options.groups:
-                    fused = _schedule(Path(folder), chip, SHAPES[name], group_size)
-                    lines.append(_row(chip, name, group_size, plain, fused))
-                    print(lines[-1], flush=True)
+        for line in _tables(Path(folder), options):
+            lines.append(line)
+            print(line, flush=True)
     if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+        text = "\n".join(["# Static schedules of the TPU matmul kernels", "", *lines])
+        options.out.write_text(f"{text}\n{notes}")
     return 0
+
+
+def kept_notes(path: Path | None) -> str:
+    """Return the notes of an earlier report, a blank line before them, or nothing."""
+    if path is None or not path.exists():
+        return ""
+    _, heading, notes = path.read_text().partition(f"\n{NOTES}\n")
+    return heading + notes
+
+
+def _tables(folder: Path, options: argparse.Namespace) -> Iterator[str]:
+    """Compile everything; yield the lines of both tables, the first one's header excepted."""
+    for chip in options.chips:
+        for name in options.shapes:
+            plain = _schedule(folder, chip, SHAPES[name], None)
+            for group_size in options.groups:
+                fused = _schedule(folder, chip, SHAPES[name], group_size)
+                yield _row(chip, name, group_size, plain, fused)
+    yield from ["", *EPILOGUE_HEADER.splitlines()]
+    for chip in options.chips:
+        for name in EPILOGUE_SHAPES:
+            shape = SHAPES[name]
+            alone = _schedule(folder, chip, shape, 16)
+            for title, parts in EPILOGUES.items():
+                schedule = _schedule(folder, chip, shape, 16, parts) if parts else alone
+                steps = [_steps(x, shape, 16) for x in (schedule, alone)]
+                cells = [chip, name, title, str(schedule.last), f"{steps[0]:.0f}"]
+                yield f"| {' | '.join([*cells, f'{steps[0] / steps[1]:.3f}'])} |"
 
 
 def _title() -> str:
@@ -66,11 +118,22 @@ def _title() -> str:
     return f"`python scripts/aot_report.py`, {versions}, {datetime.now(UTC):%Y-%m-%d}."
 
 
-def _schedule(folder: Path, chip: str, shape: Shape, group_size: int | None) -> aot.Schedule:
+def _schedule(
+    folder: Path, chip: str, shape: Shape, group_size: int | None, epilogue: tuple[str, ...] = ()
+) -> aot.Schedule:
     for file in folder.iterdir():
         file.unlink()
     arguments = aot.tpu_matmul_arguments(shape.m, shape.n, shape.k, group_size=group_size)
-    aot.compile_for_tpu(chip, mosaic_tpu.matmul_prepared, *arguments)
+    column = jax.ShapeDtypeStruct((shape.n,), jnp.bfloat16)
+    shapes = {"bias": column, "gate": column}
+    shapes["residual"] = jax.ShapeDtypeStruct((shape.m, shape.n), jnp.bfloat16)
+    activation = "gelu" if "gelu" in epilogue else None
+
+    def run(x, weights, x_scale, arrays):
+        return mosaic_tpu.matmul_prepared(x, weights, x_scale, activation=activation, **arrays)
+
+    arrays = {name: shapes[name] for name in epilogue if name in shapes}
+    aot.compile_for_tpu(chip, run, *arguments, arrays)
     kernel = "int8_matmul" if group_size is None else "quartz_matmul"
     endings = "final_bundles", "final_hlo-static-per-bundle-utilization"
     bundles, utilization = (
@@ -79,16 +142,18 @@ def _schedule(folder: Path, chip: str, shape: Shape, group_size: int | None) -> 
     return aot.read_schedule(bundles, utilization)
 
 
+def _steps(schedule: aot.Schedule, shape: Shape, group_size: int | None, m: int = 0) -> float:
+    """Return the mean bundles of a grid step, at the shape's own m or another."""
+    tile_m, tile_k, _ = mosaic_tpu.tile_sizes(shape.m, shape.n, shape.k, group_size)
+    return schedule.per_step(-(-(m or shape.m) // tile_m), -(-shape.k // tile_k))
+
+
 def _row(chip: str, name: str, group_size: int, plain: aot.Schedule, fused: aot.Schedule) -> str:
     shape = SHAPES[name]
-    tile_m, tile_k, _ = mosaic_tpu.tile_sizes(shape.m, shape.n, shape.k, group_size)
-    m_tiles, k_tiles = -(-shape.m // tile_m), -(-shape.k // tile_k)
-    whole = [schedule.per_step(m_tiles, k_tiles) for schedule in (plain, fused)]
-    single = [schedule.per_step(1, k_tiles) for schedule in (plain, fused)]
-    shares = [
-        f"{schedule.matrix / steps:.0%}"
-        for schedule, steps in zip((plain, fused), whole, strict=True)
-    ]
+    both = (plain, fused)
+    whole = [_steps(schedule, shape, group_size) for schedule in both]
+    single = [_steps(schedule, shape, group_size, m=1) for schedule in both]
+    shares = [f"{schedule.matrix / steps:.0%}" for schedule, steps in zip(both, whole, strict=True)]
     cells = [
         chip,
         name,

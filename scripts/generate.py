@@ -1,6 +1,7 @@
 """Make images from text, and perhaps an image, with a quantized transformer; tell what it took."""
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -142,4 +143,5 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # modules are no garbage, so the collections between models needn't look at them
     sys.exit(cli.run(main))

@@ -1,5 +1,7 @@
 """Every backend of the activation quantization against the reference, and after a norm float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +38,15 @@ def random_input(rng, m, k, dtype):
     return np.where(rng.random((m, 1)) < 0.3, np.abs(x), x).astype(dtype)
 
 
+@functools.cache
+def compiled(function, config):
+    """Jit a backend or the reference once for all tests, config as pairs."""
+    return jax.jit(lambda x, norm: function(x, norm=norm, **dict(config)))
+
+
 def run(function, x, norm=None, **config):
     """Call under jit; return NumPy arrays."""
-    call = jax.jit(lambda x, norm: function(x, norm=norm, **config))
+    call = compiled(function, tuple(sorted(config.items())))
     return [None if a is None else np.asarray(a) for a in call(x, norm)]
 
 

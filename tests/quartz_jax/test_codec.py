@@ -42,6 +42,25 @@ def test_quantize_equals_the_oracle_bit_for_bit(config, x):
 
 
 @pytest.mark.parametrize("range_", ["absmax", "minmax"])
+def test_rows_about_the_smallest_extent_equal_the_oracle(range_):
+    """Random rows hardly ever come near the extent below which all is zero."""
+    extents = 2.0**-100 * np.array([[0.5], [1 - 2**-24], [1], [1 + 2**-23], [1.5], [2], [2.5]])
+    x = (extents * np.linspace(0, 1, 17)).astype(np.float32)
+    config = QuartzConfig(range=range_)
+    assert_stored(quartz_jax.quantize(x, config), spec_oracle.quantize(x, config))
+
+
+def test_values_beside_ties_are_rounded_by_the_true_quotient():
+    rng = np.random.default_rng(0)
+    largest = np.exp2(rng.uniform(-60, 60, (256, 1))).astype(np.float32)
+    multiplier = np.float32(127) / largest
+    ties = (rng.integers(-126, 126, (256, 63)) + np.float32(0.5)) / multiplier
+    x = np.concatenate([largest, ties], axis=1).astype(np.float32)
+    q = quartz_jax.quantize_int(x)
+    np.testing.assert_array_equal(q.values, np.rint(x * multiplier))
+
+
+@pytest.mark.parametrize("range_", ["absmax", "minmax"])
 @given(x=strategies.floats((2, 37), dtypes=strategies.FLOATS))
 def test_input_dtype_changes_nothing_but_its_own_rounding(range_, x):
     config = QuartzConfig(range=range_)
