@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,16 @@ class Opened:
 
     pipeline: FluxPipeline
     report: Report | None  # of the transformer; None until it has been quantized
+
+
+def compile_quickly() -> None:
+    """Keep XLA on GPUs from searching tilings for matmuls of its own, which is most of compiling.
+
+    For programs that run briefly. Call it before JAX is first used; XLA_FLAGS may say otherwise.
+    """
+    flag, flags = "--xla_gpu_enable_triton_gemm", os.environ.get("XLA_FLAGS", "")
+    if flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
 
 
 def compute_dtype() -> jnp.dtype:

@@ -59,6 +59,7 @@ class OutOfTime(Exception):
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, keep the results in a file and print a table."""
     args = parse(argv)
+    common.compile_quickly()
     recipes = [evaluation.resolve(name) for name in split_names(args.recipes)]
     if args.jobs > 1:  # before the device is asked for its memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -101,6 +101,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stages; one that isn't finished ends the run."""
     args = parse(argv)
+    common.compile_quickly()
     compilation_cache.enable()
     others = {"export": export, "measure": measure}
     for stage in args.stages:
