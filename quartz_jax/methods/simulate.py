@@ -54,7 +54,11 @@ class SimulatedLinear(nnx.Module):
         """Return the linear alone, float32 [..., n] from float32 [..., k]."""
         for step in self.steps:
             x = step(x)
-        stored = x if self.activation is None else self.activation(x)
+        stored = x
+        if self.activation is not None:
+            # Apart from the matmul: XLA on GPUs would fuse the rounding into Triton's, which takes
+            # minutes to compile, and where QuaRTZ's integers came out otherwise (JAX 0.11.2, H100).
+            stored = jax.lax.optimization_barrier(self.activation(x))
         y = jnp.einsum("...k,nk->...n", stored, self.weight.get_value(), precision=_HIGHEST)
         if self.branch is not None:
             down, up = (part.get_value() for part in self.branch)
