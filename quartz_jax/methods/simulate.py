@@ -56,9 +56,10 @@ class SimulatedLinear(nnx.Module):
             x = step(x)
         stored = x
         if self.activation is not None:
-            # Apart from the matmul: XLA on GPUs would fuse the rounding into Triton's, which takes
-            # minutes to compile, and where QuaRTZ's integers came out otherwise (JAX 0.11.2, H100).
-            stored = jax.lax.optimization_barrier(self.activation(x))
+            # The scale, a block's step and the rounding must see the same numbers: XLA on GPUs
+            # computes what comes before anew for each, in other roundings (JAX 0.11.2, H100).
+            x = jax.lax.optimization_barrier(x)
+            stored = self.activation(x)
         y = jnp.einsum("...k,nk->...n", stored, self.weight.get_value(), precision=_HIGHEST)
         if self.branch is not None:
             down, up = (part.get_value() for part in self.branch)
