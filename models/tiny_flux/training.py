@@ -347,7 +347,8 @@ def encode_dataset(
         return nnx.merge(graphdef, params).encode(scaled)[0].astype(jnp.float32)
 
     starts = tqdm(range(0, len(images), batch_size), "encode images")
-    return np.concatenate([np.asarray(encode(params, images[s : s + batch_size])) for s in starts])
+    parts = [encode(params, images[s : s + batch_size]) for s in starts]  # none waits for another
+    return np.concatenate([np.asarray(part) for part in parts])
 
 
 def reconstruction_psnr(
