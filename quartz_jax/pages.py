@@ -75,13 +75,13 @@ def image(
     label: str = "",
     zoom: int = 1,
 ) -> str:
-    """Return an inline PNG with a label under it; zoomed pixels stay square."""
+    """Return an inline lossless WebP with a label under it; zoomed pixels stay square."""
     sheet, buffer = Image.fromarray(pixels), io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    sheet.save(buffer, "WEBP", lossless=True)
     data = base64.b64encode(buffer.getvalue()).decode()
     style = " class=px" if zoom > 1 else ""
     under = f"<br>{text(label)}" if label else ""
-    source = f"src='data:image/png;base64,{data}'"
+    source = f"src='data:image/webp;base64,{data}'"
     return f"<div class=card><img{style} alt='{text(label)}' {source}>{under}</div>"
 
 

@@ -129,7 +129,7 @@ def test_the_report_is_one_file_with_every_method(argv, out, tmp_path):
     assert "a &lt;note&gt;" in html
     for name in METHODS.split(","):
         assert name in html
-    assert html.count("data:image/png") >= 3 * 3 + 2 * 3 * 5  # a wall of three, five a case
+    assert html.count("data:image/webp") >= 3 * 3 + 2 * 3 * 5  # a wall of three, five a case
     assert html.count("<svg") == 3
     assert not any(word in html for word in ("<script", 'src="http', "src='http", "<link"))
 
