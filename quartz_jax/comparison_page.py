@@ -16,9 +16,10 @@ _ERROR_GAIN = 4  # of error maps, so that small errors show
 _FAMILIES = {"svdquant": "C3", "quartz": "C0", "w4a": "C0", "nvfp4": "C2", "mxfp4": "C4"}
 _FAMILIES |= {"sdr": "C5", "int": "C1", "w8a8": "C7"}
 # From most to least telling; the first that the results hold sorts the images.
-_ORDER = ("stlpips", "ssim", "psnr")
-_RISING = {"stlpips": True, "ssim": False, "psnr": False}  # whether more is worse
-_TITLES = {"stlpips": "ST-LPIPS to bf16", "ssim": "SSIM to bf16", "psnr": "PSNR to bf16, dB"}
+_ORDER = ("lpips", "stlpips", "ssim", "psnr")
+_RISING = {"lpips": True, "stlpips": True, "ssim": False, "psnr": False}  # whether more is worse
+_TITLES = {"lpips": "LPIPS to bf16", "stlpips": "ST-LPIPS to bf16"}
+_TITLES |= {"ssim": "SSIM to bf16", "psnr": "PSNR to bf16, dB"}
 
 
 def comparison_page(results: dict[str, Any], images: Path, note: str = "", links: str = "") -> str:

@@ -3,6 +3,7 @@
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,17 +17,18 @@ from flax import nnx
 
 from quartz_jax.convert import linears
 from quartz_jax.files import atomic_file
+from quartz_jax.images import to_bytes
 from quartz_jax.linear import QuartzLinear, round_to_bf16
 from quartz_jax.methods import LayerStatistics, Method, SimulatedLinear, get_method
-from quartz_jax.metrics import bootstrap_interval, psnr, ssim
+from quartz_jax.metrics import bootstrap_interval
 from quartz_jax.recipe import RECIPES, Recipe, get_recipe
 from quartz_jax.report import Report
 
 Sample = Callable[[int, int], np.ndarray]  # images start..stop, [stop - start, h, w, 3] in 0..1
 Scores = dict[str, list[float]]  # "psnr", "ssim" and such, one figure an image
-Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images and reference to [batch]
+# Index of the first image, images and reference to figures [batch] by name.
+Measure = Callable[[int, np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
-METRICS: Mapping[str, Metric] = {"psnr": psnr, "ssim": ssim}
 COLUMNS = {
     "recipe": "recipe",
     "weight_bits": "bits/element W",
@@ -34,7 +36,11 @@ COLUMNS = {
     "megabytes": "transformer MB",
     "psnr": "PSNR, dB [95 %]",
     "ssim": "SSIM [95 %]",
+    "lpips": "LPIPS [95 %]",
     "stlpips": "ST-LPIPS [95 %]",
+    "fid": "FID",
+    "fid_to_bf16": "FID to bf16",
+    "clip": "CLIP score [95 %]",
     "kid": "KID-EffNetLite0 x1000 [95 %]",
     "agreement": "class agreement [95 %]",
     "velocity": "velocity error [95 %]",
@@ -42,6 +48,7 @@ COLUMNS = {
     "relative_error": "weight error",
 }
 _DIGITS = {"psnr": 2, "kid": 2, "sqnr": 1, "megabytes": 1, "weight_bits": 2, "activation_bits": 2}
+_DIGITS |= {"fid": 2, "fid_to_bf16": 2, "clip": 2}
 
 
 def resolve(name: str) -> Recipe | Method:
@@ -67,21 +74,17 @@ def score(
     count: int,
     batch: int,
     scores: Scores,
-    metrics: Mapping[str, Metric] = METRICS,
-    keep: Callable[[int, np.ndarray], None] = lambda start, images: None,
+    measure: Measure,
 ) -> Iterator[int]:
     """Compare images batch by batch, adding to `scores`; what it already holds is not done again.
 
-    `keep` gets every batch with the index of its first image. Yields the number of images of each
-    batch, after its scores were added.
+    Yields the number of images of each batch, after its scores were added.
     """
     for start in range(len(scores["psnr"]), count, batch):
         stop = min(start + batch, count)
-        images, originals = sample(start, stop), reference(start, stop)
-        keep(start, images)
-        new = {name: metric(images, originals).tolist() for name, metric in metrics.items()}
-        for name, values in new.items():
-            scores.setdefault(name, []).extend(values)
+        figures = measure(start, sample(start, stop), reference(start, stop))
+        for name, values in figures.items():
+            scores.setdefault(name, []).extend(values.tolist())
         yield stop - start
 
 
@@ -177,18 +180,25 @@ class ImageStore:
         for old in self.folder.glob("*.npy") if start == 0 else ():
             old.unlink()
         with atomic_file(self.folder / f"{start:06d}.npy") as partial, partial.open("wb") as file:
-            np.save(file, np.round(np.clip(images, 0, 1) * 255).astype(np.uint8))
+            np.save(file, to_bytes(images))
 
-    def load(self, count: int) -> np.ndarray:
-        """Return uint8 [count, h, w, 3].
+    def images(self, count: int) -> Iterator[np.ndarray]:
+        """Yield `count` images, uint8 [h, w, 3], with one batch in memory.
 
         Raises:
           ValueError: images are missing.
         """
-        parts = [np.load(path) for path in sorted(self.folder.glob("*.npy"))]
-        if sum(map(len, parts)) < count:
+        batches = (np.load(path) for path in sorted(self.folder.glob("*.npy")))
+        found = 0
+        for image in itertools.islice(itertools.chain.from_iterable(batches), count):
+            yield image
+            found += 1
+        if found < count:
             raise ValueError(f"{self.folder} lacks images; delete the results to make them again")
-        return np.concatenate(parts)[:count]
+
+    def load(self, count: int) -> np.ndarray:
+        """Return uint8 [count, h, w, 3]; raises ValueError if images are missing."""
+        return np.stack(list(self.images(count)))
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:

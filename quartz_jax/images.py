@@ -1,4 +1,4 @@
-"""Grids of images as PNG files."""
+"""Images as bytes and files, and grids of them."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def grid(
     sheet = Image.new("RGB", (columns * width, top + len(rows) * height), "white")
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            sheet.paste(_to_pil(image), (j * width, top + i * height))
+            sheet.paste(Image.fromarray(to_bytes(image)), (j * width, top + i * height))
     draw = ImageDraw.Draw(sheet)
     for j, label in enumerate(labels):
         draw.text((j * width + 4, 3), label, "black", ImageFont.load_default(12))
@@ -58,5 +58,6 @@ def save_png(image: Image.Image, path: Path) -> None:
         image.save(partial, format="PNG")
 
 
-def _to_pil(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.round(np.clip(image, 0, 1) * 255).astype(np.uint8))
+def to_bytes(images: np.ndarray) -> np.ndarray:
+    """Return floats in 0..1 of any shape as uint8, the nearest."""
+    return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)

@@ -1,6 +1,7 @@
-"""Real images to compare with, from one .npz file."""
+"""Real images to compare with: one .npz file, or a folder of image files."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,3 +28,26 @@ def read_photos(path: Path, count: int, seed: int = 0) -> np.ndarray:
         return np.stack([np.asarray(Image.open(io.BytesIO(x)).convert("RGB")) for x in files])
     except (KeyError, OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} holds no usable images: {error}") from None
+
+
+def find_photos(folder: Path, names: Sequence[str] | None) -> list[Path]:
+    """Return the image files of a folder: those named, or all below it, sorted.
+
+    Args:
+      folder: where they are.
+      names: paths below the folder, as `quartz_jax.prompts` gives them; None for all.
+
+    Raises:
+      ValueError: a named file is absent, or there are fewer than two.
+    """
+    known = Image.registered_extensions()
+    found = (
+        [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in known]
+        if names is None
+        else [folder / name for name in names]
+    )
+    if missing := [path for path in found if not path.is_file()]:
+        raise ValueError(f"{missing[0]} is missing, and {len(missing) - 1} more of {len(found)}")
+    if len(found) < 2:
+        raise ValueError(f"{folder} holds {len(found)} real images; FID needs two or more")
+    return found

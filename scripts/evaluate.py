@@ -8,19 +8,29 @@ Recipes are built-in names, .json files, or methods by their parts (quartz_jax/m
 "bench" is the whole comparison. Run the same command again to go on where it stopped. Most of the
 time goes into compiling a program a recipe: --jobs spreads the recipes over processes, which share
 the device (or several) and the compiled programs on disk.
+
+FID, CLIP score and LPIPS as they are published for such models, with their real networks:
+
+    pip install -e '.[published]'
+    python scripts/evaluate.py --model FLUX.1-dev --recipes bf16,w4a4 --count 5000 \
+        --prompts MJHQ-30K/meta_data.json --real MJHQ-30K --inception weights-inception.pth \
+        --clip clip-vit-large-patch14 --lpips alexnet.pth
+
+Images are kept beside the results: 5000 of 1024x1024 take 16 GB a recipe, and 63 GB for the 16-bit
+model's in float32, which all recipes and processes are compared with.
 """
 
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +42,9 @@ from tqdm import tqdm
 
 from models import load_pipeline
 from models.pipeline import FluxPipeline
-from quartz_jax import cli, compilation_cache, evaluation, get_recipe
-from quartz_jax.files import check_output, hash_files
+from quartz_jax import cli, compilation_cache, evaluation, get_recipe, published
+from quartz_jax.files import atomic_file, check_output, hash_files
+from quartz_jax.images import read_image, to_bytes
 from quartz_jax.methods import (
     LayerStatistics,
     Method,
@@ -43,13 +54,15 @@ from quartz_jax.methods import (
     simulate_model,
     split_names,
 )
-from quartz_jax.metrics import bootstrap_interval, kernel_distance
+from quartz_jax.metrics import bootstrap_interval, kernel_distance, psnr, ssim
 from quartz_jax.networks import FILES, ImageNetworks
-from quartz_jax.photos import read_photos
+from quartz_jax.photos import find_photos, read_photos
+from quartz_jax.prompts import read_prompts
 
 _RECIPES = "w8a8,w4a16,w4a8x,w4a8,w4a4x,w4a4,w4a4-paper,int4"
 _SETTINGS = ("steps", "guidance", "true_cfg", "size", "seed0")  # arguments that shape the images
 _SETTINGS += ("calibration", "calibration_rows")
+_BESIDE = ("calibration.npz", "rows.npz", "real.npy", "bf16.npy")  # inputs; Inception's features
 
 
 class OutOfTime(Exception):
@@ -147,11 +160,15 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.started = time.monotonic()
-        self.prompts = read_prompts(args.prompts, args.count)
+        prompts = read_prompts(args.prompts, args.count)
+        self.prompts = prompts.texts
         size = cli.parse_size(args.size)  # refuse it before any work
         check_output(args.out)
+        self.published = published.open_networks(args.inception, args.clip, args.lpips)
+        in_files = args.real is not None and args.real.is_dir()
+        self.real_files = find_photos(args.real, prompts.images) if in_files else []
         self.networks = open_networks(args.networks)
-        self.real = read_photos(args.real, args.real_count) if args.real else None
+        self.real = read_photos(args.real, args.real_count) if args.real and not in_files else None
         self.labels = read_labels(args.classes, self.prompts)
         self.original = load_pipeline(args.model, dtype=common.compute_dtype())
         self.options = paired.SamplingOptions.of(
@@ -165,11 +182,11 @@ class Bench:
         elif not args.out.exists():  # files beside it are of other results
             for path in self.shards():
                 path.unlink()
-            for name in ("calibration", "rows"):
-                self.beside(f"{name}.npz").unlink(missing_ok=True)
+            for name in _BESIDE:
+                self.beside(name).unlink(missing_ok=True)
+            shutil.rmtree(self.beside("reference"), ignore_errors=True)
         self.base, _ = common.apply_recipe(self.original, get_recipe("bf16"))
         self.noise = self.noise_for(args.seed0, len(self.prompts))
-        self.reference = functools.cache(self.sampler(self.base))
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -179,6 +196,7 @@ class Bench:
         settings = {name: getattr(args, name) for name in _SETTINGS}
         settings |= {"networks": self.networks is not None, "real": args.real and args.real.name}
         settings |= {"model": args.model.resolve().name, "sha256": weights}
+        settings |= self.published.hashes
         return settings | {"prompts": self.prompts}
 
     def evaluate(self, recipe) -> None:
@@ -201,7 +219,7 @@ class Bench:
                 self.base.transformer, pipeline.transformer, self.rows
             )
             more["sqnr"] = float(np.mean(list(entry["sqnr"].values())))
-        more |= self.against_photos(store)
+        more |= self.against_photos(store) | self.frechet_distances(recipe, store)
         entry["report"] = report.to_json()
         entry["seconds"] = entry.get("seconds", 0) + time.monotonic() - began
         bits = evaluation.mean_activation_bits(self.original.transformer, recipe)
@@ -234,6 +252,8 @@ class Bench:
         """Make what other processes find: inputs beside the results, programs in the cache."""
         _ = self.rows, self.trajectory, self.calibration if calibrated else None
         self.reference(0, min(self.args.batch, len(self.prompts)))
+        if self.published.inception:
+            _ = self.bf16_inception, self.real_inception if self.real_files else None
 
     def quantized(self, recipe) -> tuple[FluxPipeline, Any]:
         """Return the pipeline with a transformer that follows a recipe, and the report."""
@@ -245,19 +265,71 @@ class Bench:
 
     def score(self, recipe, pipeline, entry: dict[str, Any], store: evaluation.ImageStore) -> None:
         """Make the images that are missing and compare them with the 16-bit ones."""
-        metrics = dict(evaluation.METRICS)
-        if self.networks is not None:
-            metrics["stlpips"] = self.networks.distance
         samples, scores = (self.sampler(pipeline), self.reference), entry["scores"]
-        batches = evaluation.score(
-            *samples, len(self.prompts), self.args.batch, scores, metrics, store.put
-        )
+        measure = functools.partial(self.measure, store)
+        batches = evaluation.score(*samples, len(self.prompts), self.args.batch, scores, measure)
         done = len(scores["psnr"])
         with tqdm(total=len(self.prompts), initial=done, desc=recipe.name, unit="image") as bar:
             for images in batches:
                 evaluation.write_results(self.out, self.results)
                 bar.update(images)
                 self.check_time()
+
+    def measure(
+        self,
+        store: evaluation.ImageStore,
+        start: int,
+        images: np.ndarray,  # [batch, h, w, 3], floats in 0..1
+        originals: np.ndarray,  # the same shape
+    ) -> dict[str, np.ndarray]:
+        """Keep a batch of images and return what is measured image by image, [batch] each."""
+        store.put(start, images)
+        figures = {"psnr": psnr(images, originals), "ssim": ssim(images, originals)}
+        if self.networks is not None:
+            figures["stlpips"] = self.networks.distance(images, originals)
+        if self.published.lpips:
+            figures["lpips"] = self.published.lpips.distance(images, originals)
+        if self.published.clip:
+            prompts = self.prompts[start : start + len(images)]
+            figures["clip"] = self.published.clip.score(images, prompts)
+        return figures
+
+    def frechet_distances(self, recipe, store: evaluation.ImageStore) -> dict[str, float]:
+        """Return FID against the real images, if given, and against the 16-bit model's."""
+        if self.published.inception is None:
+            return {}
+        count, more = len(self.prompts), {}
+        images = tqdm(store.images(count), recipe.name, count, unit="feature")
+        features = self.published.inception.features(images)
+        if self.real_files:
+            more["fid"] = published.frechet_distance(features, self.real_inception)
+        if not recipe_is_16bit(recipe):
+            more["fid_to_bf16"] = published.frechet_distance(features, self.bf16_inception)
+        return more
+
+    @functools.cached_property
+    def real_inception(self) -> np.ndarray:
+        """Inception's features of the real images, [n, 2048]."""
+        images = (np.asarray(read_image(path)) for path in self.real_files)
+        return self.inception_features("real", images, len(self.real_files))
+
+    @functools.cached_property
+    def bf16_inception(self) -> np.ndarray:
+        """Inception's features of the 16-bit model's images, [n, 2048]."""
+        count, batch = len(self.prompts), self.args.batch
+        batches = (self.reference(i, min(i + batch, count)) for i in range(0, count, batch))
+        images = (image for images in batches for image in to_bytes(images))
+        return self.inception_features("bf16", images, count)
+
+    def inception_features(self, name: str, images: Iterable, count: int) -> np.ndarray:
+        """Return Inception's features, from the file beside the results if it is there."""
+        path = self.beside(f"{name}.npy")
+        if not path.exists():
+            images = tqdm(images, f"{name} images", count, unit="feature")
+            features = self.published.inception.features(images)
+            with atomic_file(path) as partial, partial.open("wb") as file:
+                np.save(file, features)
+        return np.load(path)
 
     def against_photos(self, store: evaluation.ImageStore) -> dict[str, Any]:
         """Return KID against real images and agreement with the prompts' classes, where given."""
@@ -307,6 +379,15 @@ class Bench:
             save_statistics(path, record(self.base.transformer, run, rows_per_call=rows))
         return load_statistics(path)
 
+    def reference(self, start: int, stop: int) -> np.ndarray:
+        """Return the 16-bit model's images start..stop, which are kept beside the results."""
+        path = self.beside("reference") / f"{start:06d}-{stop:06d}.npy"
+        if not path.exists():
+            images = self.sampler(self.base)(start, stop)
+            with atomic_file(path) as partial, partial.open("wb") as file:
+                np.save(file, images)
+        return np.load(path)
+
     def sampler(self, pipeline: FluxPipeline) -> evaluation.Sample:
         """Return a function that makes images start..stop; noise i depends on the seed and i."""
 
@@ -347,12 +428,6 @@ def recipe_is_16bit(recipe) -> bool:
     return not recipe.rules
 
 
-def read_prompts(path: Path, count: int) -> list[str]:
-    """Return `count` prompts from a file with one a line, from its start again at its end."""
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    return list(itertools.islice(itertools.cycle(cli.check_prompts(lines)), count))
-
-
 def open_networks(folder: Path) -> ImageNetworks | None:
     """Return the metric networks; None, with a word about it, if they were never converted."""
     if any((folder / name).exists() for name in FILES.values()):
@@ -388,7 +463,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=common.EMBEDDED_MODEL, help="16-bit model folder")
     add("--recipes", default=_RECIPES, help='names or .json files, with commas; or "bench"')
-    add("--prompts", type=Path, help="file with one a line; default: the model's prompts.txt")
+    add("--prompts", type=Path, help="one a line, or MJHQ-30K's .json; default: the model's own")
     add("--count", type=cli.positive, default=128, help="images a recipe")
     add("--batch", type=cli.positive, default=16, help="images at a time")
     cli.add_sampling(parser)
@@ -397,8 +472,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--calibration", type=cli.positive, default=32, help="prompts to calibrate on")
     add("--calibration-rows", type=cli.positive, default=128, help="tokens kept a call of a layer")
     add("--networks", type=Path, default=Path("outputs/metric_networks"), help="converted ones")
-    add("--real", type=Path, help=".npz of real images, for KID")
-    add("--real-count", type=cli.positive, default=2048, help="how many of them, drawn at random")
+    add("--real", type=Path, help=".npz of real images, for KID; or a folder, for FID")
+    add("--real-count", type=cli.positive, default=2048, help="of the .npz, drawn at random")
+    add("--inception", type=Path, help="torch-fidelity's weights-inception-*.pth, for FID")
+    add("--clip", type=Path, help="folder of a CLIP model in transformers' layout, for CLIP score")
+    add("--lpips", type=Path, help="torchvision's alexnet-*.pth, for LPIPS")
     add("--classes", type=Path, help="JSON list of classes (name, in1k), for class agreement")
     add("--minutes", type=float, help="stop after so long; the same command goes on")
     add("--jobs", type=cli.positive, default=1, help="processes that share the recipes")
@@ -407,6 +485,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.shard is not None and (args.jobs > 1 or not args.out.exists()):
         raise ValueError("--shard is what --jobs starts; give --jobs and no --shard")
+    if args.real is not None and args.real.is_dir() and args.inception is None:
+        raise ValueError(f"--real {args.real} is a folder, which is for FID; give --inception too")
     args.prompts = args.prompts or args.model / "prompts.txt"
     args.calibration_prompts = args.calibration_prompts or args.model / "calibration_prompts.txt"
     return args

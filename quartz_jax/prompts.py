@@ -1,0 +1,61 @@
+"""Prompts to evaluate on: a text file, or MJHQ-30K's list, whose prompts have real images."""
+
+import dataclasses
+import itertools
+import json
+import random
+from pathlib import Path
+
+from quartz_jax.cli import check_prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts, and the real images that belong to them."""
+
+    texts: list[str]  # as many as were asked for
+    images: list[str] | None  # "category/id.jpg", each once; None for a text file
+
+
+def read_prompts(path: Path, count: int) -> Prompts:
+    """Return `count` prompts of a file, from its start again at its end.
+
+    A text file has one a line. A .json file has the form of MJHQ-30K's meta_data.json (Li et al.,
+    arXiv 2402.17245), an object from image ids to {"category": ..., "prompt": ...}. Of more than
+    `count` of these a sample is taken, the one of SVDQuant's evaluation (arXiv 2411.05007,
+    deepcompressor's MJHQ.py): ids in the file's order, shuffled by Python's generator of seed 0,
+    the first `count`, sorted. Prompts are in the sample's order, in the file's if all are taken.
+
+    Raises:
+      ValueError: there is no prompt, or a .json file isn't of the form.
+    """
+    if path.suffix != ".json":
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        return Prompts(texts=_repeated(check_prompts(lines), count), images=None)
+    entries = _read_entries(path)
+    names = list(entries)
+    if count < len(names):
+        random.Random(0).shuffle(names)
+        names = sorted(names[:count])
+    texts = check_prompts([entries[name]["prompt"] for name in names])
+    images = [f"{entries[name]['category']}/{name}.jpg" for name in names]
+    return Prompts(texts=_repeated(texts, count), images=images)
+
+
+def _read_entries(path: Path) -> dict[str, dict[str, str]]:
+    form = f'{path} must be an object {{"id": {{"category": "...", "prompt": "..."}}, ...}}'
+    try:
+        entries = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{form}; it is no JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{form}; it is a {type(entries).__name__}")
+    for name, entry in entries.items():
+        found = entry if isinstance(entry, dict) else {}
+        if not all(isinstance(found.get(key), str) for key in ("category", "prompt")):
+            raise ValueError(f"{form}; entry {name!r} isn't")
+    return entries
+
+
+def _repeated(texts: list[str], count: int) -> list[str]:
+    return list(itertools.islice(itertools.cycle(texts), count))
