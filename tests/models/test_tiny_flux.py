@@ -9,25 +9,34 @@ from models import load_pipeline
 from models.pipeline import pack
 from models.tiny_flux import architecture, dataset, training
 
-WEIGHTS = sorted(architecture.FOLDER.rglob("*.safetensors"))
+PHOTO_FOLDER = architecture.FOLDER.parent / "tiny_flux_photo"
 
 
-def test_weights_fit_the_repository():
-    sizes = [file.stat().st_size for file in WEIGHTS]
+@pytest.mark.parametrize("folder", [architecture.FOLDER, PHOTO_FOLDER], ids=lambda x: x.name)
+def test_weights_fit_the_repository(folder):
+    sizes = [file.stat().st_size for file in folder.rglob("*.safetensors")]
     assert len(sizes) == 4 and sum(sizes) < 60e6 and max(sizes) < 50e6
 
 
-def test_final_latents_equal_those_of_diffusers():
+@pytest.mark.parametrize(
+    ("folder", "prompts"),
+    [
+        (architecture.FOLDER, ["A pizza, 3d style", "a rocket, noto style"]),
+        (PHOTO_FOLDER, ["a photo of a goldfish", "A photo of a Yorkshire terrier"]),
+    ],
+    ids=["emoji", "photo"],
+)
+def test_final_latents_equal_those_of_diffusers(folder, prompts):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    pipeline = load_pipeline(architecture.FOLDER, dtype=jnp.float32)
-    prompts = ["A pizza, 3d style", "a rocket, noto style"]
+    pipeline = load_pipeline(folder, dtype=jnp.float32)
     noise = pipeline.initial_noise(jax.random.key(3), 2, 96, 128)
     options = {"height": 96, "width": 128, "num_inference_steps": 2, "guidance_scale": 2.5}
     ours = pipeline(prompts, latents=noise, output_type="latent", progress=False, **options)
-    theirs = diffusers.FluxPipeline.from_pretrained(architecture.FOLDER, dtype=torch.float32)
+    theirs = diffusers.FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    options |= {"max_sequence_length": architecture.TEXT_TOKENS}  # diffusers pads to 512 otherwise
+    # diffusers pads to 512 otherwise
+    options |= {"max_sequence_length": pipeline.tokenizer_2.model_max_length}
     start = torch.tensor(np.array(noise))
     wanted = theirs(prompts, latents=start, output_type="latent", **options).images.numpy()
     assert np.linalg.norm(ours - wanted) <= 1e-4 * np.linalg.norm(wanted)
