@@ -17,6 +17,9 @@ _FAMILIES = {"svdquant": "C3", "quartz": "C0", "w4a": "C0", "nvfp4": "C2", "mxfp
 _FAMILIES |= {"sdr": "C5", "int": "C1", "w8a8": "C7"}
 # From most to least telling; the first that the results hold sorts the images.
 _ORDER = ("lpips", "stlpips", "ssim", "psnr")
+# What the plots by layer and timestep show, if the results hold any of them.
+_CORE = ("quartz", "quartz-integer", "int4", "int4-g64", "mxfp4", "nvfp4")
+_CORE += ("rotate+quartz-integer", "svdquant+int4-g64", "svdquant+quartz", "svdquant+nvfp4")
 _RISING = {"lpips": True, "stlpips": True, "ssim": False, "psnr": False}  # whether more is worse
 _TITLES = {"lpips": "LPIPS to bf16", "stlpips": "ST-LPIPS to bf16"}
 _TITLES |= {"ssim": "SSIM to bf16", "psnr": "PSNR to bf16, dB"}
@@ -139,6 +142,8 @@ def _scatter(compared, metric) -> str:
     ticks = [4, 4.5, 5, 6, 8, 12, 16]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set(xlabel="stored bits an element, mean of weights and inputs", ylabel=_TITLES[metric])
+    if _RISING[metric]:
+        axis.set_yscale("log")
     bits = [_bits(entry) for entry in compared.values()]
     axis.set_xlim(min(bits) * 0.97, max(bits) * 1.04)
     axis.grid(alpha=0.25)
@@ -151,7 +156,7 @@ def _scatter(compared, metric) -> str:
 
 def _by_layer_and_step(compared, ranked, most: int = 10) -> str:
     shown = [n for n in ranked if "sqnr" in compared[n]]
-    core = [n for n in shown if "+" not in n][:most] or shown[:most]
+    core = [n for n in shown if n in _CORE] or shown[:most]
     if not core:
         return ""
     figure, axes = pages.new_figure(11, 7)
