@@ -273,4 +273,6 @@ def test_a_weight_in_slices_is_the_weight_at_once(monkeypatch, as_numpy):
     sliced, sliced_report = quantize_layer("x", given, None, rule)
     for name in ("codes", "shifts", "scale"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(sliced, name))
-    assert sliced_report.relative_error == pytest.approx(report.relative_error, rel=1e-6)
+    # Two float32 sums of that many squares, in different orders; the root halves their errors.
+    bound = kernel.size * 2.0**-24
+    assert sliced_report.relative_error == pytest.approx(report.relative_error, rel=bound)
