@@ -164,12 +164,10 @@ def test_a_report_of_nothing_is_refused(evaluated, tmp_path, capsys):
     assert "needs bf16" in capsys.readouterr().err
 
 
-def test_processes_that_share_the_recipes_find_what_one_does(argv, out, tmp_path):
-    evaluate.main(with_recipes(argv, "bf16,w8a8,gptq+int4-g64"))
-    one = json.loads(out.read_text())["recipes"]
+def test_processes_that_share_the_recipes_find_what_one_does(compared, argv, tmp_path):
+    one = json.loads(compared.read_text())["recipes"]
     path = tmp_path / "spread.json"
-    more = ("--out", str(path), "--jobs", "2")
-    evaluate.main(with_recipes(argv, "bf16,w8a8,gptq+int4-g64", *more))
+    evaluate.main(with_recipes(argv, METHODS, "--out", str(path), "--jobs", "2"))
     several = json.loads(path.read_text())["recipes"]
     assert set(several) == set(one)
     for name, entry in one.items():
