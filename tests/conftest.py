@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -22,6 +23,21 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 settings.register_profile("quartz", max_examples=100, deadline=None, derandomize=True)
 settings.load_profile("quartz")
 
+# Tests of what whole models and scripts do: they compile many programs and run each a few times,
+# so LLVM compiles those with few optimizations. The other tests hold operations to exact numbers,
+# which optimizations endanger, or compile for accelerators: theirs are compiled as users' are.
+QUICKLY_COMPILED = {
+    "models",
+    "scripts",
+    "quartz_jax/test_activation_ranges.py",
+    "quartz_jax/test_analysis.py",
+    "quartz_jax/test_checkpoint.py",
+    "quartz_jax/test_conversion.py",
+    "quartz_jax/test_methods.py",
+    "quartz_jax/test_networks.py",
+    "quartz_jax/test_quantized_lora.py",
+}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections():
@@ -32,3 +48,23 @@ def _quick_collections():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Compile a test's programs quickly or as usual, those of its fixtures and processes too."""
+    import jax
+
+    path = item.path.relative_to(Path(__file__).parent)
+    quickly = not QUICKLY_COMPILED.isdisjoint([path.parts[0], path.as_posix()])
+    quickly &= os.environ["JAX_PLATFORMS"] == "cpu"
+    wanted = str(int(quickly))
+    if wanted != os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS"):
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = wanted  # of processes that tests start
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()  # of programs compiled the other way
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the files that take longest, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "scripts")

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import shutil
 
 import evaluate
 import numpy as np
@@ -7,14 +9,20 @@ import report
 
 from quartz_jax import cli
 
+METHODS = "bf16,w4a4,gptq+int4-g64"
+
+
+def command_line(tiny, folder, recipes="w8a8,int4"):
+    (folder / "prompts.txt").write_text("a cat\n\na dog\n")
+    options = {"model": tiny, "prompts": folder / "prompts.txt", "out": folder / "out.json"}
+    options |= {"networks": folder / "none", "calibration-prompts": folder / "prompts.txt"}
+    options |= {"count": 2, "batch": 1, "steps": 1, "size": "32x32", "recipes": recipes}
+    return [str(x) for name, value in options.items() for x in (f"--{name}", value)]
+
 
 @pytest.fixture
 def argv(tiny, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
-    options = {"model": tiny, "prompts": tmp_path / "prompts.txt", "out": tmp_path / "out.json"}
-    options |= {"networks": tmp_path / "none", "calibration-prompts": tmp_path / "prompts.txt"}
-    options |= {"count": 2, "batch": 1, "steps": 1, "size": "32x32", "recipes": "w8a8,int4"}
-    return [str(x) for name, value in options.items() for x in (f"--{name}", value)]
+    return command_line(tiny, tmp_path)
 
 
 @pytest.fixture
@@ -22,27 +30,48 @@ def out(tmp_path):
     return tmp_path / "out.json"
 
 
+@pytest.fixture(scope="module")
+def evaluated(tiny, tmp_path_factory):
+    """Folder of a run of two recipes, what it printed in printed.txt."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    with (folder / "printed.txt").open("w") as file, contextlib.redirect_stdout(file):
+        evaluate.main(command_line(tiny, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tiny, tmp_path_factory):
+    """Results file of a run of recipes and methods."""
+    folder = tmp_path_factory.mktemp("compared")
+    evaluate.main(command_line(tiny, folder, METHODS))
+    return folder / "out.json"
+
+
+@pytest.fixture
+def done(evaluated, tmp_path):
+    """Put a copy of the run of two recipes where `argv` has its files."""
+    shutil.copytree(evaluated, tmp_path, dirs_exist_ok=True)
+
+
 def scores(out, recipe):
     return json.loads(out.read_text())["recipes"][recipe]["scores"]["psnr"]
 
 
-def test_the_table_has_a_row_a_recipe_and_the_results_one_score_an_image(argv, out, capsys):
-    evaluate.main(argv)
-    lines = capsys.readouterr().out.splitlines()
+def test_the_table_has_a_row_a_recipe_and_the_results_one_score_an_image(evaluated):
+    out, lines = evaluated / "out.json", (evaluated / "printed.txt").read_text().splitlines()
     assert [line.split()[1] for line in lines] == ["recipe", "---", "w8a8", "int4"]
     assert len(scores(out, "w8a8")) == len(scores(out, "int4")) == 2
     assert min(scores(out, "w8a8")) > max(scores(out, "int4"))
 
 
-def test_results_hold_device_versions_date_and_command(argv, out):
-    evaluate.main(argv)
-    results = json.loads(out.read_text())
+def test_results_hold_device_versions_date_and_command(evaluated):
+    results = json.loads((evaluated / "out.json").read_text())
     assert {"date", "command", "settings", "environment"} <= set(results)
     assert {"device", "versions"} == set(results["environment"])
 
 
+@pytest.mark.usefixtures("done")
 def test_an_interrupted_run_goes_on_where_it_stopped(argv, out):
-    evaluate.main(argv)
     results = json.loads(out.read_text())
     whole = scores(out, "int4")
     kept = results["recipes"]["int4"]["scores"]
@@ -52,8 +81,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(argv, out):
     assert scores(out, "int4") == [1.0, whole[1]]
 
 
+@pytest.mark.usefixtures("done")
 def test_a_recipe_whose_rules_changed_starts_again(argv, out):
-    evaluate.main(argv)
     results = json.loads(out.read_text())
     results["recipes"]["int4"] |= {"recipe": {}, "scores": {"psnr": [1.0], "ssim": [1.0]}}
     out.write_text(json.dumps(results))
@@ -61,8 +90,8 @@ def test_a_recipe_whose_rules_changed_starts_again(argv, out):
     assert 1.0 not in scores(out, "int4")
 
 
+@pytest.mark.usefixtures("done")
 def test_results_of_other_settings_are_not_mixed_in(argv, out, capsys):
-    evaluate.main(argv)
     before = out.read_text()
     assert cli.run(evaluate.main, [*argv, "--seed0", "1"]) == 2
     assert "made with other settings; use another --out" in capsys.readouterr().err
@@ -75,17 +104,13 @@ def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path
     assert "absent.txt" in done.stderr
 
 
-METHODS = "bf16,w4a4,gptq+int4-g64"
-
-
 def with_recipes(argv, recipes, *more):
     at = argv.index("--recipes") + 1
     return [*argv[:at], recipes, *argv[at + 1 :], *more]
 
 
-def test_recipes_and_methods_run_side_by_side_with_errors_by_layer_and_step(argv, out):
-    evaluate.main(with_recipes(argv, METHODS))
-    results = json.loads(out.read_text())["recipes"]
+def test_recipes_and_methods_run_side_by_side_with_errors_by_layer_and_step(compared):
+    results = json.loads(compared.read_text())["recipes"]
     assert list(results) == METHODS.split(",")
     for name in ("w4a4", "gptq+int4-g64"):
         entry = results[name]
@@ -114,17 +139,15 @@ def test_a_run_that_is_out_of_time_goes_on_later(argv, out, capsys):
     assert len(scores(out, "w8a8")) == 2
 
 
-def test_images_are_kept_for_the_report(argv, out):
-    evaluate.main(with_recipes(argv, "w8a8"))
-    files = sorted(out.with_suffix(".images").glob("w8a8/*.npy"))
+def test_images_are_kept_for_the_report(evaluated):
+    files = sorted((evaluated / "out.images").glob("w8a8/*.npy"))
     assert [np.load(file).shape for file in files] == [(1, 32, 32, 3)] * 2
 
 
-def test_the_report_is_one_file_with_every_method(argv, out, tmp_path):
+def test_the_report_is_one_file_with_every_method(compared, tmp_path):
     pytest.importorskip("matplotlib")
-    evaluate.main(with_recipes(argv, METHODS))
     page = tmp_path / "report.html"
-    report.main(["--results", str(out), "--out", str(page), "--note", "a <note>"])
+    report.main(["--results", str(compared), "--out", str(page), "--note", "a <note>"])
     html = page.read_text()
     assert "a &lt;note&gt;" in html
     for name in METHODS.split(","):
@@ -134,19 +157,17 @@ def test_the_report_is_one_file_with_every_method(argv, out, tmp_path):
     assert not any(word in html for word in ("<script", 'src="http', "src='http", "<link"))
 
 
-def test_a_report_of_nothing_is_refused(argv, out, tmp_path, capsys):
-    evaluate.main(with_recipes(argv, "w8a8"))
-    code = cli.run(report.main, ["--results", str(out), "--out", str(tmp_path / "r.html")])
+def test_a_report_of_nothing_is_refused(evaluated, tmp_path, capsys):
+    results = str(evaluated / "out.json")
+    code = cli.run(report.main, ["--results", results, "--out", str(tmp_path / "r.html")])
     assert (code, (tmp_path / "r.html").exists()) == (2, False)
     assert "needs bf16" in capsys.readouterr().err
 
 
-def test_processes_that_share_the_recipes_find_what_one_does(argv, out, tmp_path):
-    evaluate.main(with_recipes(argv, "bf16,w8a8,gptq+int4-g64"))
-    one = json.loads(out.read_text())["recipes"]
+def test_processes_that_share_the_recipes_find_what_one_does(compared, argv, tmp_path):
+    one = json.loads(compared.read_text())["recipes"]
     path = tmp_path / "spread.json"
-    more = ("--out", str(path), "--jobs", "2")
-    evaluate.main(with_recipes(argv, "bf16,w8a8,gptq+int4-g64", *more))
+    evaluate.main(with_recipes(argv, METHODS, "--out", str(path), "--jobs", "2"))
     several = json.loads(path.read_text())["recipes"]
     assert set(several) == set(one)
     for name, entry in one.items():
