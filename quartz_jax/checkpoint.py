@@ -15,7 +15,7 @@ import collections
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -26,7 +26,14 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from quartz_jax.convert import abstract_quantized, part_of, stored_arrays
-from quartz_jax.files import atomic_folder, check_output, copy_synced, hash_files, tree_bytes
+from quartz_jax.files import (
+    atomic_folder,
+    check_apart,
+    check_output,
+    copy_synced,
+    hash_files,
+    tree_bytes,
+)
 from quartz_jax.recipe import Recipe
 from quartz_jax.report import Report
 
@@ -120,6 +127,21 @@ def is_checkpoint(folder: Path | str) -> bool:
     return (Path(folder) / _MANIFEST).exists()
 
 
+def check_target(folder: Path, inputs: Iterable[Path] = (), *, overwrite: bool = False) -> None:
+    """Check before any work that a checkpoint can be made, without leaving a trace.
+
+    Args:
+      folder: the checkpoint.
+      inputs: files and folders that it is made from.
+      overwrite: whether it may exist already; an empty folder may then be there too.
+
+    Raises:
+      ValueError: it exists and may not, is no checkpoint, can't be written, or an input is in it.
+    """
+    check_output(folder, folder=True, overwrite=overwrite, is_ours=is_checkpoint)
+    check_apart(folder, inputs)
+
+
 def read_manifest(folder: Path | str) -> Manifest:
     """Read quartz.json.
 
@@ -170,22 +192,23 @@ def save(
       recipe: that it was quantized with.
       report: that `quantize_model` returned.
       base: folder of the 16-bit model in the diffusers layout, whose other components are copied.
-      overwrite: replace a folder that exists.
+      overwrite: replace a checkpoint that exists.
 
     Raises:
-      ValueError: the folder exists or can't be written, or base is no 16-bit model folder.
+      ValueError: the folder exists or can't be written, or base is no 16-bit model folder or in it.
     """
-    base, folder = Path(base).resolve(), Path(folder).absolute()
-    check_output(folder, folder=True, overwrite=overwrite)
+    base, folder = Path(base).resolve(), Path(folder).resolve()
     index = _read_base(base, "model_index.json")
     config = _read_base(base, f"{TRANSFORMER}/config.json")
     if not any((base / TRANSFORMER).glob("*.safetensors")):
         raise ValueError(f"base {base} has no {TRANSFORMER}/*.safetensors; give a 16-bit model")
+    carried = carried_files(base, index)
+    check_target(folder, [base / TRANSFORMER, *carried], overwrite=overwrite)
     parts = collections.defaultdict(dict)
     for name, array in stored_arrays(nnx.state(model)).items():
         parts[part_of(name)][name] = array
     with atomic_folder(folder) as partial:
-        for source in carried_files(base, index):
+        for source in carried:
             copy_synced(source, partial / source.name)
         (partial / TRANSFORMER).mkdir()
         hashes = {

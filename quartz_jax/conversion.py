@@ -24,7 +24,6 @@ from quartz_jax.checkpoint import Component, Manifest
 from quartz_jax.convert import Part, plan_parts
 from quartz_jax.files import (
     WorkFolder,
-    check_output,
     check_space,
     copy_synced,
     hash_file,
@@ -64,12 +63,13 @@ class Carried:
     name: str  # in the checkpoint
     bytes: int  # about
     write: Callable[[Path], object]  # makes it at a path
+    source: Path | None = None  # the file or folder that it is made from
 
     @classmethod
     def copy(cls, path: Path, name: str | None = None) -> "Carried":
         """Carry a file or folder as it is, under its own name if no other is given."""
         write = functools.partial(copy_synced, path)
-        return cls(name=name or path.name, bytes=tree_bytes(path), write=write)
+        return cls(name=name or path.name, bytes=tree_bytes(path), write=write, source=path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,9 @@ class Conversion:
 
     def check(self, out: Path, *, overwrite: bool = False) -> None:
         """Raise ValueError where a checkpoint can't be written, or doesn't fit on the disk."""
-        check_output(out, folder=True, overwrite=overwrite)
+        inputs = [file for source in self.sources for file in source.files]
+        inputs += [item.source for item in self.carried if item.source]
+        checkpoint.check_target(out, inputs, overwrite=overwrite)
         done = work_folder(out) / "contents"
         check_space(out, self.bytes - (tree_bytes(done) if done.exists() else 0))
 
@@ -125,13 +127,13 @@ class Conversion:
 
         Args:
           out: the folder to make; nothing is there before it is complete.
-          overwrite: replace a folder that exists, and unfinished work of another conversion.
+          overwrite: replace a checkpoint that exists, and unfinished work of another conversion.
           progress: show a bar over the bytes read on stderr.
 
         Raises:
           ValueError: the output can't be written, or a weight holds a NaN or an infinity.
         """
-        out = out.absolute()
+        out = out.resolve()
         self.check(out, overwrite=overwrite)
         with resumable_folder(out, self._identity(), overwrite=overwrite) as work:
             with _hashing(self.sources, work) as hashes:

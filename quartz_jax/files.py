@@ -7,19 +7,26 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) -> Path:
+def check_output(
+    path: Path,
+    *,
+    folder: bool = False,
+    overwrite: bool = True,
+    is_ours: Callable[[Path], bool] | None = None,
+) -> Path:
     """Check before any work that an output can be made, without leaving a trace.
 
     Args:
       path: the file or folder that will be written.
       folder: whether it is a folder.
       overwrite: whether it may exist already.
+      is_ours: whether a folder that isn't empty may be replaced; None for any.
 
     Raises:
       ValueError: it exists and may not, is of the other kind, or its folder can't be written.
@@ -28,6 +35,10 @@ def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) ->
         raise ValueError(f"output {path} exists already; choose another, or pass --overwrite")
     if path.exists() and path.is_dir() != folder:
         raise ValueError(f"output {path} is {'a file' if folder else 'a folder'}; choose another")
+    if is_ours and path.exists() and any(path.iterdir()) and not is_ours(path):
+        raise ValueError(
+            f"output {path} holds files that this command didn't make; choose another, or empty it"
+        )
     try:
         nearest = next(parent for parent in path.absolute().parents if parent.exists())
         with tempfile.TemporaryFile(dir=nearest):
@@ -35,6 +46,18 @@ def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) ->
     except OSError as error:
         raise ValueError(f"output {path} can't be written: {error.strerror}") from None
     return path
+
+
+def check_apart(path: Path, inputs: Iterable[Path]) -> None:
+    """Raise ValueError if an input is a folder to be made, lies in it or, a folder, around it."""
+    path = path.resolve()
+    for item in inputs:
+        # Each step of the input's path is followed: its folder or the file may be a link.
+        steps = [step.resolve() for step in (item.absolute(), *item.absolute().parents)]
+        if any(step.is_relative_to(path) for step in steps):
+            raise ValueError(f"output {path} holds {item}, which it is made from; choose another")
+        if path.is_relative_to(steps[0]):
+            raise ValueError(f"output {path} lies in {item}, which it is made from; choose another")
 
 
 def check_space(path: Path, needed: int) -> None:

@@ -238,6 +238,20 @@ def test_overwrite_replaces_a_checkpoint_and_an_interruption_keeps_it(tmp_path, 
     assert not (out / "stale").exists()
 
 
+def test_links_do_not_hide_that_the_output_holds_its_source(tmp_path, base):
+    """As in a hub's cache, where the files of a model are links to a folder of contents."""
+    (tmp_path / "blobs").mkdir()
+    blob = (base / "model.safetensors").rename(tmp_path / "blobs" / "0123")
+    (base / "model.safetensors").symlink_to(blob)
+    (tmp_path / "link").symlink_to(base)
+    for out in (base, tmp_path / "link", tmp_path / "blobs"):
+        (out / "quartz.json").touch()
+        for model in (base, tmp_path / "link"):
+            with pytest.raises(ValueError, match="which it is made from"):
+                convert(model).run(out, overwrite=True)
+    assert (base / "model.safetensors").exists()
+
+
 def test_the_plan_counts_what_will_be_stored(tmp_path, base):
     job = convert(base)
     report = job.run(tmp_path / "out").report
