@@ -15,8 +15,13 @@ import collections
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Mapping
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -167,8 +172,13 @@ def write_manifest(folder: Path, base_name: str, components: dict[str, Component
 
 
 def write_part(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> str:
-    """Write the arrays of one part and return the SHA-256 of its files."""
-    ocp.save(folder.absolute(), dict(sorted(arrays.items())))
+    """Write the arrays of one part and return the SHA-256 of its files.
+
+    Raises:
+      OSError: they can't be written.
+    """
+    with _write_errors(folder):
+        ocp.save(folder.absolute(), dict(sorted(arrays.items())))
     return hash_files(folder, "*")
 
 
@@ -308,6 +318,30 @@ def describe(folder: Path | str, *, layers: bool = False) -> str:
             *(f"  {line}" for line in report.table().splitlines() if layers),
         ]
     return "\n".join([*lines, f"total: {total:,} bytes"])
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Raise an OSError where Orbax raises a ValueError and prints tracebacks of all its threads."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = without_closed_loops
+    try:
+        yield
+        sys.unraisablehook = hook  # after an error it stays: other writes end later, in vain
+    except ValueError as error:
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's words
+            code = int(found[1])
+            raise OSError(code, os.strerror(code), str(folder)) from error
+        raise OSError(f"{folder}: {error}") from error
+    finally:
+        logger.setLevel(level)
 
 
 def _name(path: tuple) -> str:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from quartz_jax import checkpoint
 from quartz_jax.checkpoint import Component, Manifest
+from quartz_jax.codec import WeightError
 from quartz_jax.convert import Part, plan_parts
 from quartz_jax.files import (
     WorkFolder,
@@ -131,11 +132,14 @@ class Conversion:
           progress: show a bar over the bytes read on stderr.
 
         Raises:
-          ValueError: the output can't be written, or a weight holds a NaN or an infinity.
+          ValueError: the output can't be made here, as `check` says.
+          WeightError: a weight holds a NaN or an infinity; the unfinished work is removed.
+          OSError: a file can't be read or written, on a full disk for example; run again to go on.
         """
         out = out.resolve()
         self.check(out, overwrite=overwrite)
-        with resumable_folder(out, self._identity(), overwrite=overwrite) as work:
+        options = {"incurable": WeightError, "overwrite": overwrite}
+        with resumable_folder(out, self._identity(), **options) as work:
             with _hashing(self.sources, work) as hashes:
                 self._write_parts(work, progress)
                 for item in self.carried:

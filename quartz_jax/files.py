@@ -121,19 +121,23 @@ def work_folder(path: Path) -> Path:
 
 
 @contextmanager
-def resumable_folder(path: Path, identity: Any, *, overwrite: bool = False) -> Iterator[WorkFolder]:
+def resumable_folder(
+    path: Path, identity: Any, *, incurable: type[Exception], overwrite: bool = False
+) -> Iterator[WorkFolder]:
     """Make a folder so that a killed process can be run again and goes on where it was.
 
-    The work is beside the output, under `work_folder`. A ValueError, which running again wouldn't
-    cure, removes it; any other end but success leaves it.
+    The work is beside the output, under `work_folder`. Any end but success and `incurable` leaves
+    it, a full disk for example.
 
     Args:
       path: the folder, put in place on success.
       identity: JSON that says what is made: work is only gone on with where it is the same.
-      overwrite: start anew where it isn't.
+      incurable: what running again wouldn't cure; it removes the work.
+      overwrite: start anew where the work found there is of something else.
 
     Raises:
       ValueError: another process is at it, or the work found there is of something else.
+      OSError: a file couldn't be read or written.
     """
     work = work_folder(path)
     work.mkdir(parents=True, exist_ok=True)
@@ -148,10 +152,14 @@ def resumable_folder(path: Path, identity: Any, *, overwrite: bool = False) -> I
         _start_or_go_on(work, folder, identity, overwrite)
         try:
             yield folder
-        except ValueError:
+            _replace_folder(folder.contents, path)
+        except incurable:
             shutil.rmtree(work)
             raise
-        _replace_folder(folder.contents, path)
+        except OSError as error:
+            raise OSError(
+                f"output {path} can't be written: {error}; run the same command again to go on"
+            ) from error
         shutil.rmtree(work)
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import resource
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from blocks import BF16, CONFIG, INT8, RECIPE, build, poison
 from flax import nnx
 from safetensors.numpy import save_file
 
-from quartz_jax import Recipe, Rule, checkpoint, conversion, files, quantize_model
+from quartz_jax import Recipe, Rule, checkpoint, cli, conversion, files, quantize_model
 from quartz_jax.conversion import Carried, Conversion, Source
 from quartz_jax.convert import part_of, quantize_layer, stored_arrays
 
@@ -170,7 +172,7 @@ def test_unfinished_work_of_a_changed_base_is_refused(tmp_path, base, monkeypatc
 
 def test_a_second_process_is_refused(tmp_path, base):
     with (
-        files.resumable_folder(tmp_path / "out", "other"),
+        files.resumable_folder(tmp_path / "out", "other", incurable=ValueError),
         pytest.raises(ValueError, match="another process is writing"),
     ):
         convert(base).run(tmp_path / "out")
@@ -206,6 +208,40 @@ def test_too_little_disk_is_refused_before_any_work(tmp_path, base, monkeypatch)
     with pytest.raises(ValueError, match=r"needs 0\.00 GB and its disk has 0\.00 GB free"):
         convert(base).run(tmp_path / "out")
     assert [x.name for x in tmp_path.iterdir()] == ["base"]
+
+
+@contextmanager
+def small_files():
+    """Let writing a file of more than 1000 bytes fail, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("what", ["write_part", "write_manifest"])
+def test_a_failed_write_keeps_the_work_and_is_one_line(tmp_path, base, monkeypatch, capfd, what):
+    def fail(folder, *args):
+        if folder.name == PARTS[0]:
+            return real(folder, *args)
+        with small_files():
+            return real(folder, *args)
+
+    out, real = tmp_path / "out", getattr(checkpoint, what)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, what, fail)
+        assert cli.run(lambda _: convert(base).run(out)) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: output {out} can't be written: [Errno 27] File too large")
+    assert line.endswith("; run the same command again to go on")
+    written, write = [], checkpoint.write_part
+    monkeypatch.setattr(
+        checkpoint, "write_part", lambda x, y: written.append(x.name) or write(x, y)
+    )
+    convert(base).run(out)
+    assert written == (PARTS[1:] if what == "write_part" else [])
 
 
 def test_what_is_finished_needs_no_room_again(tmp_path, base, monkeypatch):
@@ -270,7 +306,7 @@ def test_the_base_hash_is_that_of_the_files(tmp_path, base):
 
 
 def test_a_record_of_nothing_is_none(tmp_path):
-    with files.resumable_folder(tmp_path / "out", {"a": (1, 2)}) as work:
+    with files.resumable_folder(tmp_path / "out", {"a": (1, 2)}, incurable=ValueError) as work:
         assert work.read_record("absent") is None
         work.write_record("there", [1])
         assert work.read_record("there") == [1]
