@@ -68,7 +68,13 @@ class Carried:
 
     @classmethod
     def copy(cls, path: Path, name: str | None = None) -> "Carried":
-        """Carry a file or folder as it is, under its own name if no other is given."""
+        """Carry a file or folder as it is, under its own name if no other is given.
+
+        Raises:
+          ValueError: the folder holds no files.
+        """
+        if path.is_dir() and not any(file.is_file() for file in path.rglob("*")):
+            raise ValueError(f"{path} is empty; expected the files of a component")
         write = functools.partial(copy_synced, path)
         return cls(name=name or path.name, bytes=tree_bytes(path), write=write, source=path)
 

@@ -51,6 +51,8 @@ def plan(model: Path, text_encoders: Path | None, recipes: dict[str, Recipe]) ->
         for name, path in files.paths.items()
         if name in ("transformer", "vae", "text_encoder", T5)
     }
+    files.load_scheduler()  # what is only carried must load too
+    files.load_tokenizers()
     sources = [
         Source(
             name=name,

@@ -305,6 +305,11 @@ def test_the_base_hash_is_that_of_the_files(tmp_path, base):
     assert manifest.components["transformer"].base_sha256 == expected
 
 
+def test_an_empty_folder_is_not_carried(tmp_path):
+    with pytest.raises(ValueError, match="is empty; expected the files of a component"):
+        Carried.copy(tmp_path)
+
+
 def test_a_record_of_nothing_is_none(tmp_path):
     with files.resumable_folder(tmp_path / "out", {"a": (1, 2)}, incurable=ValueError) as work:
         assert work.read_record("absent") is None

@@ -99,6 +99,26 @@ def test_an_index_that_names_a_missing_shard(refused, small, tmp_path, component
     assert f"names missing shards: {shards[1].name}" in line
 
 
+@pytest.mark.parametrize(
+    ("folder", "file", "line"),
+    [
+        ("scheduler", None, "scheduler/scheduler_config.json does not exist"),
+        ("scheduler", "scheduler_config.json", "scheduler_config.json can't be read as JSON"),
+        ("tokenizer", None, "tokenizer holds no tokenizer that loads"),
+        ("tokenizer_2", "tokenizer.json", "tokenizer_2 holds no tokenizer that loads"),
+    ],
+)
+def test_what_is_only_carried_is_checked_too(refused, broken, tmp_path, folder, file, line):
+    if file:
+        (broken / folder / file).write_text("{")
+    else:
+        shutil.rmtree(broken / folder)
+        (broken / folder).mkdir()
+    for more in ((), ("--dry-run",)):
+        argv = ("--model", broken, "--out", tmp_path / "x", *more)
+        assert line in refused(quantize.main, *argv)
+
+
 def test_another_family_in_a_folder(refused, small, tmp_path):
     folder = shutil.copytree(small, tmp_path / "broken")
     config = json.loads((folder / "transformer" / "config.json").read_text())
