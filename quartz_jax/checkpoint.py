@@ -37,6 +37,7 @@ from quartz_jax.files import (
     check_output,
     copy_synced,
     hash_files,
+    recover_folder,
     tree_bytes,
 )
 from quartz_jax.recipe import Recipe
@@ -213,6 +214,7 @@ def save(
     if not any((base / TRANSFORMER).glob("*.safetensors")):
         raise ValueError(f"base {base} has no {TRANSFORMER}/*.safetensors; give a 16-bit model")
     carried = carried_files(base, index)
+    recover_folder(folder)
     check_target(folder, [base / TRANSFORMER, *carried], overwrite=overwrite)
     parts = collections.defaultdict(dict)
     for name, array in stored_arrays(nnx.state(model)).items():

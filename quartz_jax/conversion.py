@@ -30,6 +30,7 @@ from quartz_jax.files import (
     hash_file,
     hash_files,
     join_hashes,
+    recover_folder,
     resumable_folder,
     tree_bytes,
     work_folder,
@@ -143,6 +144,7 @@ class Conversion:
           OSError: a file can't be read or written, on a full disk for example; run again to go on.
         """
         out = out.resolve()
+        recover_folder(out)
         self.check(out, overwrite=overwrite)
         options = {"incurable": WeightError, "overwrite": overwrite}
         with resumable_folder(out, self._identity(), **options) as work:

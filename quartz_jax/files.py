@@ -180,11 +180,22 @@ def _start_or_go_on(work: Path, folder: WorkFolder, identity: Any, overwrite: bo
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists():
-        os.replace(path, old)
+        os.replace(path, _replaced(path))
     os.replace(new, path)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_replaced(path), ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Undo what a kill left of a folder's replacement: put the old one back, or remove it."""
+    if path.exists():
+        shutil.rmtree(_replaced(path), ignore_errors=True)
+    elif _replaced(path).exists():
+        os.replace(_replaced(path), path)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
 
 
 def copy_synced(source: Path, target: Path) -> None:

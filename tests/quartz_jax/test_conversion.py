@@ -1,7 +1,9 @@
 """Streaming conversion: the arrays of the one in memory, from any interruption."""
 
 import dataclasses
+import functools
 import json
+import os
 import resource
 import shutil
 from contextlib import contextmanager
@@ -272,6 +274,34 @@ def test_overwrite_replaces_a_checkpoint_and_an_interruption_keeps_it(tmp_path, 
     assert (out / "stale").exists()
     convert(base).run(out, overwrite=True)
     assert not (out / "stale").exists()
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_kill_while_the_old_checkpoint_is_replaced_is_recovered_from(
+    tmp_path, base, monkeypatch, renames
+):
+    out, real = tmp_path / "out", {"replace": os.replace, "rmtree": shutil.rmtree}
+    old = tmp_path / ".out.replaced"
+
+    def kill(name, *args, **options):
+        if old.exists() and name == ("replace" if renames == 1 else "rmtree"):
+            raise Interrupted
+        return real[name](*args, **options)
+
+    convert(base).run(out)
+    (out / "old").touch()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(os, "replace", functools.partial(kill, "replace"))
+        patch.setattr(shutil, "rmtree", functools.partial(kill, "rmtree"))
+        convert(base).run(out, overwrite=True)
+    assert old.exists()
+    assert out.exists() == (renames == 2)
+    with pytest.raises(ValueError, match="exists already"):
+        convert(base).run(out)
+    assert (out / "old").exists() == (renames == 1)
+    convert(base).run(out, overwrite=True)
+    assert not (out / "old").exists()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["base", "out"]
 
 
 def test_links_do_not_hide_that_the_output_holds_its_source(tmp_path, base):
