@@ -324,6 +324,7 @@ def save_params(
 
     Raises:
       CheckpointError: the folder holds weights under another name, which would be loaded instead.
+      OSError: they can't be written.
     """
     folder = Path(folder)
     partial = folder / f"{filename}.partial"
@@ -334,7 +335,10 @@ def save_params(
         )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.astype(dtype) for key, value in export_params(module, rules).items()}
-    save_file(tensors, partial, metadata={"format": "pt"})
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder / filename}: {error}") from error
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
     partial.replace(folder / filename)
 

@@ -41,6 +41,7 @@ _CLASSES = {
 }
 _MODULES = ("text_encoder", "text_encoder_2", "vae", "transformer")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
+_SCHEDULER_CONFIG = "scheduler_config.json"
 # Our own key in model_index.json; diffusers ignores keys that start with an underscore.
 _DEFAULTS_KEY = "_generation_defaults"
 
@@ -79,7 +80,12 @@ class ModelFiles:
         """Return the scheduler."""
         if self.scheduler is not None:
             return FlowMatchEulerScheduler.from_json(self.scheduler)
-        return load_component(self.paths["scheduler"])
+        config = self.paths["scheduler"] / _SCHEDULER_CONFIG
+        return FlowMatchEulerScheduler.from_json(read_json(config))
+
+    def load_tokenizers(self) -> dict[str, Any]:
+        """Return the tokenizers by component; raises CheckpointError where one doesn't load."""
+        return {name: load_tokenizer(self.paths[name]) for name in _TOKENIZERS}
 
 
 def find_model(path: Path | str, text_encoders: Path | str | None = None) -> ModelFiles:
@@ -176,7 +182,7 @@ def load_component(
     Raises:
       CheckpointError: the class is unknown, or a file or tensor can't be used.
     """
-    scheduler = Path(path) / "scheduler_config.json"
+    scheduler = Path(path) / _SCHEDULER_CONFIG
     if scheduler.exists():
         return FlowMatchEulerScheduler.from_json(read_json(scheduler))
     return open_component(path, dtype).load(dtype)
@@ -215,7 +221,7 @@ def load_pipeline(
     if lacking:
         raise CheckpointError(f"{path} lacks the component folders {', '.join(lacking)}")
 
-    parts: dict[str, Any] = {name: load_tokenizer(files.paths[name]) for name in _TOKENIZERS}
+    parts = files.load_tokenizers()
     parts |= {
         name: given[name] if name in given else load_component(files.paths[name], dtype)
         for name in _MODULES

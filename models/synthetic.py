@@ -34,6 +34,7 @@ from models.vae.params import bfl_rules as bfl_vae_rules
 _DTYPES = {"BF16": ml_dtypes.bfloat16, "F32": np.float32}
 _STEPS = 2**16  # quantiles of the normal distribution that weights are drawn from
 _SHARD_BYTES = 10**10  # diffusers' largest shard; transformers' is half of it
+_MARKER = ".random_weights"  # a file in every folder that is made here, from the start
 LAYOUTS = ("diffusers", "bfl")
 
 
@@ -105,6 +106,7 @@ def write_random_flux(
         raise CheckpointError(f"{folder} exists already; choose another folder")
     _check_tokenizers(Path(tokenizers))
     folder.mkdir(parents=True)
+    (folder / _MARKER).touch()
     write = _Writer(seed=seed, progress=progress)
     if layout == "bfl":
         name = "flux1-dev" if sizes.transformer.guidance_embeds else "flux1-schnell"
@@ -132,6 +134,11 @@ def write_random_flux(
     _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(sizes))
     _copy_tokenizers(Path(tokenizers), folder, sizes)
     _write_json(folder / "model_index.json", FLUX_INDEX)
+
+
+def is_random_flux(folder: Path) -> bool:
+    """Return whether `write_random_flux` made a folder, be it only in part."""
+    return (folder / _MARKER).exists()
 
 
 def write_safetensors(

@@ -15,8 +15,13 @@ import collections
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -26,7 +31,15 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from quartz_jax.convert import abstract_quantized, part_of, stored_arrays
-from quartz_jax.files import atomic_folder, check_output, copy_synced, hash_files, tree_bytes
+from quartz_jax.files import (
+    atomic_folder,
+    check_apart,
+    check_output,
+    copy_synced,
+    hash_files,
+    recover_folder,
+    tree_bytes,
+)
 from quartz_jax.recipe import Recipe
 from quartz_jax.report import Report
 
@@ -120,6 +133,21 @@ def is_checkpoint(folder: Path | str) -> bool:
     return (Path(folder) / _MANIFEST).exists()
 
 
+def check_target(folder: Path, inputs: Iterable[Path] = (), *, overwrite: bool = False) -> None:
+    """Check before any work that a checkpoint can be made, without leaving a trace.
+
+    Args:
+      folder: the checkpoint.
+      inputs: files and folders that it is made from.
+      overwrite: whether it may exist already; an empty folder may then be there too.
+
+    Raises:
+      ValueError: it exists and may not, is no checkpoint, can't be written, or an input is in it.
+    """
+    check_output(folder, folder=True, overwrite=overwrite, is_ours=is_checkpoint)
+    check_apart(folder, inputs)
+
+
 def read_manifest(folder: Path | str) -> Manifest:
     """Read quartz.json.
 
@@ -145,8 +173,13 @@ def write_manifest(folder: Path, base_name: str, components: dict[str, Component
 
 
 def write_part(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> str:
-    """Write the arrays of one part and return the SHA-256 of its files."""
-    ocp.save(folder.absolute(), dict(sorted(arrays.items())))
+    """Write the arrays of one part and return the SHA-256 of its files.
+
+    Raises:
+      OSError: they can't be written.
+    """
+    with _write_errors(folder):
+        ocp.save(folder.absolute(), dict(sorted(arrays.items())))
     return hash_files(folder, "*")
 
 
@@ -170,22 +203,24 @@ def save(
       recipe: that it was quantized with.
       report: that `quantize_model` returned.
       base: folder of the 16-bit model in the diffusers layout, whose other components are copied.
-      overwrite: replace a folder that exists.
+      overwrite: replace a checkpoint that exists.
 
     Raises:
-      ValueError: the folder exists or can't be written, or base is no 16-bit model folder.
+      ValueError: the folder exists or can't be written, or base is no 16-bit model folder or in it.
     """
-    base, folder = Path(base).resolve(), Path(folder).absolute()
-    check_output(folder, folder=True, overwrite=overwrite)
+    base, folder = Path(base).resolve(), Path(folder).resolve()
     index = _read_base(base, "model_index.json")
     config = _read_base(base, f"{TRANSFORMER}/config.json")
     if not any((base / TRANSFORMER).glob("*.safetensors")):
         raise ValueError(f"base {base} has no {TRANSFORMER}/*.safetensors; give a 16-bit model")
+    carried = carried_files(base, index)
+    recover_folder(folder)
+    check_target(folder, [base / TRANSFORMER, *carried], overwrite=overwrite)
     parts = collections.defaultdict(dict)
     for name, array in stored_arrays(nnx.state(model)).items():
         parts[part_of(name)][name] = array
     with atomic_folder(folder) as partial:
-        for source in carried_files(base, index):
+        for source in carried:
             copy_synced(source, partial / source.name)
         (partial / TRANSFORMER).mkdir()
         hashes = {
@@ -285,6 +320,30 @@ def describe(folder: Path | str, *, layers: bool = False) -> str:
             *(f"  {line}" for line in report.table().splitlines() if layers),
         ]
     return "\n".join([*lines, f"total: {total:,} bytes"])
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Raise an OSError where Orbax raises a ValueError and prints tracebacks of all its threads."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = without_closed_loops
+    try:
+        yield
+        sys.unraisablehook = hook  # after an error it stays: other writes end later, in vain
+    except ValueError as error:
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's words
+            code = int(found[1])
+            raise OSError(code, os.strerror(code), str(folder)) from error
+        raise OSError(f"{folder}: {error}") from error
+    finally:
+        logger.setLevel(level)
 
 
 def _name(path: tuple) -> str:

@@ -44,6 +44,10 @@ def quantize(
     return _quantize(x, config, axis % x.ndim - x.ndim, search)
 
 
+class WeightError(ValueError):
+    """A weight that no format can hold, as it isn't finite; the message names it."""
+
+
 def quantize_weight(
     name: str,
     w: jax.Array,  # [..., k, ...], floating
@@ -54,10 +58,11 @@ def quantize_weight(
     """Quantize a concrete weight; as `quantize`, but a NaN or an infinity is refused.
 
     Raises:
-      ValueError: w holds a NaN or an infinity (named), or what `quantize` refuses.
+      WeightError: w holds a NaN or an infinity; it is named.
+      ValueError: what `quantize` refuses.
     """
     if not jnp.isfinite(w).all():
-        raise ValueError(f"weight {name} holds NaN or infinity; check the checkpoint it came from")
+        raise WeightError(f"weight {name} holds NaN or infinity; check the checkpoint it came from")
     return quantize(w, config, axis, search)
 
 

@@ -21,15 +21,16 @@ from tqdm import tqdm
 
 from quartz_jax import checkpoint
 from quartz_jax.checkpoint import Component, Manifest
+from quartz_jax.codec import WeightError
 from quartz_jax.convert import Part, plan_parts
 from quartz_jax.files import (
     WorkFolder,
-    check_output,
     check_space,
     copy_synced,
     hash_file,
     hash_files,
     join_hashes,
+    recover_folder,
     resumable_folder,
     tree_bytes,
     work_folder,
@@ -64,12 +65,19 @@ class Carried:
     name: str  # in the checkpoint
     bytes: int  # about
     write: Callable[[Path], object]  # makes it at a path
+    source: Path | None = None  # the file or folder that it is made from
 
     @classmethod
     def copy(cls, path: Path, name: str | None = None) -> "Carried":
-        """Carry a file or folder as it is, under its own name if no other is given."""
+        """Carry a file or folder as it is, under its own name if no other is given.
+
+        Raises:
+          ValueError: the folder holds no files.
+        """
+        if path.is_dir() and not any(file.is_file() for file in path.rglob("*")):
+            raise ValueError(f"{path} is empty; expected the files of a component")
         write = functools.partial(copy_synced, path)
-        return cls(name=name or path.name, bytes=tree_bytes(path), write=write)
+        return cls(name=name or path.name, bytes=tree_bytes(path), write=write, source=path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +124,9 @@ class Conversion:
 
     def check(self, out: Path, *, overwrite: bool = False) -> None:
         """Raise ValueError where a checkpoint can't be written, or doesn't fit on the disk."""
-        check_output(out, folder=True, overwrite=overwrite)
+        inputs = [file for source in self.sources for file in source.files]
+        inputs += [item.source for item in self.carried if item.source]
+        checkpoint.check_target(out, inputs, overwrite=overwrite)
         done = work_folder(out) / "contents"
         check_space(out, self.bytes - (tree_bytes(done) if done.exists() else 0))
 
@@ -125,15 +135,19 @@ class Conversion:
 
         Args:
           out: the folder to make; nothing is there before it is complete.
-          overwrite: replace a folder that exists, and unfinished work of another conversion.
+          overwrite: replace a checkpoint that exists, and unfinished work of another conversion.
           progress: show a bar over the bytes read on stderr.
 
         Raises:
-          ValueError: the output can't be written, or a weight holds a NaN or an infinity.
+          ValueError: the output can't be made here, as `check` says.
+          WeightError: a weight holds a NaN or an infinity; the unfinished work is removed.
+          OSError: a file can't be read or written, on a full disk for example; run again to go on.
         """
-        out = out.absolute()
+        out = out.resolve()
+        recover_folder(out)
         self.check(out, overwrite=overwrite)
-        with resumable_folder(out, self._identity(), overwrite=overwrite) as work:
+        options = {"incurable": WeightError, "overwrite": overwrite}
+        with resumable_folder(out, self._identity(), **options) as work:
             with _hashing(self.sources, work) as hashes:
                 self._write_parts(work, progress)
                 for item in self.carried:

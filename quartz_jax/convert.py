@@ -68,7 +68,7 @@ def quantize_layer(
     """Quantize the weight of one linear, some outputs at a time, and measure what it did.
 
     Raises:
-      ValueError: it holds a NaN or an infinity; names the layer.
+      WeightError: it holds a NaN or an infinity; names the layer.
     """
     k, n = kernel.shape
     rows = 2 ** int(math.log2(max(_ELEMENTS_AT_ONCE // k, 1)))
@@ -170,7 +170,7 @@ class Part:
           params: of the 16-bit model, by dotted path, kernels [k, n].
 
         Raises:
-          ValueError: a weight holds a NaN or an infinity; its layer is named.
+          WeightError: a weight holds a NaN or an infinity; its layer is named.
         """
         arrays, reports = {}, []
         for path, rule in self.layers.items():

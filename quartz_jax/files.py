@@ -7,19 +7,26 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) -> Path:
+def check_output(
+    path: Path,
+    *,
+    folder: bool = False,
+    overwrite: bool = True,
+    is_ours: Callable[[Path], bool] | None = None,
+) -> Path:
     """Check before any work that an output can be made, without leaving a trace.
 
     Args:
       path: the file or folder that will be written.
       folder: whether it is a folder.
       overwrite: whether it may exist already.
+      is_ours: whether a folder that isn't empty may be replaced; None for any.
 
     Raises:
       ValueError: it exists and may not, is of the other kind, or its folder can't be written.
@@ -28,6 +35,10 @@ def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) ->
         raise ValueError(f"output {path} exists already; choose another, or pass --overwrite")
     if path.exists() and path.is_dir() != folder:
         raise ValueError(f"output {path} is {'a file' if folder else 'a folder'}; choose another")
+    if is_ours and path.exists() and any(path.iterdir()) and not is_ours(path):
+        raise ValueError(
+            f"output {path} holds files that this command didn't make; choose another, or empty it"
+        )
     try:
         nearest = next(parent for parent in path.absolute().parents if parent.exists())
         with tempfile.TemporaryFile(dir=nearest):
@@ -35,6 +46,18 @@ def check_output(path: Path, *, folder: bool = False, overwrite: bool = True) ->
     except OSError as error:
         raise ValueError(f"output {path} can't be written: {error.strerror}") from None
     return path
+
+
+def check_apart(path: Path, inputs: Iterable[Path]) -> None:
+    """Raise ValueError if an input is a folder to be made, lies in it or, a folder, around it."""
+    path = path.resolve()
+    for item in inputs:
+        # Each step of the input's path is followed: its folder or the file may be a link.
+        steps = [step.resolve() for step in (item.absolute(), *item.absolute().parents)]
+        if any(step.is_relative_to(path) for step in steps):
+            raise ValueError(f"output {path} holds {item}, which it is made from; choose another")
+        if path.is_relative_to(steps[0]):
+            raise ValueError(f"output {path} lies in {item}, which it is made from; choose another")
 
 
 def check_space(path: Path, needed: int) -> None:
@@ -98,19 +121,23 @@ def work_folder(path: Path) -> Path:
 
 
 @contextmanager
-def resumable_folder(path: Path, identity: Any, *, overwrite: bool = False) -> Iterator[WorkFolder]:
+def resumable_folder(
+    path: Path, identity: Any, *, incurable: type[Exception], overwrite: bool = False
+) -> Iterator[WorkFolder]:
     """Make a folder so that a killed process can be run again and goes on where it was.
 
-    The work is beside the output, under `work_folder`. A ValueError, which running again wouldn't
-    cure, removes it; any other end but success leaves it.
+    The work is beside the output, under `work_folder`. Any end but success and `incurable` leaves
+    it, a full disk for example.
 
     Args:
       path: the folder, put in place on success.
       identity: JSON that says what is made: work is only gone on with where it is the same.
-      overwrite: start anew where it isn't.
+      incurable: what running again wouldn't cure; it removes the work.
+      overwrite: start anew where the work found there is of something else.
 
     Raises:
       ValueError: another process is at it, or the work found there is of something else.
+      OSError: a file couldn't be read or written.
     """
     work = work_folder(path)
     work.mkdir(parents=True, exist_ok=True)
@@ -125,10 +152,14 @@ def resumable_folder(path: Path, identity: Any, *, overwrite: bool = False) -> I
         _start_or_go_on(work, folder, identity, overwrite)
         try:
             yield folder
-        except ValueError:
+            _replace_folder(folder.contents, path)
+        except incurable:
             shutil.rmtree(work)
             raise
-        _replace_folder(folder.contents, path)
+        except OSError as error:
+            raise OSError(
+                f"output {path} can't be written: {error}; run the same command again to go on"
+            ) from error
         shutil.rmtree(work)
 
 
@@ -149,11 +180,22 @@ def _start_or_go_on(work: Path, folder: WorkFolder, identity: Any, overwrite: bo
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists():
-        os.replace(path, old)
+        os.replace(path, _replaced(path))
     os.replace(new, path)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_replaced(path), ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Undo what a kill left of a folder's replacement: put the old one back, or remove it."""
+    if path.exists():
+        shutil.rmtree(_replaced(path), ignore_errors=True)
+    elif _replaced(path).exists():
+        os.replace(_replaced(path), path)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
 
 
 def copy_synced(source: Path, target: Path) -> None:

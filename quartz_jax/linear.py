@@ -12,7 +12,7 @@ from pallas_kernels.matmul.reference import gelu
 from pallas_kernels.quantize import Part
 from pallas_kernels.quantize import quantize as quantize_and_decode
 from pallas_kernels.quantize.reference import join, modulate
-from quartz_jax.codec import decode, dequantize, quantize, quantize_int
+from quartz_jax.codec import WeightError, decode, dequantize, quantize, quantize_int
 from quartz_jax.matmul import quartz_matmul
 from quartz_jax.recipe import Format
 from quartz_jax.tensor import IntTensor, QuartzTensor
@@ -138,10 +138,10 @@ def encode_weight(
     """Quantize the weight of a layer from its bfloat16 values.
 
     Raises:
-      ValueError: it holds a NaN or an infinity; names the layer.
+      WeightError: it holds a NaN or an infinity; names the layer.
     """
     if not _all_finite(kernel):
-        raise ValueError(f"weight of {path} holds NaN or infinity; check the base checkpoint")
+        raise WeightError(f"weight of {path} holds NaN or infinity; check the base checkpoint")
     return _encode_weight(kernel, format)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import EMBEDDED_MODEL
 
-from models.synthetic import FLUX_DEV, LAYOUTS, write_random_flux
+from models.synthetic import FLUX_DEV, LAYOUTS, is_random_flux, write_random_flux
 from quartz_jax import cli
 from quartz_jax.files import check_output
 
@@ -21,7 +21,7 @@ from quartz_jax.files import check_output
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the model and print its size."""
     args = parse(argv)
-    check_output(args.out, folder=True, overwrite=args.overwrite)
+    check_output(args.out, folder=True, overwrite=args.overwrite, is_ours=is_random_flux)
     if args.overwrite:
         shutil.rmtree(args.out, ignore_errors=True)
     sizes = FLUX_DEV
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--variant", choices=("dev", "schnell"), default="dev", help="with guidance or without")
     add("--layout", choices=LAYOUTS, default="diffusers", help="folder layout or BFL's files")
     add("--seed", type=int, default=0, help="of the weights")
-    add("--overwrite", action="store_true", help="replace --out if it exists")
+    add("--overwrite", action="store_true", help="replace what this made at --out")
     return parser.parse_args(argv)
 
 

@@ -19,7 +19,6 @@ import models
 from models.vae import export_autoencoder_kl
 from quartz_jax import checkpoint, cli, get_recipe
 from quartz_jax.conversion import Carried, Conversion, Source
-from quartz_jax.files import check_output
 from quartz_jax.recipe import Recipe
 from quartz_jax.t5_recipe import T5_RECIPES
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipes = {"transformer": get_recipe(args.recipe)}
     if args.t5 != "bf16":
         recipes[T5] = T5_RECIPES[args.t5]
-    check_output(args.out, folder=True, overwrite=args.overwrite)
+    checkpoint.check_target(args.out, overwrite=args.overwrite)
     if checkpoint.is_checkpoint(args.model):
         raise ValueError(f"{args.model} is quantized already; give the 16-bit model as --model")
     conversion = plan(args.model, args.text_encoders, recipes)
@@ -52,6 +51,8 @@ def plan(model: Path, text_encoders: Path | None, recipes: dict[str, Recipe]) ->
         for name, path in files.paths.items()
         if name in ("transformer", "vae", "text_encoder", T5)
     }
+    files.load_scheduler()  # what is only carried must load too
+    files.load_tokenizers()
     sources = [
         Source(
             name=name,
@@ -86,7 +87,7 @@ def carry(name: str, path: Path, component: models.StoredModule | None) -> Carri
     def write(folder: Path) -> None:
         export_autoencoder_kl(component.load(dtype), folder, dtype)
 
-    return Carried(name=name, bytes=path.stat().st_size, write=write)
+    return Carried(name=name, bytes=path.stat().st_size, write=write, source=path)
 
 
 def texts(files: models.ModelFiles) -> list[Carried]:
@@ -122,7 +123,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--t5", choices=tuple(T5_RECIPES), default="bf16", help="recipe for the T5 text encoder")
     add("--text-encoders", type=Path, help="diffusers folder with what a single file lacks")
     add("--out", type=Path, required=True, help="folder to make")
-    add("--overwrite", action="store_true", help="replace --out if it exists; start anew")
+    add("--overwrite", action="store_true", help="replace the checkpoint at --out; start anew")
     add("--dry-run", action="store_true", help="print layers, formats and bytes; write nothing")
     return parser.parse_args(argv)
 

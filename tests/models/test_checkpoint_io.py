@@ -142,6 +142,12 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_a_failed_write_is_an_error_of_the_system_s(tmp_path):
+    (tmp_path / f"{FILE}.partial").mkdir()
+    with pytest.raises(OSError, match=f"{FILE}: .*directory"):
+        save_params(Small(), tmp_path, RULES, config={}, filename=FILE, dtype=jnp.float32)
+
+
 def test_an_interrupted_save_leaves_nothing_that_loads(tmp_path, monkeypatch):
     def interrupted(tensors, path, metadata):
         path.write_bytes(b"half")

@@ -117,6 +117,14 @@ def test_overwrite_replaces_an_existing_folder(saved, base):
     assert checkpoint.read_manifest(saved).recipe == RECIPE
 
 
+def test_overwrite_spares_what_is_no_checkpoint_and_what_holds_the_base(tmp_path, base):
+    for folder, why in ((base, "holds files that"), (tmp_path, "which it is made from")):
+        with pytest.raises(ValueError, match=why):
+            save(folder, base, overwrite=True)
+        (tmp_path / "quartz.json").touch()
+    assert (base / "model_index.json").exists()
+
+
 def test_an_interrupted_save_leaves_nothing(tmp_path, base, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt

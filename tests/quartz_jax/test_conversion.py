@@ -1,8 +1,12 @@
 """Streaming conversion: the arrays of the one in memory, from any interruption."""
 
 import dataclasses
+import functools
 import json
+import os
+import resource
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from blocks import BF16, CONFIG, INT8, RECIPE, build, poison
 from flax import nnx
 from safetensors.numpy import save_file
 
-from quartz_jax import Recipe, Rule, checkpoint, conversion, files, quantize_model
+from quartz_jax import Recipe, Rule, checkpoint, cli, conversion, files, quantize_model
 from quartz_jax.conversion import Carried, Conversion, Source
 from quartz_jax.convert import part_of, quantize_layer, stored_arrays
 
@@ -170,7 +174,7 @@ def test_unfinished_work_of_a_changed_base_is_refused(tmp_path, base, monkeypatc
 
 def test_a_second_process_is_refused(tmp_path, base):
     with (
-        files.resumable_folder(tmp_path / "out", "other"),
+        files.resumable_folder(tmp_path / "out", "other", incurable=ValueError),
         pytest.raises(ValueError, match="another process is writing"),
     ):
         convert(base).run(tmp_path / "out")
@@ -208,6 +212,40 @@ def test_too_little_disk_is_refused_before_any_work(tmp_path, base, monkeypatch)
     assert [x.name for x in tmp_path.iterdir()] == ["base"]
 
 
+@contextmanager
+def small_files():
+    """Let writing a file of more than 1000 bytes fail, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("what", ["write_part", "write_manifest"])
+def test_a_failed_write_keeps_the_work_and_is_one_line(tmp_path, base, monkeypatch, capfd, what):
+    def fail(folder, *args):
+        if folder.name == PARTS[0]:
+            return real(folder, *args)
+        with small_files():
+            return real(folder, *args)
+
+    out, real = tmp_path / "out", getattr(checkpoint, what)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, what, fail)
+        assert cli.run(lambda _: convert(base).run(out)) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: output {out} can't be written: [Errno 27] File too large")
+    assert line.endswith("; run the same command again to go on")
+    written, write = [], checkpoint.write_part
+    monkeypatch.setattr(
+        checkpoint, "write_part", lambda x, y: written.append(x.name) or write(x, y)
+    )
+    convert(base).run(out)
+    assert written == (PARTS[1:] if what == "write_part" else [])
+
+
 def test_what_is_finished_needs_no_room_again(tmp_path, base, monkeypatch):
     job = convert(base)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -238,6 +276,48 @@ def test_overwrite_replaces_a_checkpoint_and_an_interruption_keeps_it(tmp_path, 
     assert not (out / "stale").exists()
 
 
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_kill_while_the_old_checkpoint_is_replaced_is_recovered_from(
+    tmp_path, base, monkeypatch, renames
+):
+    out, real = tmp_path / "out", {"replace": os.replace, "rmtree": shutil.rmtree}
+    old = tmp_path / ".out.replaced"
+
+    def kill(name, *args, **options):
+        if old.exists() and name == ("replace" if renames == 1 else "rmtree"):
+            raise Interrupted
+        return real[name](*args, **options)
+
+    convert(base).run(out)
+    (out / "old").touch()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(os, "replace", functools.partial(kill, "replace"))
+        patch.setattr(shutil, "rmtree", functools.partial(kill, "rmtree"))
+        convert(base).run(out, overwrite=True)
+    assert old.exists()
+    assert out.exists() == (renames == 2)
+    with pytest.raises(ValueError, match="exists already"):
+        convert(base).run(out)
+    assert (out / "old").exists() == (renames == 1)
+    convert(base).run(out, overwrite=True)
+    assert not (out / "old").exists()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_links_do_not_hide_that_the_output_holds_its_source(tmp_path, base):
+    """As in a hub's cache, where the files of a model are links to a folder of contents."""
+    (tmp_path / "blobs").mkdir()
+    blob = (base / "model.safetensors").rename(tmp_path / "blobs" / "0123")
+    (base / "model.safetensors").symlink_to(blob)
+    (tmp_path / "link").symlink_to(base)
+    for out in (base, tmp_path / "link", tmp_path / "blobs"):
+        (out / "quartz.json").touch()
+        for model in (base, tmp_path / "link"):
+            with pytest.raises(ValueError, match="which it is made from"):
+                convert(model).run(out, overwrite=True)
+    assert (base / "model.safetensors").exists()
+
+
 def test_the_plan_counts_what_will_be_stored(tmp_path, base):
     job = convert(base)
     report = job.run(tmp_path / "out").report
@@ -255,8 +335,13 @@ def test_the_base_hash_is_that_of_the_files(tmp_path, base):
     assert manifest.components["transformer"].base_sha256 == expected
 
 
+def test_an_empty_folder_is_not_carried(tmp_path):
+    with pytest.raises(ValueError, match="is empty; expected the files of a component"):
+        Carried.copy(tmp_path)
+
+
 def test_a_record_of_nothing_is_none(tmp_path):
-    with files.resumable_folder(tmp_path / "out", {"a": (1, 2)}) as work:
+    with files.resumable_folder(tmp_path / "out", {"a": (1, 2)}, incurable=ValueError) as work:
         assert work.read_record("absent") is None
         work.write_record("there", [1])
         assert work.read_record("there") == [1]

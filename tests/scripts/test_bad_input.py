@@ -5,6 +5,7 @@ import shutil
 
 import evaluate
 import generate
+import make_synthetic_flux
 import numpy as np
 import pytest
 import quantize
@@ -96,6 +97,26 @@ def test_an_index_that_names_a_missing_shard(refused, small, tmp_path, component
     shards[1].unlink()
     line = refused(quantize.main, "--model", folder, "--out", tmp_path / "x")
     assert f"names missing shards: {shards[1].name}" in line
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "line"),
+    [
+        ("scheduler", None, "scheduler/scheduler_config.json does not exist"),
+        ("scheduler", "scheduler_config.json", "scheduler_config.json can't be read as JSON"),
+        ("tokenizer", None, "tokenizer holds no tokenizer that loads"),
+        ("tokenizer_2", "tokenizer.json", "tokenizer_2 holds no tokenizer that loads"),
+    ],
+)
+def test_what_is_only_carried_is_checked_too(refused, broken, tmp_path, folder, file, line):
+    if file:
+        (broken / folder / file).write_text("{")
+    else:
+        shutil.rmtree(broken / folder)
+        (broken / folder).mkdir()
+    for more in ((), ("--dry-run",)):
+        argv = ("--model", broken, "--out", tmp_path / "x", *more)
+        assert line in refused(quantize.main, *argv)
 
 
 def test_another_family_in_a_folder(refused, small, tmp_path):
@@ -193,6 +214,25 @@ def test_an_output_file_that_is_a_folder(refused, tmp_path):
 
 def test_an_output_folder_that_exists(refused, tmp_path):
     assert "exists already" in refused(quantize.main, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("main", [quantize.main, make_synthetic_flux.main])
+def test_overwriting_what_the_command_did_not_make(refused, broken, monkeypatch, main):
+    monkeypatch.delattr(make_synthetic_flux, "write_random_flux")  # tens of GB, were it called
+    assert "didn't make" in refused(main, "--out", broken, "--overwrite")
+
+
+@pytest.mark.parametrize("out", ["", "broken/transformer", "broken/vae"])
+def test_an_output_that_would_replace_a_part_of_its_model(refused, broken, tmp_path, out):
+    (tmp_path / out / "quartz.json").touch()  # a checkpoint, for all that is known
+    line = refused(quantize.main, "--model", broken, "--out", tmp_path / out, "--overwrite")
+    assert line.startswith(f"error: output {tmp_path / out} holds {broken}/")
+    assert "which it is made from" in line
+
+
+def test_an_output_inside_what_is_carried(refused, broken):
+    argv = ("--model", broken, "--out", broken / "vae" / "x")
+    assert f"lies in {broken / 'vae'}, which it is made from" in refused(quantize.main, *argv)
 
 
 def test_another_recipe_than_the_checkpoint_s_own(refused, quantized, tmp_path):
