@@ -89,6 +89,15 @@ class PreparedWeights:
         """Logical shape of the weights."""
         return self.n, self.k
 
+    @property
+    def operation(self) -> Operation:
+        """The operation whose backend they are for."""
+        return MATMUL if self.bits == 4 else MATMUL_INT8
+
+    def explain(self, x: jax.Array, **options) -> str:
+        """Say whether `matmul_prepared` runs: on their own backend, since no other reads them."""
+        return self.operation.explain(x, self, implementation=self.implementation, **options)
+
 
 def matmul(
     x: jax.Array,  # [m, k], int8: decoded values, minus 128 if asymmetric
@@ -213,17 +222,25 @@ def matmul_prepared(
     gate: jax.Array | None = None,  # [n], any float: multiplies the columns, after the activation
     residual: jax.Array | None = None,  # [m, n], any float: added last
     out_dtype: jnp.dtype = jnp.bfloat16,
+    implementation: Implementation = None,
 ) -> jax.Array:
-    """Multiply by prepared weights; otherwise as `matmul`."""
+    """Multiply by prepared weights; otherwise as `matmul`.
+
+    Raises:
+      ValueError: what `matmul` refuses, or an implementation without the weights' own.
+    """
     check_array("x", x, ("m", "k"), jnp.int8)
     _check_same_k(x, w)
     epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
     epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
     scale = jax.ShapeDtypeStruct((w.n, 1), jnp.float32)
-    rows = jax.ShapeDtypeStruct((w.n, w.k), jnp.int8)
     _check(x, w.n, x_scale, scale, **epilogue)
-    operation = MATMUL if w.bits == 4 else MATMUL_INT8
-    backend = operation.choose(w.implementation, x, rows, x_scale, scale, **epilogue)
+    if w.implementation not in w.operation.names(implementation):
+        raise ValueError(
+            f"implementation is {implementation!r}, but w is prepared for {w.implementation!r}; "
+            "pass None, or weights that aren't prepared"
+        )
+    backend = w.operation.choose(w.implementation, x, w, x_scale, scale, **epilogue)
     return backend.run_prepared(x, w.arrays, x_scale, **epilogue)
 
 

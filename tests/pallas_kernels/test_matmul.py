@@ -304,3 +304,19 @@ def test_weights_that_cannot_be_prepared_are_refused(change, message):
         matmul.prepare(*weights, **call)
     with pytest.raises(ValueError, match="w_scale has shape"):
         matmul.prepare_int8(np.zeros((N, K), np.int8), ones(K))
+
+
+PREPARED = matmul.PreparedWeights(arrays=None, implementation="mosaic_tpu", n=N, k=K, bits=4)
+
+
+@pytest.mark.parametrize("names", ["xla", ["mosaic_gpu", "xla"]])
+def test_prepared_weights_refuse_an_implementation_that_is_not_theirs(names):
+    x = np.zeros((M, K), np.int8)
+    with pytest.raises(ValueError, match="but w is prepared for 'mosaic_tpu'; pass None"):
+        matmul.matmul_prepared(x, PREPARED, ones(M), implementation=names)
+
+
+@pytest.mark.skipif(ON_HARDWARE, reason="needs a device without the backend")
+def test_prepared_weights_explain_their_own_backend_alone():
+    explained = PREPARED.explain(np.zeros((M, K), np.int8))
+    assert explained == "matmul/mosaic_tpu: needs a TPU, not cpu"
