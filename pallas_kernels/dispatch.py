@@ -65,12 +65,22 @@ class Operation:
         return "\n".join(lines)
 
     def _reasons(self, implementation: Implementation, *args, **kwargs) -> dict[str, str | None]:
-        if implementation is None:
-            names = [backend.name for backend in self.backends]
-        else:
-            names = [implementation] if isinstance(implementation, str) else list(implementation)
+        names = self.names(implementation)
         device = devices.current()
         return {name: self.backend(name).why_not(device, *args, **kwargs) for name in names}
+
+    def names(self, implementation: Implementation) -> list[str]:
+        """Return the backends' names that a call chooses from; raises ValueError for none."""
+        if implementation is None:
+            return [backend.name for backend in self.backends]
+        names = [implementation] if isinstance(implementation, str) else implementation
+        if not isinstance(names, list | tuple) or not names:
+            known = ", ".join(backend.name for backend in self.backends)
+            raise ValueError(
+                f"{self.name}: implementation is {implementation!r}; it must be None, a name or a "
+                f"list of names; known are {known}"
+            )
+        return [self.backend(name).name for name in names]
 
     def backend(self, name: str) -> Backend:
         """Return the backend of a name; raises ValueError for an unknown one."""

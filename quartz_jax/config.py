@@ -3,12 +3,7 @@
 import dataclasses
 from typing import Any
 
-_CHOICES = {
-    "group_size": (8, 16, 32, 64),
-    "rounding": ("nearest", "truncate"),
-    "range": ("absmax", "minmax"),
-    "step": ("power", "integer"),
-}
+from pallas_kernels.arguments import check_choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,19 +21,9 @@ class QuartzConfig:
     scale_block: int | None = None  # elements that share a scale; None for the whole row
 
     def __post_init__(self):
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or value not in choices:
-                listed = ", ".join(map(repr, choices))
-                raise ValueError(f"{name} is {value!r}; it must be one of {listed}")
-        if self.step == "integer" and self.range == "minmax":
-            raise ValueError(
-                "range is 'minmax' with step='integer'; an integer step needs 'absmax'"
-            )
-        if self.step == "integer" and self.rounding == "truncate":
-            raise ValueError(
-                "rounding is 'truncate' with step='integer'; an integer step needs 'nearest'"
-            )
+        check_choices(
+            group_size=self.group_size, rounding=self.rounding, range=self.range, step=self.step
+        )
         block = self.scale_block
         if block is not None and (type(block) is not int or block < 1 or block % self.group_size):
             raise ValueError(

@@ -42,14 +42,15 @@ def quartz_matmul(
       residual: added last.
       out_dtype: of the result.
       implementation: a backend of `pallas_kernels.matmul`, several in order of preference, or
-        None for the best on this device.
+        None for the best on this device. Prepared weights run on their own, which must be among
+        them.
 
     Returns:
       [..., n] of out_dtype; NaN in rows where x's or columns where w's scale is NaN.
 
     Raises:
       ValueError: shapes or scale blocks that don't agree, an asymmetric w, or a named
-        implementation that can't run here.
+        implementation that can't run here or isn't that of prepared weights.
     """
     _check(x, w, bias)
     values = decode_rows(x)
@@ -59,7 +60,6 @@ def quartz_matmul(
     options = {"bias": bias, "activation": activation, "gate": gate, "residual": residual}
     options |= {"out_dtype": out_dtype, "implementation": implementation}
     if isinstance(w, PreparedWeights):
-        del options["implementation"]
         y = matmul.matmul_prepared(x2, w, x_scale, x_lo=x_lo, **options)
     elif _block(x) or _block(w):
         y = _matmul_blocks(x2, w, x_scale, x_lo, block=_block(x) or _block(w), **options)

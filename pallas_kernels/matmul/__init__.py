@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import check_array, check_choices, check_k
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.matmul import (
     mosaic_gpu,
@@ -88,6 +89,15 @@ class PreparedWeights:
         """Logical shape of the weights."""
         return self.n, self.k
 
+    @property
+    def operation(self) -> Operation:
+        """The operation whose backend they are for."""
+        return MATMUL if self.bits == 4 else MATMUL_INT8
+
+    def explain(self, x: jax.Array, **options) -> str:
+        """Say whether `matmul_prepared` runs: on their own backend, since no other reads them."""
+        return self.operation.explain(x, self, implementation=self.implementation, **options)
+
 
 def matmul(
     x: jax.Array,  # [m, k], int8: decoded values, minus 128 if asymmetric
@@ -115,17 +125,15 @@ def matmul(
       [m, n] of out_dtype. Rows whose scale is NaN are NaN.
 
     Raises:
-      ValueError: misshapen arguments, an unknown activation, or a named implementation that can't
-        run here.
+      ValueError: arguments of other shapes or dtypes, k = 0, a group_size, step or activation that
+        isn't known, an out_dtype that isn't floating of 16 bits or more, or a named implementation
+        that can't run here.
     """
-    if 2 * w_codes.shape[1] != -(-x.shape[1] // group_size) * group_size:
-        raise ValueError(
-            f"w_codes holds {2 * w_codes.shape[1]} elements a row, but x has k={x.shape[1]}; both "
-            f"must have the same k, that of w_codes padded to a multiple of {group_size}"
-        )
+    check_array("x", x, ("m", "k"), jnp.int8)
+    _check_packed(w_codes, w_shifts, k=x.shape[1], group_size=group_size, step=step)
     epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
     epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
-    _check(x, w_codes, x_scale, w_scale, **epilogue)
+    _check(x, w_codes.shape[0], x_scale, w_scale, **epilogue)
     operands = x, w_codes, w_shifts, x_scale, w_scale
     options = {"group_size": group_size, "step": step, "implementation": implementation}
     return MATMUL(*operands, **options, **epilogue)
@@ -146,11 +154,12 @@ def matmul_int8(
     implementation: Implementation = None,
 ) -> jax.Array:
     """Multiply int8 activations by int8 weights; otherwise as `matmul`."""
-    if x.shape[1] != w.shape[1]:
-        raise ValueError(f"x has k={x.shape[1]} and w has k={w.shape[1]}; both must be the same")
+    check_array("x", x, ("m", "k"), jnp.int8)
+    check_array("w", w, ("n", "k"), jnp.int8)
+    _check_same_k(x, w)
     epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
     epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
-    _check(x, w, x_scale, w_scale, **epilogue)
+    _check(x, w.shape[0], x_scale, w_scale, **epilogue)
     return MATMUL_INT8(x, w, x_scale, w_scale, implementation=implementation, **epilogue)
 
 
@@ -170,8 +179,10 @@ def prepare(
       The weights for `matmul_prepared`, or None where that backend reads the packed order.
 
     Raises:
-      ValueError: a named implementation that can't run here.
+      ValueError: weights that `matmul` would refuse, or a named implementation that can't run here.
     """
+    _check_packed(w_codes, w_shifts, k=k, group_size=group_size, step=step)
+    check_array("w_scale", w_scale, (w_codes.shape[0], 1), jnp.float32)
     n, kind = w_codes.shape[0], {"group_size": group_size, "step": step}
     rows = jax.ShapeDtypeStruct((_MANY_ROWS, k), jnp.int8)
     backend = MATMUL.choose(implementation, rows, w_codes, **kind)
@@ -188,7 +199,10 @@ def prepare_int8(
     implementation: Implementation = None,
 ) -> PreparedWeights | None:
     """Reorder int8 weights; otherwise as `prepare`."""
+    check_array("w", w, ("n", "k"), jnp.int8)
     n, k = w.shape
+    check_k(k)
+    check_array("w_scale", w_scale, (n, 1), jnp.float32)
     rows = jax.ShapeDtypeStruct((_MANY_ROWS, k), jnp.int8)
     backend = MATMUL_INT8.choose(implementation, rows, w)
     if backend.prepare is None:
@@ -208,30 +222,61 @@ def matmul_prepared(
     gate: jax.Array | None = None,  # [n], any float: multiplies the columns, after the activation
     residual: jax.Array | None = None,  # [m, n], any float: added last
     out_dtype: jnp.dtype = jnp.bfloat16,
+    implementation: Implementation = None,
 ) -> jax.Array:
-    """Multiply by prepared weights; otherwise as `matmul`."""
-    if x.shape[1] != w.k:
-        raise ValueError(f"x has k={x.shape[1]} and w has k={w.k}; both must be the same")
+    """Multiply by prepared weights; otherwise as `matmul`.
+
+    Raises:
+      ValueError: what `matmul` refuses, or an implementation without the weights' own.
+    """
+    check_array("x", x, ("m", "k"), jnp.int8)
+    _check_same_k(x, w)
     epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
     epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
     scale = jax.ShapeDtypeStruct((w.n, 1), jnp.float32)
-    rows = jax.ShapeDtypeStruct((w.n, w.k), jnp.int8)
-    _check(x, rows, x_scale, scale, **epilogue)
-    operation = MATMUL if w.bits == 4 else MATMUL_INT8
-    backend = operation.choose(w.implementation, x, rows, x_scale, scale, **epilogue)
+    _check(x, w.n, x_scale, scale, **epilogue)
+    if w.implementation not in w.operation.names(implementation):
+        raise ValueError(
+            f"implementation is {implementation!r}, but w is prepared for {w.implementation!r}; "
+            "pass None, or weights that aren't prepared"
+        )
+    backend = w.operation.choose(w.implementation, x, w, x_scale, scale, **epilogue)
     return backend.run_prepared(x, w.arrays, x_scale, **epilogue)
 
 
-def _check(x, w, x_scale, w_scale, *, bias, x_lo, activation, gate, residual, out_dtype) -> None:
-    """Refuse an argument whose shape doesn't follow from the rows of x [m, ...] and w [n, ...]."""
-    m, n = x.shape[0], w.shape[0]
-    wanted = {"x_scale": (x_scale, (m, 1)), "w_scale": (w_scale, (n, 1))}
-    wanted |= {"x_lo": (x_lo, (m, 1)), "bias": (bias, (n,))}
-    wanted |= {"gate": (gate, (n,)), "residual": (residual, (m, n))}
-    for name, (array, shape) in wanted.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} has shape {list(array.shape)}; it must be {list(shape)}")
-    if activation not in (None, "gelu"):
-        raise ValueError(f"activation is {activation!r}; it must be None or 'gelu'")
-    if not jnp.issubdtype(out_dtype, jnp.floating):
-        raise ValueError(f"out_dtype is {out_dtype}; it must be floating, such as bfloat16")
+def _check_packed(w_codes, w_shifts, *, k: int, group_size: int, step: str) -> None:
+    """Refuse packed weights that aren't those of rows of k elements."""
+    check_choices(group_size=group_size, step=step)
+    check_k(k)
+    check_array("w_codes", w_codes, ("n", "k_padded / 2"), jnp.uint8)
+    n, columns = w_codes.shape
+    groups = -(-k // group_size)
+    if 2 * columns != groups * group_size:
+        raise ValueError(
+            f"w_codes holds {2 * columns} elements a row, but x has k={k}; both must have the same "
+            f"k, that of w_codes padded to a multiple of {group_size}"
+        )
+    check_array("w_shifts", w_shifts, (n, -(-groups // 2)), jnp.uint8)
+
+
+def _check_same_k(x, w) -> None:
+    if x.shape[1] != w.shape[1]:
+        raise ValueError(f"x has k={x.shape[1]} and w has k={w.shape[1]}; both must be the same")
+    check_k(x.shape[1])
+
+
+def _check(x, n, x_scale, w_scale, *, bias, x_lo, activation, gate, residual, out_dtype) -> None:
+    """Refuse an argument that doesn't follow from the rows of x [m, ...] and n columns."""
+    m = x.shape[0]
+    check_array("x_scale", x_scale, (m, 1), jnp.float32)
+    check_array("w_scale", w_scale, (n, 1), jnp.float32)
+    optional = {"x_lo": (x_lo, (m, 1), jnp.float32), "bias": (bias, (n,), jnp.floating)}
+    optional |= {"gate": (gate, (n,), jnp.floating), "residual": (residual, (m, n), jnp.floating)}
+    for name, (array, shape, dtype) in optional.items():
+        if array is not None:
+            check_array(name, array, shape, dtype)
+    check_choices(activation=activation)
+    if not jnp.issubdtype(out_dtype, jnp.floating) or jnp.finfo(out_dtype).bits < 16:
+        raise ValueError(
+            f"out_dtype is {out_dtype}; it must be floating of 16 bits or more, such as bfloat16"
+        )

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
+from pallas_kernels.arguments import check_array, check_choices, check_k
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.quantize import mosaic_tpu, reference, triton
 from pallas_kernels.quantize.reference import Part, join
@@ -61,16 +63,20 @@ def quantize(
       uint8 [m, k_padded / 2] and shifts uint8 [m, ceil(groups / 2)] in place of the values.
 
     Raises:
-      ValueError: bits is neither 4 nor 8, packed with 8 bits, norm isn't two arrays of k elements,
-        parts don't fit together, or a named implementation can't run here.
+      ValueError: x isn't floating or has no [m, k] with k >= 1, a value that the format lacks, an
+        integer step with "minmax" or "truncate", packed with 8 bits, norm isn't two arrays of k
+        elements, parts don't fit together, or a named implementation can't run here.
     """
-    if bits not in (4, 8):
-        raise ValueError(f"bits is {bits!r}; it must be 4 or 8")
+    check_choices(bits=bits, group_size=group_size, range=range, step=step, rounding=rounding)
     if packed and bits == 8:
         raise ValueError("packed is True with bits=8; only 4-bit codes are packed")
-    if isinstance(x, tuple):
+    if isinstance(x, list | tuple):
         _check_parts(x)
-    k = sum(part.size for part in x) if isinstance(x, tuple) else x.shape[1]
+        k = sum(part.size for part in x)
+    else:
+        check_array("x", x, ("m", "k"), jnp.floating)
+        k = x.shape[1]
+    check_k(k)
     if norm is not None and [a.shape for a in norm] != [(k,)] * 2:
         shapes = ", ".join(str(list(a.shape)) for a in norm)
         raise ValueError(f"norm has shapes {shapes}; it must be shift and scale of [{k}]")
@@ -88,14 +94,19 @@ def quantize(
 
 
 def _check_parts(parts: tuple[Part, ...]) -> None:
-    if len({(part.array.shape[0], part.dtype) for part in parts}) != 1:
-        kinds = ", ".join(f"{part.dtype}{list(part.array.shape)}" for part in parts)
-        raise ValueError(f"x has parts {kinds}; they must have the same rows and dtype")
+    if isinstance(parts, list):
+        raise ValueError("x is a list; it must be an array, or a tuple of Part")
+    if not parts or not all(isinstance(part, Part) for part in parts):
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise ValueError(f"x is a tuple of ({kinds}); it must be an array, or a tuple of Part")
     for part in parts:
+        check_array("a part of x", part.array, ("m", "k"), jnp.floating)
+        check_choices(activation=part.activation)
         if part.start < 0 or part.size < 1 or part.start + part.size > part.array.shape[1]:
             raise ValueError(
                 f"x has a part of columns {part.start} to {part.start + part.size} of an array of "
                 f"{part.array.shape[1]}; they must lie inside"
             )
-        if part.activation not in (None, "gelu"):
-            raise ValueError(f"activation is {part.activation!r}; it must be None or 'gelu'")
+    if len({(part.array.shape[0], part.dtype) for part in parts}) != 1:
+        kinds = ", ".join(f"{part.dtype}{list(part.array.shape)}" for part in parts)
+        raise ValueError(f"x has parts {kinds}; they must have the same rows and dtype")

@@ -1,6 +1,8 @@
-"""GPU kernels lowered for H100 and A100, and compiled to PTX where a CUDA plugin is installed."""
+"""GPU kernels lowered for four GPUs, and compiled to PTX where a CUDA plugin is installed."""
 
+import dataclasses
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,28 +13,97 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Part
 
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
-from pallas_kernels.quantize import QUANTIZE
+from pallas_kernels.quantize import QUANTIZE, Part
 
-H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-A100 = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What XLA must know of a GPU to compile for it; from NVIDIA's data sheets."""
+
+    kind: str  # what it calls itself
+    cores: int  # multiprocessors
+    capability: tuple[int, int]  # compute capability, major and minor
+    threads: int  # of a multiprocessor
+    shared: int  # bytes of shared memory of a multiprocessor, 1 KiB more than a block may have
+    l2: int  # bytes
+    bandwidth: int  # bytes a second
+    clock: float  # GHz
+    memory: int  # bytes
+
+    @property
+    def abstract(self) -> AbstractDevice:
+        """The device to trace for."""
+        return AbstractDevice(device_kind=self.kind, num_cores=self.cores, platform="gpu")
+
+    @property
+    def target(self) -> str:
+        """The description that XLA reads."""
+        major, minor = self.capability
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared} threads_per_core_limit: {self.threads}
+  core_count: {self.cores} fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2} clock_rate_ghz: {self.clock}
+  device_memory_size: {self.memory} shared_memory_per_block_optin: {self.shared - 1024}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{self.kind}"
+"""
+
+
+H100 = Gpu(
+    kind="NVIDIA H100 80GB HBM3",
+    cores=132,
+    capability=(9, 0),
+    threads=2048,
+    shared=228 * 2**10,
+    l2=50 * 2**20,
+    bandwidth=3_352_320_000_000,
+    clock=1.98,
+    memory=80 * 2**30,
+)
+A100 = Gpu(
+    kind="NVIDIA A100-SXM4-80GB",
+    cores=108,
+    capability=(8, 0),
+    threads=2048,
+    shared=164 * 2**10,
+    l2=40 * 2**20,
+    bandwidth=2_039_000_000_000,
+    clock=1.41,
+    memory=80 * 2**30,
+)
+L4 = Gpu(
+    kind="NVIDIA L4",
+    cores=58,
+    capability=(8, 9),
+    threads=1536,
+    shared=100 * 2**10,
+    l2=48 * 2**20,
+    bandwidth=300_000_000_000,
+    clock=2.04,
+    memory=24 * 2**30,
+)
+RTX_4090 = Gpu(
+    kind="NVIDIA GeForce RTX 4090",
+    cores=128,
+    capability=(8, 9),
+    threads=1536,
+    shared=100 * 2**10,
+    l2=72 * 2**20,
+    bandwidth=1_008_000_000_000,
+    clock=2.52,
+    memory=24 * 2**30,
+)
+GPUS = [H100, A100, L4, RTX_4090]
+on_gpus = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.kind)
 ODD = Shape(m=37, n=200, k=1040)
 FLUX = {name: shape for name, shape in SHAPES.items() if name.startswith("flux")}
-
-# What XLA must know of an H100 to compile for it; from NVIDIA's data sheet.
-H100_TARGET = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 def spec(shape, dtype, sharding=None):
@@ -58,9 +129,36 @@ def fused_call(shape, group_size=16, step="power", **where):
     return MATMUL, [spec(*array, **where) for array in arrays], options
 
 
+def few_rows_call(shape, **where):
+    return fused_call(dataclasses.replace(shape, m=2), **where)
+
+
 def quantize_call(shape, range="absmax", step="power", **where):
     options = {"bits": 4, "group_size": 16, "range": range, "step": step, "rounding": "nearest"}
     return QUANTIZE, [spec((shape.m, shape.k), jnp.bfloat16, **where)], options
+
+
+def quantize_parts_call(shape, **where):
+    """Two parts, one through GELU, then a norm, and packed."""
+    _, _, options = quantize_call(shape)
+    half = shape.k // 2
+
+    def run(first, second, *norm, **options):
+        parts = [(first, None), (second, "gelu")]
+        parts = tuple(Part(array=a, start=0, size=half, activation=f) for a, f in parts)
+        return QUANTIZE(parts, norm=norm, packed=True, **options)
+
+    shapes = [(shape.m, half)] * 2 + [(2 * half,)] * 2
+    return run, [spec(s, jnp.bfloat16, **where) for s in shapes], options
+
+
+TRITON_FORMS = {
+    "int8": (int8_call, "triton"),
+    "fused": (fused_call, "triton"),
+    "few rows": (few_rows_call, "triton_few_rows"),
+    "quantize": (quantize_call, "triton"),
+    "quantize parts after a norm, packed": (quantize_parts_call, "triton"),
+}
 
 
 def jitted(call, implementation):
@@ -70,7 +168,7 @@ def jitted(call, implementation):
 
 
 def lower(device, call, implementation):
-    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device.abstract)
     function, args = jitted(call, implementation)
     with jax.sharding.use_abstract_mesh(mesh):
         return function.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
@@ -88,6 +186,13 @@ def test_triton_kernels_lower_for_a100_at_flux_shapes(name, make):
     assert "triton" in lower(A100, make(FLUX[name]), "triton")
 
 
+@on_gpus
+@pytest.mark.parametrize("form", TRITON_FORMS)
+def test_every_triton_kernel_lowers_for_every_gpu(form, gpu):
+    make, implementation = TRITON_FORMS[form]
+    assert "triton" in lower(gpu, make(ODD), implementation)
+
+
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"step": "integer"}], ids=str)
 def test_odd_shapes_lower(implementation, options):
@@ -99,9 +204,14 @@ def test_quantize_lowers_for_odd_rows(options):
     lower(H100, quantize_call(ODD, **options), "triton")
 
 
-@pytest.mark.parametrize(("device", "kernel"), [(H100, "mosaic_gpu"), (A100, "triton")])
+@pytest.mark.parametrize(
+    ("device", "kernel"),
+    [(H100, "mosaic_gpu"), (A100, "triton"), (L4, "triton"), (RTX_4090, "triton")],
+    ids=lambda value: getattr(value, "kind", value),
+)
 def test_without_a_name_the_device_chooses_the_kernel(device, kernel):
     assert kernel in lower(device, fused_call(FLUX["flux-proj"]), None)
+    assert "matmul_few_rows" in lower(device, few_rows_call(FLUX["flux-proj"]), None)
 
 
 def test_mosaic_refuses_ampere_and_names_the_device():
@@ -128,18 +238,26 @@ def test_tiles_fit_shared_memory_and_leave_few_processors_idle(m, n, decode):
         assert -(-tiles // 132) <= 1.1 * ideal
 
 
-@pytest.fixture(scope="module")
-def h100():
-    """A mesh of one H100 to compile for, without having one."""
+@pytest.fixture(scope="module", autouse=True)
+def _no_symbolizer():
+    """Spare each compilation the seconds in which LLVM names the frames of a stack trace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLVM_DISABLE_SYMBOLIZATION", "1")
+        yield
+
+
+def mesh_of(gpu):
+    """Return a mesh of one GPU to compile for, without having one."""
     if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)):
         pytest.skip("needs the CUDA plugin of this JAX version: jax-cuda12-plugin, jax-cuda12-pjrt")
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H100_TARGET, topology="1x1x1"
+        platform="cuda", target_config=gpu.target, topology="1x1x1"
     )
     return Mesh(np.array([topology.devices[0]]), ("x",))
 
 
-def compile_for(mesh, make, implementation, dump):
+def compile_for(gpu, make, implementation, dump):
+    mesh = mesh_of(gpu)
     sharding = NamedSharding(mesh, PartitionSpec())
     function, args = jitted(make(Shape(m=256, n=256, k=512), sharding=sharding), implementation)
     with jax.set_mesh(mesh):
@@ -151,11 +269,11 @@ def compile_for(mesh, make, implementation, dump):
 
 @pytest.mark.parametrize("make", [int8_call, fused_call])
 def test_mosaic_kernels_use_the_int8_matrix_unit_without_serializing(
-    h100, make, tmp_path, capfd, monkeypatch
+    make, tmp_path, capfd, monkeypatch
 ):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    compile_for(h100, make, "mosaic_gpu", tmp_path)
+    compile_for(H100, make, "mosaic_gpu", tmp_path)
     printed = "".join(capfd.readouterr())
     assert "wgmma.mma_async.sync.aligned.m64n" in printed
     assert "k32.s32.s8.s8" in printed
@@ -163,14 +281,31 @@ def test_mosaic_kernels_use_the_int8_matrix_unit_without_serializing(
     assert "0 bytes spill stores, 0 bytes spill loads" in printed
 
 
-def test_triton_kernel_uses_the_int8_matrix_unit(h100, tmp_path):
-    assert "k32.s32.s8.s8" in compile_for(h100, int8_call, "triton", tmp_path)
+@on_gpus
+def test_fused_triton_decodes_bytes_at_once_for_the_int8_matrix_unit(gpu, tmp_path):
+    ptx = compile_for(gpu, fused_call, "triton", tmp_path)
+    assert "mad.lo.u32 l, l, p, o" in ptx
+    assert "prmt.b32" in ptx
+    unit = r"wgmma\.mma_async\.\S*k32\.s32\.s8\.s8"
+    if gpu is not H100:
+        unit = r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32"
+    assert re.search(unit, ptx)
 
 
-def test_quantize_rounds_as_ieee_demands(h100, tmp_path):
-    ptx = compile_for(h100, quantize_call, "triton", tmp_path)
+@on_gpus
+def test_few_rows_multiply_four_bytes_at_once(gpu, tmp_path):
+    ptx = compile_for(gpu, few_rows_call, "triton_few_rows", tmp_path)
+    assert "dp4a.s32.s32" in ptx
+    assert "mma" not in ptx
+
+
+@on_gpus
+@pytest.mark.parametrize("make", [quantize_call, quantize_parts_call])
+def test_quantize_rounds_as_ieee_demands(gpu, make, tmp_path):
+    ptx = compile_for(gpu, make, "triton", tmp_path)
     assert "div.rn.f32" in ptx
     # Never one fused instruction: the product is rounded, then the sum that rounds to an integer.
     assert "mul.rn.f32 t, t," in ptx
     assert "add.rn.f32 t, t, 0f4B000000" in ptx
-    assert "div.full" not in ptx
+    # GELU's quotient alone may be approximate.
+    assert make is quantize_parts_call or "div.full" not in ptx

@@ -231,15 +231,33 @@ M, N, K = 5, 7, 70
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"x": [[0] * K] * M}, "x is a list; it must be an array"),
+        ({"x": np.zeros(K, np.int8)}, r"x has shape \[70\]; it must be \[m, k\]"),
+        ({"x": np.zeros((1, M, K), np.int8)}, r"x has shape \[1, 5, 70\]"),
+        ({"x": np.zeros((M, 0), np.int8)}, "k is 0; rows must have at least one element"),
+        ({"x": np.zeros((M, K), np.float32)}, "x has dtype float32; it must be int8"),
         ({"w_codes": np.zeros((N, 32), np.uint8)}, "w_codes holds 64 elements a row"),
+        ({"w_codes": np.zeros((N, 40), np.int8)}, "w_codes has dtype int8; it must be uint8"),
+        ({"w_shifts": np.zeros((N, 5), np.uint8)}, r"w_shifts has shape \[7, 5\]; .* \[7, 3\]"),
+        ({"w_shifts": np.zeros((N, 3), np.int8)}, "w_shifts has dtype int8; it must be uint8"),
+        ({"group_size": 12}, "group_size is 12; it must be 8, 16, 32 or 64"),
+        ({"group_size": -16}, "group_size is -16"),
+        ({"group_size": 0}, "group_size is 0"),
+        ({"group_size": 16.0}, "group_size is 16.0"),
+        ({"step": "foo"}, "step is 'foo'; it must be 'power' or 'integer'"),
+        ({"x_scale": np.ones((M, 1), jnp.bfloat16)}, "x_scale has dtype bfloat16"),
         ({"x_scale": np.ones((M,), np.float32)}, "x_scale has shape"),
         ({"w_scale": np.ones((1, N), np.float32)}, "w_scale has shape"),
         ({"x_lo": np.ones((1, M), np.float32)}, "x_lo has shape"),
         ({"bias": np.ones((N, 1), np.float32)}, "bias has shape"),
         ({"gate": np.ones((M,), np.float32)}, "gate has shape"),
         ({"residual": np.ones((M, M), np.float32)}, "residual has shape"),
+        ({"bias": np.ones(N, np.int32)}, "bias has dtype int32; it must be floating"),
         ({"activation": "relu"}, "activation is 'relu'"),
         ({"out_dtype": jnp.int32}, "out_dtype is"),
+        ({"out_dtype": jnp.float8_e4m3fn}, "out_dtype is .* 16 bits or more"),
+        ({"implementation": 3}, "implementation is 3; it must be None, a name or a list of names"),
+        ({"implementation": []}, r"implementation is \[\]"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(change, message):
@@ -249,13 +267,56 @@ def test_bad_arguments_are_refused_by_name(change, message):
         "w_shifts": np.zeros((N, 3), np.uint8),
         "x_scale": np.ones((M, 1), np.float32),
         "w_scale": np.ones((N, 1), np.float32),
+        "group_size": 16,
+        "step": "power",
         **change,
     }
     with pytest.raises(ValueError, match=message):
-        matmul.matmul(**call, group_size=16, step="power")
+        matmul.matmul(**call)
 
 
-def test_int8_operands_of_different_k_are_refused():
+@pytest.mark.parametrize(
+    ("w", "message"),
+    [
+        (np.zeros((1, 5), np.int8), "x has k=4 and w has k=5"),
+        (np.zeros((1, 4), np.uint8), "w has dtype uint8; it must be int8"),
+        (np.zeros(4, np.int8), r"w has shape \[4\]; it must be \[n, k\]"),
+    ],
+)
+def test_bad_int8_weights_are_refused(w, message):
     one = np.ones((1, 1), np.float32)
-    with pytest.raises(ValueError, match="x has k=4 and w has k=5"):
-        matmul.matmul_int8(np.zeros((1, 4), np.int8), np.zeros((1, 5), np.int8), one, one)
+    with pytest.raises(ValueError, match=message):
+        matmul.matmul_int8(np.zeros((1, 4), np.int8), w, one, one)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 0}, "k is 0"),
+        ({"step": "foo"}, "step is 'foo'"),
+        ({"w_scale": np.ones(N, np.float32)}, "w_scale has shape"),
+    ],
+)
+def test_weights_that_cannot_be_prepared_are_refused(change, message):
+    weights = np.zeros((N, 40), np.uint8), np.zeros((N, 3), np.uint8)
+    call = {"w_scale": ones(N), "k": K, "group_size": 16, "step": "power", **change}
+    with pytest.raises(ValueError, match=message):
+        matmul.prepare(*weights, **call)
+    with pytest.raises(ValueError, match="w_scale has shape"):
+        matmul.prepare_int8(np.zeros((N, K), np.int8), ones(K))
+
+
+PREPARED = matmul.PreparedWeights(arrays=None, implementation="mosaic_tpu", n=N, k=K, bits=4)
+
+
+@pytest.mark.parametrize("names", ["xla", ["mosaic_gpu", "xla"]])
+def test_prepared_weights_refuse_an_implementation_that_is_not_theirs(names):
+    x = np.zeros((M, K), np.int8)
+    with pytest.raises(ValueError, match="but w is prepared for 'mosaic_tpu'; pass None"):
+        matmul.matmul_prepared(x, PREPARED, ones(M), implementation=names)
+
+
+@pytest.mark.skipif(ON_HARDWARE, reason="needs a device without the backend")
+def test_prepared_weights_explain_their_own_backend_alone():
+    explained = PREPARED.explain(np.zeros((M, K), np.int8))
+    assert explained == "matmul/mosaic_tpu: needs a TPU, not cpu"

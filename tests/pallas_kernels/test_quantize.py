@@ -189,14 +189,33 @@ def quantized_interval(low, high, range_):
     return np.clip(q_low, *limits), np.clip(q_high, *limits), scale, los
 
 
+PART = quantize.Part(array=np.ones((3, 8), np.float32), start=0, size=8)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"bits": 6}, "bits is 6; it must be 4 or 8"),
         ({"bits": 8, "packed": True}, "packed is True with bits=8"),
         ({"norm": (np.ones(3), np.ones(37))}, r"norm has shapes \[3\], \[37\]"),
+        ({"range": "minmax", "step": "integer"}, "range is 'minmax' with step='integer'"),
+        ({"rounding": "truncate", "step": "integer"}, "rounding is 'truncate' with step="),
+        ({"range": "absmx"}, "range is 'absmx'; it must be 'absmax' or 'minmax'"),
+        ({"rounding": "up"}, "rounding is 'up'; it must be 'nearest' or 'truncate'"),
+        ({"step": "foo"}, "step is 'foo'"),
+        ({"group_size": 12}, "group_size is 12; it must be 8, 16, 32 or 64"),
+        ({"group_size": 0}, "group_size is 0"),
+        ({"implementation": 3}, "implementation is 3"),
+        ({"x": np.ones((3, 0), np.float32)}, "k is 0"),
+        ({"x": np.ones(37, np.float32)}, r"x has shape \[37\]; it must be \[m, k\]"),
+        ({"x": np.ones((3, 37), np.int32)}, "x has dtype int32; it must be floating"),
+        ({"x": [PART]}, "x is a list; it must be an array, or a tuple of Part"),
+        ({"x": ()}, r"x is a tuple of \(\); it must be an array, or a tuple of Part"),
+        ({"x": (PART, 3)}, r"x is a tuple of \(Part, int\)"),
+        ({"x": (quantize.Part(array=np.ones(8), start=0, size=8),)}, r"part of x has shape \[8\]"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):
+    call = {"x": np.ones((3, 37), np.float32), **change}
     with pytest.raises(ValueError, match=message):
-        quantize.quantize(np.ones((3, 37), np.float32), **change)
+        quantize.quantize(**call)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import quartz_jax
+from pallas_kernels.matmul import PreparedWeights
 from quartz_jax import QuartzConfig
 
 ACTIVATIONS = {
@@ -161,6 +162,9 @@ def test_a_bad_activation_row_is_nan_even_against_zero_weights(activation, imple
     assert jnp.isnan(y[1]).all() and (y[jnp.array([0, 2])] == 0).all()
 
 
+PREPARED = PreparedWeights(arrays=None, implementation="mosaic_tpu", n=5, k=40, bits=4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -171,6 +175,10 @@ def test_a_bad_activation_row_is_nan_even_against_zero_weights(activation, imple
         ({"w": quartz_jax.quantize(normal(5, 40), QuartzConfig(scale_block=16))}, "scale_block"),
         ({"bias": jnp.ones(4)}, "bias has shape"),
         ({"implementation": "abacus"}, "unknown implementation 'abacus'"),
+        (
+            {"x": quartz_jax.quantize_int(normal(3, 40)), "w": PREPARED, "implementation": "xla"},
+            "implementation is 'xla', but w is prepared for 'mosaic_tpu'",
+        ),
     ],
 )
 def test_operands_that_do_not_agree_are_refused(change, message):

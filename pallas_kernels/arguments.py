@@ -1,0 +1,57 @@
+"""Refusing arguments at the public boundary, by name and with what is allowed."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+_CHOICES = {
+    "group_size": (8, 16, 32, 64),
+    "rounding": ("nearest", "truncate"),
+    "range": ("absmax", "minmax"),
+    "step": ("power", "integer"),
+    "activation": (None, "gelu"),
+    "bits": (4, 8),
+}
+
+
+def check_choices(**values: Any) -> None:
+    """Refuse a value of the number format that isn't listed, or a pair that it excludes."""
+    for name, value in values.items():
+        choices = _CHOICES[name]
+        if isinstance(value, bool | float) or value not in choices:
+            *first, last = map(repr, choices)
+            raise ValueError(f"{name} is {value!r}; it must be {', '.join(first)} or {last}")
+    if values.get("step") == "integer":
+        for name, needed in {"range": "absmax", "rounding": "nearest"}.items():
+            if values.get(name, needed) != needed:
+                raise ValueError(
+                    f"{name} is {values[name]!r} with step='integer'; an integer step needs "
+                    f"{needed!r}"
+                )
+
+
+def check_array(
+    name: str,
+    array: Any,
+    shape: tuple[int | str, ...],  # extents; a name where any will do
+    dtype: Any,  # the only one allowed, or jnp.floating for any of these
+) -> None:
+    """Refuse what isn't an array of this shape and dtype."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise ValueError(f"{name} is a {type(array).__name__}; it must be an array")
+    given = array.shape
+    if len(given) != len(shape) or any(
+        isinstance(wanted, int) and found != wanted
+        for found, wanted in zip(given, shape, strict=True)
+    ):
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} has shape {list(given)}; it must be [{wanted}]")
+    if not jnp.issubdtype(array.dtype, dtype):
+        wanted = "floating" if dtype is jnp.floating else jnp.dtype(dtype).name
+        raise ValueError(f"{name} has dtype {array.dtype}; it must be {wanted}")
+
+
+def check_k(k: int) -> None:
+    """Refuse rows without elements, which have no scale."""
+    if k < 1:
+        raise ValueError(f"k is {k}; rows must have at least one element")
