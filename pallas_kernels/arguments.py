@@ -11,6 +11,7 @@ _CHOICES = {
     "step": ("power", "integer"),
     "activation": (None, "gelu"),
     "bits": (4, 8),
+    "x_bits": (4, 8),
 }
 
 

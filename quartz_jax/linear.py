@@ -167,6 +167,7 @@ def encode_activation(
         x = join(x) if norm is None else modulate(join(x), *norm)
     if format.kind == "int4":
         return quantize_int(x, bits=4)
+    value_bits = 4 if config and config.step == "power" else 8
     if config is None:
         values, scale, lo = quantize_and_decode(x, bits=8, range=format.range, norm=norm)
     elif config.scale_block:
@@ -181,7 +182,7 @@ def encode_activation(
             rounding=config.rounding,
             norm=norm,
         )
-    return IntTensor(values=values, scale=scale, lo=lo)
+    return IntTensor(values=values, scale=scale, lo=lo, value_bits=value_bits)
 
 
 def round_to_bf16(x: jax.Array) -> jax.Array:

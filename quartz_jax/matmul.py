@@ -60,7 +60,7 @@ def quartz_matmul(
     options = {"bias": bias, "activation": activation, "gate": gate, "residual": residual}
     options |= {"out_dtype": out_dtype, "implementation": implementation}
     if isinstance(w, PreparedWeights):
-        y = matmul.matmul_prepared(x2, w, x_scale, x_lo=x_lo, **options)
+        y = matmul.matmul_prepared(x2, w, x_scale, x_lo=x_lo, x_bits=_value_bits(x), **options)
     elif _block(x) or _block(w):
         y = _matmul_blocks(x2, w, x_scale, x_lo, block=_block(x) or _block(w), **options)
     elif isinstance(w, IntTensor):
@@ -75,6 +75,7 @@ def quartz_matmul(
             x_lo=x_lo,
             group_size=w.config.group_size,
             step=w.config.step,
+            x_bits=_value_bits(x),
             **options,
         )
     return y.reshape(*values.shape[:-1], y.shape[-1])
@@ -119,6 +120,13 @@ def _flatten(array: jax.Array) -> jax.Array:
 
 def _block(tensor: QuartzTensor | IntTensor) -> int | None:
     return tensor.config.scale_block if isinstance(tensor, QuartzTensor) else None
+
+
+def _value_bits(x: QuartzTensor | IntTensor) -> int:
+    """Return 4 if the values of x are 4-bit codes times powers of two, else 8."""
+    if isinstance(x, QuartzTensor):
+        return 4 if x.config.step == "power" else 8
+    return min(x.bits, x.value_bits)
 
 
 def _check(x, w, bias) -> None:

@@ -73,6 +73,8 @@ class IntTensor(_Stored):
     lo: jax.Array | None = None  # [..., 1], float32: only for range="minmax"
     bits: int = dataclasses.field(default=8, metadata={"static": True})  # 8 or 4
     padding: int = dataclasses.field(default=0, metadata={"static": True})  # nibbles past k
+    # 4 if the values, before any 128 is taken off, are 4-bit codes times powers of two
+    value_bits: int = dataclasses.field(default=8, metadata={"static": True})
 
     @property
     def k(self) -> int:

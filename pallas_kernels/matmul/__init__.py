@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,12 @@ from pallas_kernels.matmul import (
     xla,
 )
 
+
+def _any_bits(run: Callable) -> Callable:
+    """Let a backend that multiplies int8 whatever it holds ignore `x_bits`."""
+    return lambda *args, x_bits=8, **options: run(*args, **options)
+
+
 # The first that can run does.
 MATMUL = Operation(
     name="matmul",
@@ -30,18 +37,20 @@ MATMUL = Operation(
             run_prepared=mosaic_tpu.matmul_prepared,
         ),
         Backend(
-            name="triton_few_rows", run=triton_few_rows.matmul, why_not=triton_few_rows.why_not
+            name="triton_few_rows",
+            run=_any_bits(triton_few_rows.matmul),
+            why_not=triton_few_rows.why_not,
         ),
         Backend(
             name="mosaic_gpu",
-            run=mosaic_gpu.matmul,
+            run=_any_bits(mosaic_gpu.matmul),
             why_not=mosaic_gpu.why_not,
             prepare=mosaic_gpu.prepare_weights,
-            run_prepared=mosaic_gpu.matmul_prepared,
+            run_prepared=_any_bits(mosaic_gpu.matmul_prepared),
         ),
-        Backend(name="triton", run=triton.matmul, why_not=triton.why_not),
-        Backend(name="xla", run=xla.matmul),
-        Backend(name="reference", run=reference.matmul),
+        Backend(name="triton", run=_any_bits(triton.matmul), why_not=triton.why_not),
+        Backend(name="xla", run=_any_bits(xla.matmul)),
+        Backend(name="reference", run=_any_bits(reference.matmul)),
     ),
 )
 MATMUL_INT8 = Operation(
@@ -59,7 +68,7 @@ MATMUL_INT8 = Operation(
             run=mosaic_gpu.matmul_int8,
             why_not=mosaic_gpu.why_not,
             prepare=mosaic_gpu.prepare_int8,
-            run_prepared=mosaic_gpu.matmul_prepared,
+            run_prepared=_any_bits(mosaic_gpu.matmul_prepared),
         ),
         Backend(name="triton", run=triton.matmul_int8, why_not=triton.why_not),
         Backend(name="xla", run=xla.matmul_int8),
@@ -114,12 +123,14 @@ def matmul(
     gate: jax.Array | None = None,  # [n], any float: multiplies the columns, after the activation
     residual: jax.Array | None = None,  # [m, n], any float: added last
     out_dtype: jnp.dtype = jnp.bfloat16,
+    x_bits: int = 8,  # 4 if x is 4-bit codes times powers of two, less 128 if asymmetric
     implementation: Implementation = None,
 ) -> jax.Array:
     """Multiply int8 activations by packed 4-bit weights that share one scale a row.
 
     The dot over all of k is an exact int32 (|sum| < 2**31 for k < 66,000 in the worst case); the
-    epilogue is float32, in the order that `reference.epilogue` gives.
+    epilogue is float32, in the order that `reference.epilogue` gives. `x_bits` changes no integer:
+    it lets a device without int8 units multiply in float8, which holds such values exactly.
 
     Returns:
       [m, n] of out_dtype. Rows whose scale is NaN are NaN.
@@ -130,13 +141,14 @@ def matmul(
         that can't run here.
     """
     check_array("x", x, ("m", "k"), jnp.int8)
+    check_choices(x_bits=x_bits)
     _check_packed(w_codes, w_shifts, k=x.shape[1], group_size=group_size, step=step)
     epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
     epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
     _check(x, w_codes.shape[0], x_scale, w_scale, **epilogue)
     operands = x, w_codes, w_shifts, x_scale, w_scale
-    options = {"group_size": group_size, "step": step, "implementation": implementation}
-    return MATMUL(*operands, **options, **epilogue)
+    options = {"group_size": group_size, "step": step, "x_bits": x_bits}
+    return MATMUL(*operands, implementation=implementation, **options, **epilogue)
 
 
 def matmul_int8(
@@ -222,6 +234,7 @@ def matmul_prepared(
     gate: jax.Array | None = None,  # [n], any float: multiplies the columns, after the activation
     residual: jax.Array | None = None,  # [m, n], any float: added last
     out_dtype: jnp.dtype = jnp.bfloat16,
+    x_bits: int = 8,  # 4 if x is 4-bit codes times powers of two, less 128 if asymmetric
     implementation: Implementation = None,
 ) -> jax.Array:
     """Multiply by prepared weights; otherwise as `matmul`.
@@ -230,6 +243,7 @@ def matmul_prepared(
       ValueError: what `matmul` refuses, or an implementation without the weights' own.
     """
     check_array("x", x, ("m", "k"), jnp.int8)
+    check_choices(x_bits=x_bits)
     _check_same_k(x, w)
     epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
     epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
@@ -241,7 +255,7 @@ def matmul_prepared(
             "pass None, or weights that aren't prepared"
         )
     backend = w.operation.choose(w.implementation, x, w, x_scale, scale, **epilogue)
-    return backend.run_prepared(x, w.arrays, x_scale, **epilogue)
+    return backend.run_prepared(x, w.arrays, x_scale, x_bits=x_bits, **epilogue)
 
 
 def _check_packed(w_codes, w_shifts, *, k: int, group_size: int, step: str) -> None:

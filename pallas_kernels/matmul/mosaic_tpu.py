@@ -141,6 +141,7 @@ def matmul_prepared(
     gate: jax.Array | None = None,  # [n], any float
     residual: jax.Array | None = None,  # [m, n], any float
     out_dtype: jnp.dtype = jnp.bfloat16,
+    x_bits: int = 8,
     operand: jnp.dtype | None = None,
 ) -> jax.Array:
     """Multiply int8 activations by prepared weights, with `reference.epilogue` in the kernel.
@@ -155,8 +156,9 @@ def matmul_prepared(
       gate: multiplies each column.
       residual: added last.
       out_dtype: of the result.
+      x_bits: 4 if x, less 128 or not, is 4-bit codes times powers of two, else 8.
       operand: type that the matrix units multiply. None for int8 where the device has it, else
-        bfloat16. float8_e4m3fn needs a power-of-two step and x that went through 4 bits.
+        float8_e4m3fn where x and weights are 4-bit codes times powers of two, else bfloat16.
 
     Returns:
       [m, n] of out_dtype. Rows whose scale is NaN are NaN.
@@ -164,7 +166,7 @@ def matmul_prepared(
     Raises:
       ValueError: x and weights have different k, or the weights are not exact in `operand`.
     """
-    operand = jnp.dtype(operand or _best_operand())
+    operand = jnp.dtype(operand or _best_operand(device.current(), weights.step, x_bits))
     _check(x, weights, operand)
     m, n = x.shape[0], weights.n
     tiles = tile_m, tile_k, tile_n = tile_sizes(m, n, weights.k, weights.group_size)
@@ -372,9 +374,12 @@ def _as_operand(x: jax.Array, asymmetric: bool, operand: jnp.dtype) -> tuple[jax
     return x, 128 if asymmetric else 0
 
 
-def _best_operand() -> jnp.dtype:
-    target = device.current()
-    return jnp.int8 if target.int8 or target.platform != "tpu" else jnp.bfloat16
+def _best_operand(target: device.Device, step: str | None, x_bits: int) -> jnp.dtype:
+    """Return the fastest type that holds both operands exactly; `step` is that of the weights."""
+    if target.int8 or target.platform != "tpu":
+        return jnp.int8
+    four_bits = step == "power" and x_bits == 4
+    return jnp.float8_e4m3fn if target.fp8 and four_bits else jnp.bfloat16
 
 
 def _check(x: jax.Array, weights: TpuWeights, operand: jnp.dtype) -> None:

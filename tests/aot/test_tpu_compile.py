@@ -10,6 +10,8 @@ from pallas_kernels import aot, compat
 from pallas_kernels.matmul import MATMUL, mosaic_tpu
 from pallas_kernels.matmul.shapes import SHAPES
 from pallas_kernels.quantize import mosaic_tpu as quantize_tpu
+from quartz_jax import Format, QuartzConfig, quantize, quartz_matmul
+from quartz_jax.linear import _place, encode_activation
 
 pytestmark = pytest.mark.skipif(
     compat.libtpu_why_not() is not None, reason=f"no TPU compiler: {compat.libtpu_why_not()}"
@@ -131,3 +133,31 @@ def test_dispatch_runs_the_named_kernel_on_a_tpu(chip):
         shape((200, 1), jnp.float32),
     )
     assert "quartz_matmul" in aot.compile_for_tpu(chip, run, *arguments).as_text()
+
+
+POWER, INTEGER = QuartzConfig(), QuartzConfig(step="integer")
+
+
+@pytest.mark.parametrize(
+    ("activation", "placed", "float8"),
+    [
+        (POWER, False, True),
+        (POWER, True, True),
+        (QuartzConfig(range="minmax"), True, True),
+        (INTEGER, False, False),
+        (None, True, False),
+    ],
+    ids=str,
+)
+def test_four_bits_on_both_sides_multiply_in_float8_on_v7x(activation, placed, float8):
+    kind = Format(kind="quartz", config=activation) if activation else Format(kind="int8")
+
+    def run(x, w):
+        w = quantize(w)
+        return quartz_matmul(encode_activation(x, kind), _place(w, False) if placed else w)
+
+    shape = jax.ShapeDtypeStruct
+    x, w = shape((100, 320), jnp.bfloat16), shape((200, 320), jnp.bfloat16)
+    text = aot.compile_for_tpu("v7x", run, x, w).as_text()
+    assert "quartz_matmul" in text
+    assert ("f8e4m3fn" in text) == float8

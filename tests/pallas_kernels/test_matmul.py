@@ -244,6 +244,7 @@ M, N, K = 5, 7, 70
         ({"group_size": -16}, "group_size is -16"),
         ({"group_size": 0}, "group_size is 0"),
         ({"group_size": 16.0}, "group_size is 16.0"),
+        ({"x_bits": 6}, "x_bits is 6; it must be 4 or 8"),
         ({"step": "foo"}, "step is 'foo'; it must be 'power' or 'integer'"),
         ({"x_scale": np.ones((M, 1), jnp.bfloat16)}, "x_scale has dtype bfloat16"),
         ({"x_scale": np.ones((M,), np.float32)}, "x_scale has shape"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import codec
+from pallas_kernels import codec, device, quantize
 from pallas_kernels.matmul import mosaic_tpu as tpu
 from pallas_kernels.matmul import reference
 from pallas_kernels.quantize import mosaic_tpu as tpu_quantize
@@ -86,6 +86,46 @@ def test_many_tiles_make_up_the_whole_product(monkeypatch, kept_bytes, group_siz
 def test_other_operand_types_give_the_same_integers(operand, asymmetric):
     options = {"group_size": 16, "step": "power", "asymmetric": asymmetric}
     check_matmul(run_with(operand), np.random.default_rng(0), 40, 130, 300, **options)
+
+
+V6E, V7X = device.describe("tpu", "TPU v6 lite"), device.describe("tpu", "TPU7x")
+
+
+@pytest.mark.parametrize(
+    ("target", "step", "x_bits", "operand"),
+    [
+        (V7X, "power", 4, jnp.float8_e4m3fn),
+        (V7X, "power", 8, jnp.bfloat16),
+        (V7X, "integer", 4, jnp.bfloat16),
+        (V7X, None, 4, jnp.bfloat16),
+        (V6E, "power", 4, jnp.int8),
+    ],
+    ids=str,
+)
+def test_the_operand_is_the_fastest_type_that_is_exact(target, step, x_bits, operand):
+    assert tpu._best_operand(target, step, x_bits) == operand
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_float8_holds_every_code_at_every_shift(asymmetric):
+    codes = jnp.arange(0, 16, dtype=jnp.uint8) if asymmetric else jnp.arange(-7, 8, dtype=jnp.int8)
+    shifts = jnp.arange(5, dtype=jnp.uint8)[:, None]
+    values = codec.decode(jnp.broadcast_to(codes, (5, codes.size)), shifts)
+    np.testing.assert_array_equal(values, np.asarray(codes, int) << np.arange(5)[:, None])
+    x, offset = tpu._as_operand(codec.to_operand(values), asymmetric, jnp.dtype("float8_e4m3fn"))
+    assert (x.dtype, offset) == (jnp.float8_e4m3fn, 0)
+    np.testing.assert_array_equal(x.astype(jnp.float32), values)
+
+
+@pytest.mark.parametrize("range_", ["absmax", "minmax"])
+def test_quantized_activations_give_the_same_integers_in_the_operand_of_v7x(range_):
+    rng = np.random.default_rng(0)
+    x, _, lo = quantize.quantize(rng.standard_normal((8, 100)).astype(np.float32), range=range_)
+    (_, *weights), _ = operands(rng, 8, 20, 100, 16, "power", False)
+    run = run_with(tpu._best_operand(V7X, "power", 4))
+    static = {"group_size": 16, "step": "power", "out_dtype": jnp.float32}
+    options = {"x_lo": None if lo is None else jnp.zeros_like(lo)}
+    assert_equals_reference(run, reference.matmul, (x, *weights), options, **static)
 
 
 def test_integer_steps_are_exact_in_bfloat16():
