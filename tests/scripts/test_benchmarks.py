@@ -8,6 +8,8 @@ import statistics
 import aot_report
 import benchmark
 import benchmark_model
+import jax
+import jax.numpy as jnp
 import make_synthetic_flux
 import pytest
 import tune
@@ -15,6 +17,7 @@ from small_flux import SIZES
 
 from pallas_kernels.matmul import MATMUL_INT8
 from pallas_kernels.matmul.shapes import Shape
+from pallas_kernels.quantize import QUANTIZE
 from quartz_jax import cli, provenance
 
 MAINS = {
@@ -147,6 +150,21 @@ def test_a_search_keeps_other_shapes_and_what_it_found(tunable, tmp_path, capsys
     assert "1000.0 us {'off': 0.0}" in capsys.readouterr().out
 
 
+def test_a_wrong_quantize_backend_is_reported_and_not_timed(tiny_shapes, monkeypatch, capsys):
+    reference = QUANTIZE.backend("reference")
+
+    def run(x, **settings):
+        return jax.tree.map(lambda a: a + 1, reference.run(x, **settings))
+
+    wrong = dataclasses.replace(reference, name="wrong", run=run)
+    operation = dataclasses.replace(QUANTIZE, backends=(wrong,))
+    monkeypatch.setattr(benchmark, "QUANTIZE", operation)
+    assert benchmark.main(["--only", "wrong"]) == 1
+    out, err = capsys.readouterr()
+    assert re.search(r"quantize 4x64 absmax +wrong +WRONG *\n", out)
+    assert err.startswith("error: not timed, since wrong or failed: quantize 4x64 absmax wrong; ")
+
+
 def test_a_wrong_configuration_is_reported_and_not_timed(tunable, tmp_path, capsys):
     tunable["values"] = (1.0, 0.0)
     assert tune.main(["--out", str(tmp_path / "x.json")]) == 1
@@ -167,6 +185,8 @@ def test_a_step_s_figures_are_grouped_and_recorded(tmp_path, capsys, monkeypatch
     kernels = {"nvjet_x": 3e-3, "cudnn_sdpa": 2e-3, "my_gemm": 1e-3, "copy": 5e-4}
     monkeypatch.setattr(benchmark_model, "FluxConfig", lambda **_: config)
     monkeypatch.setattr(benchmark_model.timing, "kernel_times", lambda *_: kernels)
+    # Zeros are quick to compile.
+    monkeypatch.setattr(benchmark_model, "random_normal", lambda _, shape, __: jnp.zeros(shape))
     monkeypatch.setattr(benchmark_model, "compiled", lambda *_: lambda latents, *_: latents)
     argv = ["--recipes", "bf16", "--size", "16x16", "--text-tokens", "4", "--steps", "1"]
     benchmark_model.main([*argv, "--seed", "5", "--out", str(tmp_path / "x.json")])
