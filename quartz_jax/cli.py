@@ -4,6 +4,7 @@ import argparse
 import itertools
 import math
 import re
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,18 +19,19 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
 
-def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Call a script's main and return its exit code: 0, or 2 after one line on stderr.
+def run(
+    main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
+) -> int:
+    """Call a script's main and return its exit code, 0 for None; 2 after one line on stderr.
 
     ValueError and OSError are how the libraries report bad input; anything else is a defect and
     keeps its traceback.
     """
     try:
-        main(argv)
+        return main(argv) or 0
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    return 0
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +40,20 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="distilled guidance; default: the model's")
     parser.add_argument("--true-cfg", type=float, help="classifier-free; default: the model's")
     parser.add_argument("--size", metavar="WxH", help="multiples of 16; default: the model's")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add the seed of random inputs that a figure mustn't depend on: a fresh one, or a given."""
+    parser.add_argument(
+        "--seed", type=seed, default=secrets.randbelow(2**31), help="of the inputs; default: fresh"
+    )
+
+
+def seed(text: str) -> int:
+    """Return a whole number that JAX takes as a seed, for argparse."""
+    if not 0 <= int(text) < 2**31:
+        raise ValueError
+    return int(text)
 
 
 def positive(text: str) -> int:

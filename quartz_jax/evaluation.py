@@ -1,11 +1,8 @@
 """Paired comparison of recipes with the 16-bit model: the same prompts, the same noise."""
 
-import datetime
 import functools
-import importlib.metadata
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from quartz_jax import provenance
 from quartz_jax.convert import linears
 from quartz_jax.files import atomic_file
 from quartz_jax.images import to_bytes
@@ -215,11 +213,7 @@ def open_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the file can't be read or was made with other settings.
     """
-    environment = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
-    }
-    new = {"settings": settings, "environment": environment, "recipes": {}}
+    new = {"settings": settings, "environment": provenance.environment(), "recipes": {}}
     if path.exists():
         try:
             new["recipes"] = _same_settings(json.loads(path.read_text()), new)["recipes"]
@@ -235,14 +229,6 @@ def open_scores(results: dict[str, Any], recipe: Recipe | Method) -> dict[str, A
         entry = {"recipe": recipe.to_json(), "scores": {"psnr": [], "ssim": []}}
         results["recipes"][recipe.name] = entry
     return entry
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the results with the date and the command; the file is never half-written."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with atomic_file(path) as partial:
-        text = json.dumps({"date": now, "command": sys.argv} | results, indent=1)
-        partial.write_text(text + "\n")
 
 
 def _same_settings(found: Any, new: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,10 +21,13 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pallas_kernels import aot
+from pallas_kernels import aot, compat
 from pallas_kernels.matmul import mosaic_tpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
+from quartz_jax import cli
+from quartz_jax.files import atomic_file, check_output
 
+GROUP_SIZES = (8, 16, 32, 64, 128)
 NOTES = "## Notes"
 HEADER = """\
 ## Grid steps
@@ -59,15 +62,13 @@ EPILOGUES = {
 EPILOGUE_SHAPES = ["flux-mlp-up", "flux-mlp-down"]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, and write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    flux = [name for name in SHAPES if name.startswith("flux")]
-    parser.add_argument("--chips", nargs="+", choices=aot.TPU_CHIPS, default=["v5e", "v6e"])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=flux)
-    parser.add_argument("--groups", nargs="+", type=int, default=[16, 32])
-    parser.add_argument("--out", type=Path, help="Markdown file to write")
-    options = parser.parse_args()
+    options = parse(argv)
+    if options.out:
+        check_output(options.out)
+    if reason := compat.libtpu_why_not():
+        raise ValueError(f"no TPU compiler: {reason}")
     lines = [_title(), "", *HEADER.splitlines()]
     notes = kept_notes(options.out)
     print("\n".join(lines))
@@ -81,8 +82,20 @@ def main() -> int:
             print(line, flush=True)
     if options.out:
         text = "\n".join(["# Static schedules of the TPU matmul kernels", "", *lines])
-        options.out.write_text(f"{text}\n{notes}")
-    return 0
+        with atomic_file(options.out) as partial:
+            partial.write_text(f"{text}\n{notes}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
+    flux = [name for name in SHAPES if name.startswith("flux")]
+    add = parser.add_argument
+    add("--chips", nargs="+", choices=aot.TPU_CHIPS, default=["v5e", "v6e"])
+    add("--shapes", nargs="+", choices=SHAPES, default=flux)
+    add("--groups", nargs="+", type=int, choices=GROUP_SIZES, default=[16, 32])
+    add("--out", type=Path, help="Markdown file to write")
+    return parser.parse_args(argv)
 
 
 def kept_notes(path: Path | None) -> str:
@@ -169,4 +182,4 @@ def _row(chip: str, name: str, group_size: int, plain: aot.Schedule, fused: aot.
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    sys.exit(main())
+    sys.exit(cli.run(main))

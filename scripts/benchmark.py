@@ -3,23 +3,22 @@
     python scripts/benchmark.py --shapes flux-mlp-up flux-mlp-down --out benchmark.json
 
 Fresh random inputs. Integers are compared with == on activations of two +-1 a row, whose sums are
-exact in bfloat16, then the whole result within one rounding. Times are medians over batches of
-calls: the device's own record of its kernels where the profiler gives one, else wall time. 4-bit
-weights have groups of 16 unless the name says otherwise, and lie in the order that the kernel reads
-("prepared") where it has one. `of bf16` and `of int8` are speeds relative to XLA's bfloat16 dot on
-the same values and to the fastest plain int8 kernel, both of this run.
+exact in bfloat16, then the whole result within one rounding; what differs is marked and not timed,
+and the exit status is 1. Times are medians over batches of calls: the device's own record of its
+kernels where the profiler gives one, else wall time. 4-bit weights have groups of 16 unless the
+name says otherwise, and lie in the order that the kernel reads ("prepared") where it has one.
+`of bf16` and, for 4-bit weights, `of int8` are speeds relative to XLA's bfloat16 dot on the same
+values and to the fastest plain int8 kernel, both of this run.
 """
 
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -33,6 +32,8 @@ from pallas_kernels.matmul import MATMUL, MATMUL_INT8, reference, xla
 from pallas_kernels.matmul.shapes import SHAPES, Shape
 from pallas_kernels.quantize import QUANTIZE
 from pallas_kernels.quantize import reference as quantize_reference
+from quartz_jax import cli, provenance
+from quartz_jax.files import check_output
 
 QUANTIZE_SHAPES = ((4608, 3072), (4608, 12288), (4608, 15360))
 FORMATS = ({"group_size": 16, "step": "power"}, {"group_size": 32, "step": "power"})
@@ -57,13 +58,13 @@ class Row:
 
     work: str  # name of the shape, or "quantize"
     backend: str  # what ran
-    exact: bool | None = None  # equal to the reference; None where it wasn't compared
+    exact: bool | None = None  # equal to the reference, else not timed; None: not compared
     ms: float | None = None  # median time of a call
     times_ms: list[float] = dataclasses.field(default_factory=list)  # of each batch, a call
     operations: float = 0.0  # multiplications and additions
     bytes_moved: float = 0.0  # each input read once, each output written once
     of_bf16: float | None = None  # speed over the bfloat16 dot's
-    of_int8: float | None = None  # speed over the fastest plain int8 matmul's
+    of_int8: float | None = None  # with 4-bit weights: speed over the fastest plain int8 matmul's
     of_limit: float | None = None  # of the time that bandwidth and matrix units allow
     error: str | None = None  # why it did not run
 
@@ -73,23 +74,22 @@ class Case:
     """Something to check and time."""
 
     name: str  # of the backend and format
-    sets: list[tuple]  # of arguments
-    compiled: Future  # of the function, for one set
-    check: Callable[[Callable], bool] | None  # whether the compiled function's results are right
+    function: Callable  # of one set of arguments
+    arrange: Callable[..., tuple]  # operands to the function's arguments
+    # (key, operands, arrange, compiled function) to whether its results are right
+    check: Callable[..., bool] | None = None
     weight_bytes: float  # of an element of w
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; the exit status is 1 if something failed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--batches", type=int, default=5, help="batches whose median counts")
-    parser.add_argument("--only", help="only backends whose name contains this")
-    parser.add_argument("--no-quantize", action="store_true", help="matmuls only")
-    options = parser.parse_args()
-    chip = jax.devices()[0]
-    print(f"{chip.device_kind}, JAX {jax.__version__}", flush=True)
+    options = parse(argv)
+    if options.out:
+        check_output(options.out)
+    check_only(options)
+    environment = provenance.environment()
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    print(f"{environment['device']}, {versions}, seed {options.seed}", flush=True)
     copy_rate = time_copy(options.batches)
     print(f"copy: {copy_rate / 1e12:.2f} TB/s read plus write", flush=True)
     rows = []
@@ -100,82 +100,107 @@ def main() -> int:
             rows += run_quantize(m, k, options, copy_rate)
     if options.out:
         result = {
-            "command": " ".join(sys.argv),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": chip.device_kind,
-            "jax": jax.__version__,
+            "environment": environment,
+            "seed": options.seed,
             "copy_bytes_per_second": copy_rate,
             "rows": [dataclasses.asdict(row) for row in rows],
         }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    return int(any(row.error or row.exact is False for row in rows))
+        provenance.write_results(options.out, result)
+    bad = [f"{row.work} {row.backend}" for row in rows if row.error or row.exact is False]
+    if bad:
+        print("error: not timed, since wrong or failed:", "; ".join(bad), file=sys.stderr)
+    return int(bool(bad))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    add("--out", type=Path, help="JSON file for the results")
+    add("--batches", type=cli.positive, default=5, help="batches whose median counts")
+    add("--only", default="", help="only backends whose name contains this")
+    add("--no-quantize", action="store_true", help="matmuls only")
+    cli.add_seed(parser)
+    return parser.parse_args(argv)
+
+
+def check_only(options: argparse.Namespace) -> None:
+    """Raise ValueError if `--only` leaves nothing to time."""
+    names = [case.name for name in options.shapes for case in matmul_cases(SHAPES[name])]
+    for shape in () if options.no_quantize else QUANTIZE_SHAPES:
+        names += [b.name for b in able(QUANTIZE, jax.ShapeDtypeStruct(shape, jnp.bfloat16))]
+    if not any(options.only in name for name in names):
+        known = ", ".join(dict.fromkeys(names))
+        raise ValueError(f"--only {options.only!r} is in no name of what runs here: {known}")
 
 
 def run_matmuls(name: str, shape: Shape, options, copy_rate: float, pool) -> list[Row]:
-    """Check and time every backend that can run a shape."""
+    """Check and time every backend that can run a shape; all of them compile at the same time."""
     m, n, k = shape.m, shape.n, shape.k
     peak = next((p for chip, p in PEAK.items() if chip in device.current().kind), {})
+    cases = [case for case in matmul_cases(shape) if options.only in case.name]
+    key, *keys = jax.random.split(jax.random.key(options.seed), 1 + weight_sets(n, k, 8))
+    operands = [make_operands(key, m, n, k) for key in keys if cases]
+    sets = [[case.arrange(**o) for o in operands] for case in cases]
+    compiled = [
+        pool.submit(compile_function, case.function, arguments[0])
+        for case, arguments in zip(cases, sets, strict=True)
+    ]
     rows = []
-    for case in matmul_cases(shape, options.only, pool):
+    for case, arguments, future in zip(cases, sets, compiled, strict=True):
         bfloat16 = case.weight_bytes == 2
         moved = m * k * (2 if bfloat16 else 1) + n * k * case.weight_bytes + 2.0 * m * n
         row = Row(work=name, backend=case.name, operations=2.0 * m * n * k, bytes_moved=moved)
         rows.append(row)
         with report_failure(row):
-            function = case.compiled.result()
-            row.exact = case.check(function) if case.check else None
-            time_row(row, function, case.sets, options.batches)
+            function = future.result()
+            if case.check:
+                row.exact = case.check(key, operands[0], case.arrange, function)
             rate = peak.get("bfloat16" if bfloat16 else "int8", float("inf"))
             floor = max(moved / copy_rate, row.operations / rate)
-            row.of_limit = floor * 1e3 / row.ms
+            time_row(row, function, arguments, options.batches, floor)
         base = {r.backend: r.ms for r in rows if r.ms}
-        plain = [ms for key, ms in base.items() if key.startswith("int8")]
-        if row.ms:
-            row.of_bf16 = base.get("bfloat16 xla", float("nan")) / row.ms
-            row.of_int8 = min(plain) / row.ms if plain else None
+        plain = [ms for name, ms in base.items() if name.startswith("int8")]
+        if row.ms and "bfloat16 xla" in base:
+            row.of_bf16 = base["bfloat16 xla"] / row.ms
+        if row.ms and plain and case.weight_bytes < 1:
+            row.of_int8 = min(plain) / row.ms
         show(row)
     return rows
 
 
-def matmul_cases(shape: Shape, only: str | None, pool) -> Iterator[Case]:
-    """Yield the cases of a shape; all of them compile at the same time."""
-    m, n, k = shape.m, shape.n, shape.k
-    count = max(2, min(8, -(-int(SETS_BYTES) // (n * k))))
-    operands = [make_operands(seed, m, n, k) for seed in range(count)]
-    plans = []
-
-    def plan(name, function, arrange, weight_bytes, check=None):
-        if not only or only in name:
-            sets = [arrange(**o) for o in operands]
-            compiled = pool.submit(compile_function, function, sets[0])
-            verify = check and functools.partial(check, operands[0], arrange)
-            plans.append(
-                Case(
-                    name=name, sets=sets, compiled=compiled, check=verify, weight_bytes=weight_bytes
-                )
-            )
-
-    plan("bfloat16 xla", bf16_dot, to_bfloat16, 2.0)
-    x, w = operands[0]["x"], operands[0]["w"]
+def matmul_cases(shape: Shape) -> Iterator[Case]:
+    """Yield what can run a shape here."""
+    x = jax.ShapeDtypeStruct((shape.m, shape.k), jnp.int8)
+    w = jax.ShapeDtypeStruct((shape.n, shape.k), jnp.int8)
+    yield Case(name="bfloat16 xla", function=bf16_dot, arrange=to_bfloat16, weight_bytes=2.0)
+    check = functools.partial(check_exact, plain=True)
     for backend in able(MATMUL_INT8, x, w):
-        check = functools.partial(check_exact, plain=True)
-        plan(f"int8 {backend.name}", backend.run, as_they_are, 1.0, check)
+        name, rest = f"int8 {backend.name}", {"check": check, "weight_bytes": 1.0}
+        yield Case(name=name, function=backend.run, arrange=as_they_are, **rest)
         if backend.prepare:
             arrange = functools.partial(prepare_int8, backend=backend)
-            plan(f"int8 {backend.name} prepared", backend.run_prepared, arrange, 1.0, check)
+            run = backend.run_prepared
+            yield Case(name=f"{name} prepared", function=run, arrange=arrange, **rest)
     for options in FORMATS:
         label = f"g{options['group_size']}" + " integer" * (options["step"] == "integer")
-        stored = 0.5 + 0.5 / options["group_size"]
-        check = functools.partial(check_exact, **options)
+        rest = {"weight_bytes": 0.5 + 0.5 / options["group_size"]}
+        rest["check"] = functools.partial(check_exact, **options)
         for backend in able(MATMUL, x, w, **options):
+            name = f"{label} {backend.name}"
             if backend.prepare:
                 arrange = functools.partial(prepare, backend=backend, **options)
-                plan(f"{label} {backend.name}", backend.run_prepared, arrange, stored, check)
+                yield Case(name=name, function=backend.run_prepared, arrange=arrange, **rest)
             elif options == FORMATS[0] or "few_rows" in backend.name:
                 arrange = functools.partial(pack, **options)
                 run = functools.partial(backend.run, **options)
-                plan(f"{label} {backend.name}", run, arrange, stored, check)
-    yield from plans
+                yield Case(name=name, function=run, arrange=arrange, **rest)
+
+
+def weight_sets(n: int, k: int, limit: int) -> int:
+    """Return how many sets of int8 weights [n, k] calls rotate among, at least 2."""
+    return max(2, min(limit, -(-int(SETS_BYTES) // (n * k))))
 
 
 def compile_function(function: Callable, arguments: tuple) -> Callable:
@@ -198,9 +223,9 @@ def bf16_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.bfloat16)
 
 
-def make_operands(seed: int, m: int, n: int, k: int) -> dict[str, jax.Array]:
+def make_operands(key: jax.Array, m: int, n: int, k: int) -> dict[str, jax.Array]:
     """Return random int8 x [m, k] and w [n, k], and positive scales."""
-    keys = jax.random.split(jax.random.key(seed), 4)
+    keys = jax.random.split(key, 4)
     return {
         "x": jax.random.randint(keys[0], (m, k), -112, 113, jnp.int8),
         "w": jax.random.randint(keys[1], (n, k), -112, 113, jnp.int8),
@@ -243,7 +268,13 @@ def encode(w: jax.Array, *, group_size: int, step: str) -> tuple[jax.Array, jax.
 
 
 def check_exact(
-    operands: dict, arrange: Callable, function: Callable, *, plain: bool = False, **options
+    key: jax.Array,
+    operands: dict,
+    arrange: Callable,
+    function: Callable,
+    *,
+    plain: bool = False,
+    **options,
 ) -> bool:
     """Compare integers with == on sparse activations, and random ones' results within a rounding.
 
@@ -253,7 +284,7 @@ def check_exact(
     if not plain:
         w = jax.jit(functools.partial(codec.decode_packed, **options))(*encode(w, **options))
     ones = {name: jnp.ones_like(operands[name]) for name in ("x_scale", "w_scale")}
-    sparse = operands | ones | {"x": two_a_row(operands["x"].shape)}
+    sparse = operands | ones | {"x": two_a_row(key, operands["x"].shape)}
     found, wanted = function(*arrange(**sparse)), expected(w=w, **without_w(sparse))
     if not bool(jnp.all(found == wanted)):
         return False
@@ -274,9 +305,9 @@ def expected(x: jax.Array, w: jax.Array, x_scale: jax.Array, w_scale: jax.Array)
     return reference.epilogue(xla.int8_dot(x, w), w, x_scale, w_scale)
 
 
-def two_a_row(shape: tuple[int, int]) -> jax.Array:
+def two_a_row(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Return int8 zeros with two elements of each row +-1."""
-    keys = jax.random.split(jax.random.key(1), 2)
+    keys = jax.random.split(key, 2)
     columns = jax.random.randint(keys[0], (shape[0], 2), 0, shape[1])
     signs = jax.random.rademacher(keys[1], (shape[0], 2), jnp.int8)
     return jnp.zeros(shape, jnp.int8).at[jnp.arange(shape[0])[:, None], columns].set(signs)
@@ -284,7 +315,11 @@ def two_a_row(shape: tuple[int, int]) -> jax.Array:
 
 def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
     """Check and time the quantize backends."""
-    keys = jax.random.split(jax.random.key(0), 6)
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+    backends = [b for b in able(QUANTIZE, x) if options.only in b.name]
+    if not backends:
+        return []
+    keys = jax.random.split(jax.random.key(options.seed), 6)
     sets = [(jax.random.normal(key, (m, k), jnp.bfloat16),) for key in keys[:4]]
     shift, scale = (jax.random.normal(key, (k,), jnp.bfloat16) for key in keys[4:])
     rows = []
@@ -299,12 +334,10 @@ def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
         settings = {"bits": 4, "group_size": 16, "step": "power", "rounding": "nearest"}
         settings |= {"range": "absmax"} | change
         wanted = jax.jit(functools.partial(quantize_reference.quantize, **settings))(*sets[0])
-        for backend in able(QUANTIZE, *sets[0]):
+        for backend in backends:
             row = Row(work=f"quantize {m}x{k} {name}", backend=backend.name)
             row.bytes_moved = m * k * (2.53125 if name == "packed" else 3.0)
             rows.append(row)
-            if options.only and options.only not in backend.name:
-                continue
             with report_failure(row):
                 function = jax.jit(functools.partial(backend.run, **settings))
                 found = function(*sets[0])
@@ -314,8 +347,7 @@ def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
                     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
                     if a.dtype != jnp.float32 or name != "norm"
                 )
-                time_row(row, function, sets, options.batches)
-                row.of_limit = row.bytes_moved / copy_rate * 1e3 / row.ms
+                time_row(row, function, sets, options.batches, row.bytes_moved / copy_rate)
             show(row)
     return rows
 
@@ -327,10 +359,13 @@ def time_copy(batches: int) -> float:
     return 2 * 4 * COPIED / statistics.median(seconds)
 
 
-def time_row(row: Row, function: Callable, sets: list[tuple], batches: int) -> None:
-    """Fill in a row's times."""
+def time_row(row: Row, function: Callable, sets: list[tuple], batches: int, floor: float) -> None:
+    """Fill in a row's times, unless its result is wrong; `floor` is the least that it can take."""
+    if row.exact is False:
+        return
     row.times_ms = [1e3 * t for t in timing.measure(function, sets, batches=batches)]
     row.ms = statistics.median(row.times_ms)
+    row.of_limit = floor * 1e3 / row.ms
 
 
 class report_failure:
@@ -368,4 +403,4 @@ def show(row: Row) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

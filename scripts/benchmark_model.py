@@ -9,13 +9,11 @@ enqueued without waiting, which is how the sampler runs; `kernels` is the device
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
@@ -28,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.flux import FluxConfig, FluxTransformer
 from models.pipeline import compiled, denoising_step, image_ids
 from pallas_kernels import timing
-from quartz_jax import cli, get_recipe, place, quantize_model
+from quartz_jax import cli, get_recipe, place, provenance, quantize_model
+from quartz_jax.files import check_output
 from quartz_jax.recipe import RECIPES
 
 # Part of a kernel's name to what it does; the first that matches counts.
@@ -49,10 +48,14 @@ GROUPS = {
 def main(argv: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     args = parse(argv)
+    if args.out:
+        check_output(args.out)
     width, height = cli.parse_size(args.size)
+    print(f"seed {args.seed}", flush=True)
+    weights_key, inputs_key = jax.random.split(jax.random.key(args.seed))
     config = FluxConfig(guidance_embeds=True)
-    model = random_transformer(config)
-    inputs = random_inputs(config, width // 16, height // 16, args.text_tokens)
+    model = random_transformer(config, weights_key)
+    inputs = random_inputs(config, inputs_key, width // 16, height // 16, args.text_tokens)
     results = {}
     if args.together:
         subjects = {name: in_recipe(model, name, args.expand) for name in args.recipes}
@@ -68,10 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         del subject
         show(name, results[name], results.get("bf16"))
     if args.out:
-        device = jax.devices()[0].device_kind
-        record = {"command": " ".join(sys.argv), "device": device, "jax": jax.__version__}
-        record |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "results": results}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        record = {"environment": provenance.environment(), "seed": args.seed, "results": results}
+        provenance.write_results(args.out, record)
 
 
 def in_recipe(model: FluxTransformer, name: str, expand: bool) -> FluxTransformer:
@@ -83,7 +84,7 @@ def in_recipe(model: FluxTransformer, name: str, expand: bool) -> FluxTransforme
     return subject
 
 
-def random_transformer(config: FluxConfig) -> FluxTransformer:
+def random_transformer(config: FluxConfig, key: jax.Array) -> FluxTransformer:
     """Return a bfloat16 transformer with random weights, made on the device."""
     dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     graphdef, state = nnx.split(
@@ -96,7 +97,7 @@ def random_transformer(config: FluxConfig) -> FluxTransformer:
             made.append(jnp.ones(leaf.shape, leaf.dtype))
         else:
             deviation = leaf.shape[0] ** -0.5 if len(leaf.shape) == 2 else 0.02
-            made.append(random_normal(jax.random.key(i), leaf.shape, deviation))
+            made.append(random_normal(jax.random.fold_in(key, i), leaf.shape, deviation))
     return nnx.merge(graphdef, jax.tree_util.tree_unflatten(structure, made))
 
 
@@ -106,9 +107,11 @@ def random_normal(key: jax.Array, shape: tuple[int, ...], deviation: float) -> j
     return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(deviation)
 
 
-def random_inputs(config: FluxConfig, columns: int, rows: int, text_tokens: int) -> tuple:
+def random_inputs(
+    config: FluxConfig, key: jax.Array, columns: int, rows: int, text_tokens: int
+) -> tuple:
     """Return the arguments of a denoising step, for one image."""
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(key, 3)
     latents = jax.random.normal(keys[0], (1, rows * columns, config.in_channels))
     text = jax.random.normal(keys[1], (1, text_tokens, config.joint_attention_dim), jnp.bfloat16)
     pooled = jax.random.normal(keys[2], (1, config.pooled_projection_dim), jnp.bfloat16)
@@ -184,6 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--expand", action="store_true", help="4-bit weights decoded to int8 beforehand")
     add("--together", action="store_true", help="compile all at once; no first calls, no peaks")
     add("--out", type=Path, help="JSON file for the results")
+    cli.add_seed(parser)
     return parser.parse_args(argv)
 
 

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from models import load_pipeline
 from models.pipeline import FluxPipeline
-from quartz_jax import cli, compilation_cache, evaluation, get_recipe, published
+from quartz_jax import cli, compilation_cache, evaluation, get_recipe, provenance, published
 from quartz_jax.files import atomic_file, check_output, hash_files
 from quartz_jax.images import read_image, to_bytes
 from quartz_jax.methods import (
@@ -100,7 +100,7 @@ def spread(bench: "Bench", recipes: list, argv: Sequence[str]) -> None:
     bench.take_in()
     for recipe in filter(recipe_is_16bit, recipes):
         bench.evaluate(recipe)
-    evaluation.write_results(bench.args.out, bench.results)
+    provenance.write_results(bench.args.out, bench.results)
     if missing := [x for x in recipes if not bench.finished(x)]:
         run_shards(bench, recipes, missing, argv)
     for path in bench.shards():
@@ -124,7 +124,7 @@ def run_shards(bench: "Bench", recipes: list, missing: list, argv: Sequence[str]
             process.terminate()
             process.wait()
     bench.take_in()
-    evaluation.write_results(bench.args.out, bench.results)
+    provenance.write_results(bench.args.out, bench.results)
     for process, log in zip(processes, logs, strict=True):
         if process.returncode:
             raise ValueError(f"a process of {len(processes)} failed; {log} says why")
@@ -224,7 +224,7 @@ class Bench:
         entry["seconds"] = entry.get("seconds", 0) + time.monotonic() - began
         bits = evaluation.mean_activation_bits(self.original.transformer, recipe)
         entry["summary"] = evaluation.summarize(recipe, report, entry["scores"], bits, **more)
-        evaluation.write_results(self.out, self.results)
+        provenance.write_results(self.out, self.results)
 
     def finished(self, recipe) -> bool:
         """Whether all images of a recipe are measured."""
@@ -271,7 +271,7 @@ class Bench:
         done = len(scores["psnr"])
         with tqdm(total=len(self.prompts), initial=done, desc=recipe.name, unit="image") as bar:
             for images in batches:
-                evaluation.write_results(self.out, self.results)
+                provenance.write_results(self.out, self.results)
                 bar.update(images)
                 self.check_time()
 

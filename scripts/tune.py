@@ -3,8 +3,8 @@
     python scripts/tune.py --shapes flux-mlp-up flux-mlp-down
 
 Every configuration's times are kept, so that a choice can be judged later. A result that isn't
-within one rounding of the reference's never counts. Shapes that were searched before are searched
-again and replaced; the others stay.
+within one rounding of the reference's is reported, not timed, and the exit status is 1. Shapes that
+were searched before are searched again and replaced; the others stay.
 """
 
 import argparse
@@ -14,15 +14,14 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from benchmark import compile_function, encode, expected, make_operands
+from benchmark import compile_function, encode, expected, make_operands, weight_sets
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,44 +29,87 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pallas_kernels import codec, device, timing
 from pallas_kernels.matmul import MATMUL, mosaic_gpu, triton, triton_few_rows, tuned
 from pallas_kernels.matmul.shapes import SHAPES, Shape
+from quartz_jax import cli, provenance
+from quartz_jax.files import check_output
 
 FOLDER = Path(tuned.__file__).parent / "tuning"
 GROUP = {"group_size": 16, "step": "power"}
+WRONG = "differs from the reference"
 
 
-def main() -> None:
-    """Search what the command line asks for and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--kernels", nargs="+", choices=SEARCHES, default=list(SEARCHES))
-    parser.add_argument("--out", type=Path, help="default: the package's own file of this device")
-    options = parser.parse_args()
-    kind = jax.devices()[0].device_kind
-    out = options.out or FOLDER / tuned.file_name(kind)
-    entries = {}
-    if out.exists():
-        entries = {_key(entry): entry for entry in json.loads(out.read_text())["entries"]}
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search what the command line asks for and write the file; 1 if a result was wrong."""
+    options = parse(argv)
+    out = options.out or FOLDER / tuned.file_name(jax.devices()[0].device_kind)
+    check_output(out)
+    entries = {_key(entry): entry for entry in read_entries(out)}
+    asked = list(itertools.product(options.shapes, options.kernels))
+    reasons = {(name, kernel): why_not(SHAPES[name], kernel) for name, kernel in asked}
+    if all(reasons.values()):
+        listed = dict.fromkeys(f"{kernel}: {why}" for (_, kernel), why in reasons.items())
+        raise ValueError(f"no kernel with sizes to tune runs here ({'; '.join(listed)})")
+    print(f"seed {options.seed}", flush=True)
+    wrong = 0
     with ThreadPoolExecutor() as pool:
-        for name, kernel in itertools.product(options.shapes, options.kernels):
-            entry = search(SHAPES[name], kernel, pool)
-            if entry is None:
+        for (name, kernel), reason in reasons.items():
+            if reason:
+                print(f"{name:20} {kernel:20} not searched: {reason}", flush=True)
+                continue
+            entry = search(SHAPES[name], kernel, options.seed, pool)
+            failed = [t for t in entry["times"] if t.get("error") == WRONG]
+            wrong += len(failed)
+            for config in failed:
+                print(f"{name:20} {kernel:20} WRONG {config['config']}", flush=True)
+            if not entry["best"]:
+                print(f"{name:20} {kernel:20} no configuration ran", flush=True)
                 continue
             entries[_key(entry)] = entry
-            best = min(entry["times"], key=lambda t: statistics.median(t["seconds"]))
-            us = 1e6 * statistics.median(best["seconds"])
+            us = 1e6 * min(map(_median, _timed(entry["times"])))
             print(f"{name:20} {kernel:20} {us:8.1f} us {entry['best']}", flush=True)
-            table = {"device": kind, "jax": jax.__version__}
-            table |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "entries": list(entries.values())}
-            out.write_text(json.dumps(table, indent=1) + "\n")
+            table = {"entries": list(entries.values())}
+            provenance.write_results(out, provenance.environment() | table)
+    return int(wrong > 0)
 
 
-def search(shape: Shape, kernel: str, pool) -> dict[str, Any] | None:
-    """Time every configuration of a kernel on a shape; None where the kernel doesn't run."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    add("--kernels", nargs="+", choices=SEARCHES, default=list(SEARCHES))
+    add("--out", type=Path, help="default: the package's own file of this device")
+    cli.add_seed(parser)
+    return parser.parse_args(argv)
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """Return what a file of sizes holds, nothing if there is none."""
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text())["entries"]
+        for entry in entries:
+            _key(entry)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} holds no table of sizes; choose another --out") from None
+    return entries
+
+
+def why_not(shape: Shape, kernel: str) -> str | None:
+    """Say why a kernel can't be searched on a shape here, or return None."""
+    x = jax.ShapeDtypeStruct((shape.m, shape.k), jnp.int8)
+    w = jax.ShapeDtypeStruct((shape.n, shape.k), jnp.int8)
+    reason = MATMUL.backend(kernel.removesuffix("_int8")).why_not(device.current(), x, w)
+    if reason is None and not list(SEARCHES[kernel][2](shape.m)):
+        reason = f"has no sizes for {shape.m} rows"
+    return reason
+
+
+def search(shape: Shape, kernel: str, seed: int, pool) -> dict[str, Any]:
+    """Time every configuration of a kernel on a shape; the best is None if none can be."""
     m, n, k = shape.m, shape.n, shape.k
-    operands = [make_operands(seed, m, n, k) for seed in range(max(2, min(6, int(2e8) // (n * k))))]
-    backend = MATMUL.backend(kernel.removesuffix("_int8"))
-    if backend.why_not(device.current(), operands[0]["x"], operands[0]["w"]):
-        return None
+    keys = jax.random.split(jax.random.key(seed), weight_sets(n, k, 6))
+    operands = [make_operands(key, m, n, k) for key in keys]
     run, arrange, configs = SEARCHES[kernel]
     sets = [arrange(**o) for o in operands]
     w = jax.jit(functools.partial(codec.decode_packed, **GROUP))(*encode(operands[0]["w"], **GROUP))
@@ -89,11 +131,18 @@ def search(shape: Shape, kernel: str, pool) -> dict[str, Any] | None:
         if bool(jnp.all(near)):
             seconds = timing.measure(function, sets, batches=3)
             times.append({"config": dataclasses.asdict(config), "seconds": seconds})
-    timed = [entry for entry in times if "seconds" in entry]
-    if not timed:
-        return None
-    best = min(timed, key=lambda entry: statistics.median(entry["seconds"]))["config"]
-    return {"kernel": kernel, "m": m, "n": n, "k": k, "best": best, "times": times}
+        else:
+            times.append({"config": dataclasses.asdict(config), "error": WRONG})
+    best = min(_timed(times), key=_median, default={"config": None})["config"]
+    return {"kernel": kernel, "m": m, "n": n, "k": k, "seed": seed, "best": best, "times": times}
+
+
+def _timed(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in times if "seconds" in entry]
+
+
+def _median(entry: dict[str, Any]) -> float:
+    return statistics.median(entry["seconds"])
 
 
 def _key(entry: dict[str, Any]) -> tuple:
@@ -145,4 +194,4 @@ SEARCHES: dict[str, tuple[Callable, Callable, Callable]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))
