@@ -61,6 +61,8 @@ _FAMILIES = {
     r"joint_blocks\..*": "Stable Diffusion 3",
     r"(model\.diffusion_model\.)?input_blocks\..*|down_blocks\..*": "a Stable Diffusion U-Net",
     r".*lora.*": "a LoRA adapter",
+    r"(en|de)coder\.(down_blocks|mid_block|up_blocks)\..*": "an autoencoder of diffusers: give the "
+    "model's folder",
     r"(text_model\.)?encoder\.layers\..*": "a CLIP text encoder",
     r"encoder\.block\..*": "a T5 encoder",
     r"single_transformer_blocks\..*": "a FLUX transformer of diffusers, without its config.json: "

@@ -157,6 +157,8 @@ def read_manifest(folder: Path | str) -> Manifest:
     path = Path(folder) / _MANIFEST
     try:
         return Manifest.from_json(json.loads(path.read_text()))
+    except NotADirectoryError:
+        raise ValueError(f"{folder} is a file; expected the folder of a checkpoint") from None
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a quantized checkpoint") from None
     except (OSError, ValueError) as error:

@@ -37,8 +37,8 @@ def run(
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that shape an image; all default to the model's own settings."""
     parser.add_argument("--steps", type=positive, help="denoising steps; default: the model's")
-    parser.add_argument("--guidance", type=float, help="distilled guidance; default: the model's")
-    parser.add_argument("--true-cfg", type=float, help="classifier-free; default: the model's")
+    parser.add_argument("--guidance", type=finite, help="distilled guidance; default: the model's")
+    parser.add_argument("--true-cfg", type=finite, help="classifier-free; default: the model's")
     parser.add_argument("--size", metavar="WxH", help="multiples of 16; default: the model's")
 
 
@@ -60,6 +60,20 @@ def positive(text: str) -> int:
     """Return a whole number of at least 1, for argparse."""
     if int(text) < 1:
         raise ValueError
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """Return a number that is neither infinite nor NaN, for argparse."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return float(text)
+
+
+def seed(text: str) -> int:
+    """Return what gives a noise of its own, for argparse: JAX takes seeds modulo 2**32."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is outside 0 to {2**32 - 1}")
     return int(text)
 
 
@@ -92,16 +106,13 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
 def lora_scales(files: Sequence[Path], scales: Sequence[float]) -> list[tuple[Path, float]]:
     """Return each adapter file with its scale, 1 where none was given.
 
-    Raises ValueError for more scales than files and for a scale that is no finite number.
+    Raises ValueError for more scales than files.
     """
     if len(scales) > len(files):
         raise ValueError(
             f"--lora-scale was given {len(scales)} times, --lora {len(files)}; give one for each "
             "file, in order"
         )
-    for scale in scales:
-        if not math.isfinite(scale):
-            raise ValueError(f"--lora-scale is {scale}; it must be a finite number")
     return list(itertools.zip_longest(files, scales, fillvalue=1.0))
 
 

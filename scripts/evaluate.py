@@ -467,7 +467,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--count", type=cli.positive, default=128, help="images a recipe")
     add("--batch", type=cli.positive, default=16, help="images at a time")
     cli.add_sampling(parser)
-    add("--seed0", type=int, default=0, help="of the noise of all images")
+    add("--seed0", type=cli.seed, default=0, help="of the noise of all images")
     add("--calibration-prompts", type=Path, help="default: the model's calibration_prompts.txt")
     add("--calibration", type=cli.positive, default=32, help="prompts to calibrate on")
     add("--calibration-rows", type=cli.positive, default=128, help="tokens kept a call of a layer")

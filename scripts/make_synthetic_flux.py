@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder to make")
     add("--variant", choices=("dev", "schnell"), default="dev", help="with guidance or without")
     add("--layout", choices=LAYOUTS, default="diffusers", help="folder layout or BFL's files")
-    add("--seed", type=int, default=0, help="of the weights")
+    add("--seed", type=cli.seed, default=0, help="of the weights")
     add("--overwrite", action="store_true", help="replace what this made at --out")
     return parser.parse_args(argv)
 

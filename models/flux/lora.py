@@ -191,6 +191,8 @@ def read_lora(path: Path | str, config: FluxConfig) -> Adapter:
 
 def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the tensors as float32, and PEFT's config if the file holds one."""
+    if path.is_dir():
+        raise CheckpointError(f"LoRA {path} is a folder; give the safetensors file in it")
     try:
         with safe_open(path, "np") as file:
             names = file.keys()

@@ -343,7 +343,7 @@ def test_an_infinite_factor_is_refused(tmp_path, factors):
 
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"pickle")
-    for path in (tmp_path / "x", tmp_path / "absent", tmp_path):
+    for path in (tmp_path / "x", tmp_path / "absent"):
         with pytest.raises(CheckpointError, match="can't be read as safetensors") as error:
             read_lora(path, TINY)
         assert len(str(error.value).splitlines()) == 1

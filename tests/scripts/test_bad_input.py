@@ -56,7 +56,7 @@ def test_a_rule_that_matches_nothing(refused, tiny, tmp_path):
 @pytest.mark.parametrize("main", [quantize.main, generate.main])
 def test_a_folder_without_model_index(refused, tmp_path, main):
     prompt = ("--prompt", "a") if main == generate.main else ()
-    argv = ("--model", tmp_path / "absent", "--out", tmp_path / "x", *prompt)
+    argv = ("--model", tmp_path / "absent", "--out", tmp_path / "x.png", *prompt)
     assert "model_index.json does not exist" in refused(main, *argv)
 
 
@@ -133,6 +133,12 @@ def test_another_family_in_a_file(refused, small, tmp_path):
     argv = ("--model", tmp_path / "sd3.safetensors", "--text-encoders", small)
     line = refused(quantize.main, *argv, "--out", tmp_path / "x")
     assert "holds no FLUX.1 transformer: sd3.safetensors is Stable Diffusion 3" in line
+
+
+def test_the_autoencoder_s_file_of_a_folder(refused, tiny, tmp_path):
+    file = tiny / "vae" / "diffusion_pytorch_model.safetensors"
+    line = refused(quantize.main, "--model", file, "--out", tmp_path / "x")
+    assert f"{file.name} is an autoencoder of diffusers: give the model's folder" in line
 
 
 def test_a_single_file_without_text_encoders(refused, single_files, tmp_path):
@@ -269,9 +275,36 @@ def test_more_scales_than_adapters(refused, tmp_path, adapter):
     assert "--lora-scale was given 2 times, --lora 1" in line
 
 
+@pytest.mark.parametrize("option", ["--guidance", "--true-cfg"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_guidance_that_is_no_finite_number(refused, option, value):
+    line = refused(generate.main, f"{option}={value}")
+    assert f"{option}: {value} is no finite number" in line
+
+
 def test_a_scale_that_is_no_finite_number(refused, tmp_path, adapter):
     argv = drawn(tmp_path, "--lora", adapter, "--lora-scale", "nan")
-    assert "--lora-scale is nan" in refused(generate.main, *argv)
+    assert "--lora-scale: nan is no finite number" in refused(generate.main, *argv)
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999"])
+@pytest.mark.parametrize("script", [generate, make_synthetic_flux, evaluate])
+def test_a_seed_that_has_no_noise_of_its_own(refused, tmp_path, script, seed):
+    option = "--seed0" if script == evaluate else "--seed"
+    needed = {evaluate: ("--prompts", tmp_path), make_synthetic_flux: ("--out", __file__)}
+    line = refused(script.main, f"{option}={seed}", *needed.get(script, ()))
+    assert f"{option}: {seed} is outside 0 to 4294967295" in line
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x"])
+def test_an_image_under_another_name_than_a_png_s(refused, tmp_path, name):
+    line = refused(generate.main, "--prompt", "a", "--out", tmp_path / name)
+    assert "give a name ending in .png" in line
+
+
+def test_an_adapter_s_folder(refused, tmp_path, tiny):
+    argv = drawn(tmp_path, "--model", tiny, "--lora", tmp_path)
+    assert f"LoRA {tmp_path} is a folder" in refused(generate.main, *argv)
 
 
 def test_an_adapter_that_is_absent_or_no_safetensors(refused, tmp_path, tiny):

@@ -161,10 +161,15 @@ def test_inspect_says_what_a_checkpoint_is(run_script, quantized):
         assert part in done.stdout
 
 
-def test_inspect_refuses_what_is_no_checkpoint(run_script, tmp_path):
-    done = run_script("inspect.py", tmp_path)
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [("", "expected a quantized checkpoint"), ("README.md", "README.md is a file; expected")],
+)
+def test_inspect_refuses_what_is_no_checkpoint(run_script, tmp_path, path, line):
+    (tmp_path / "README.md").touch()
+    done = run_script("inspect.py", tmp_path / path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "expected a quantized checkpoint" in done.stderr
+    assert line in done.stderr
 
 
 def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path):
