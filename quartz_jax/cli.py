@@ -49,13 +49,6 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def seed(text: str) -> int:
-    """Return a whole number that JAX takes as a seed, for argparse."""
-    if not 0 <= int(text) < 2**31:
-        raise ValueError
-    return int(text)
-
-
 def positive(text: str) -> int:
     """Return a whole number of at least 1, for argparse."""
     if int(text) < 1:
