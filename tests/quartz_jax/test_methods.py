@@ -1,5 +1,6 @@
 """Methods against small direct implementations, and what calibration changes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -247,6 +248,16 @@ def test_the_given_model_is_untouched_and_other_linears_stay():
     assert isinstance(simulated.embed, nnx.Linear)
     assert report.layers[0].path == "blocks.0.down"
     assert report.weight_bits == pytest.approx(INT4.bits(32), abs=0.02)
+
+
+def test_what_is_rounded_is_computed_once():
+    """On GPUs XLA would compute it anew for scale, step and rounding, which then disagree."""
+    linear, activation = SimulatedLinear(weight_of(0), None, [], INT4), INT4
+    program = jax.make_jaxpr(lambda x: linear(jnp.sin(x)))(rows_of(1))
+    names = [equation.primitive.name for equation in program.eqns]
+    rounding = jax.make_jaxpr(activation)(rows_of(1)).eqns[0].primitive.name
+    barrier = names.index("optimization_barrier")
+    assert names.index("sin") < barrier < names.index(rounding)
 
 
 def test_a_branch_is_counted_in_the_bits():
