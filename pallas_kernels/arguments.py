@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-_CHOICES = {
+CHOICES = {  # what the number format and the operations know
     "group_size": (8, 16, 32, 64),
     "rounding": ("nearest", "truncate"),
     "range": ("absmax", "minmax"),
@@ -18,7 +18,7 @@ _CHOICES = {
 def check_choices(**values: Any) -> None:
     """Refuse a value of the number format that isn't listed, or a pair that it excludes."""
     for name, value in values.items():
-        choices = _CHOICES[name]
+        choices = CHOICES[name]
         if isinstance(value, bool | float) or value not in choices:
             *first, last = map(repr, choices)
             raise ValueError(f"{name} is {value!r}; it must be {', '.join(first)} or {last}")

@@ -22,12 +22,12 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pallas_kernels import aot, compat
+from pallas_kernels.arguments import CHOICES
 from pallas_kernels.matmul import mosaic_tpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
 from quartz_jax import cli
 from quartz_jax.files import atomic_file, check_output
 
-GROUP_SIZES = (8, 16, 32, 64, 128)
 NOTES = "## Notes"
 HEADER = """\
 ## Grid steps
@@ -93,7 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--chips", nargs="+", choices=aot.TPU_CHIPS, default=["v5e", "v6e"])
     add("--shapes", nargs="+", choices=SHAPES, default=flux)
-    add("--groups", nargs="+", type=int, choices=GROUP_SIZES, default=[16, 32])
+    add("--groups", nargs="+", type=int, choices=CHOICES["group_size"], default=[16, 32])
     add("--out", type=Path, help="Markdown file to write")
     return parser.parse_args(argv)
 

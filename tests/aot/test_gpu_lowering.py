@@ -1,6 +1,7 @@
 """GPU kernels lowered for four GPUs, and compiled to PTX where a CUDA plugin is installed."""
 
 import dataclasses
+import functools
 import importlib.util
 import re
 
@@ -246,6 +247,7 @@ def _no_symbolizer():
         yield
 
 
+@functools.cache
 def mesh_of(gpu):
     """Return a mesh of one GPU to compile for, without having one."""
     if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)):
