@@ -3,8 +3,9 @@
 from quartz_jax.codec import decode, dequantize, quantize, quantize_int, quantize_weight
 from quartz_jax.config import QuartzConfig
 from quartz_jax.convert import quantize_model
-from quartz_jax.linear import QuartzLinear, place
+from quartz_jax.linear import QuartzLinear
 from quartz_jax.matmul import quartz_matmul
+from quartz_jax.placement import place
 from quartz_jax.recipe import Format, Recipe, Rule, get_recipe
 from quartz_jax.report import Report
 from quartz_jax.tensor import IntTensor, QuartzTensor

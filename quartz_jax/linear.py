@@ -1,12 +1,9 @@
 """The quantized drop-in for nnx.Linear, and how its two operands are made."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import matmul
 from pallas_kernels.matmul import PreparedWeights
 from pallas_kernels.matmul.reference import gelu
 from pallas_kernels.quantize import Part
@@ -98,36 +95,6 @@ def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int
 
 def _dtype(rows: jax.Array | tuple[Part, ...]) -> jnp.dtype:
     return rows[0].dtype if isinstance(rows, tuple) else rows.dtype
-
-
-def place(model: nnx.Module, *, expand: bool = False) -> None:
-    """Bring a model's quantized weights into the order that this device's kernels read, in place.
-
-    The integers stay the same. A model works without it too, but then every call reorders them. It
-    can't be saved afterwards: save it first. Weight-only layers read the packed order.
-
-    Args:
-      model: as `quantize_model` or `checkpoint.load` returns it.
-      expand: decode 4-bit weights to int8 once, for a device with room: nothing is left to decode
-        in a call, and the weights take almost twice the memory.
-    """
-    for _, layer in nnx.iter_modules(model):
-        if isinstance(layer, QuartzLinear) and layer.activation.kind != "bf16":
-            layer.weight.set_value(_place(layer.weight.get_value(), expand))
-
-
-@functools.partial(jax.jit, static_argnames="expand")
-def _place(
-    weight: QuartzTensor | IntTensor | PreparedWeights, expand: bool
-) -> QuartzTensor | IntTensor | PreparedWeights:
-    if isinstance(weight, PreparedWeights) or weight.scale.shape[-1] != 1:
-        return weight
-    if expand or isinstance(weight, IntTensor):
-        values = decode(weight)
-        prepared = matmul.prepare_int8(values, weight.scale)
-        return prepared or IntTensor(values=values, scale=weight.scale)
-    kind = {"group_size": weight.config.group_size, "step": weight.config.step}
-    return matmul.prepare(weight.codes, weight.shifts, weight.scale, k=weight.k, **kind) or weight
 
 
 def encode_weight(

@@ -1,4 +1,4 @@
-"""Time the matmul and quantize backends on real shapes, after checking them.
+"""Time the backends of every kernel on real shapes, after checking them.
 
     python scripts/benchmark.py --shapes flux-mlp-up flux-mlp-down --out benchmark.json
 
@@ -30,12 +30,20 @@ from pallas_kernels import codec, device, timing
 from pallas_kernels.dispatch import Backend, Operation
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8, reference, xla
 from pallas_kernels.matmul.shapes import SHAPES, Shape
-from pallas_kernels.quantize import QUANTIZE
+from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
+from pallas_kernels.quantize import QUANTIZE, Part
 from pallas_kernels.quantize import reference as quantize_reference
 from quartz_jax import cli, provenance
 from quartz_jax.files import check_output
 
 QUANTIZE_SHAPES = ((4608, 3072), (4608, 12288), (4608, 15360))
+# (tokens of each stream, columns) of FLUX.1's double-stream and single-stream blocks
+QK_SHAPES = (((512, 4096), 9216), ((4608,), 21504))
+HEADS, HEAD_DIM = 24, 128
+# Share of results that may fall either way of a rounding: a norm sums in an order of its own (a few
+# units in the last place of float32), GELU may be approximate (a few more, and a row's largest
+# element moves all of the row); one such unit is 2**-16 of a bfloat16's.
+DIFFERING = {"norm": 1e-4, "gelu": 1e-3, "rotation": 1e-3}
 FORMATS = ({"group_size": 16, "step": "power"}, {"group_size": 32, "step": "power"})
 FORMATS += ({"group_size": 16, "step": "integer"},)
 COPIED = 1 << 28  # int32 elements of the copy that measures bandwidth
@@ -56,7 +64,7 @@ PEAK = {
 class Row:
     """One line of the table."""
 
-    work: str  # name of the shape, or "quantize"
+    work: str  # name of the shape, or of the operation and its shape
     backend: str  # what ran
     exact: bool | None = None  # equal to the reference, else not timed; None: not compared
     ms: float | None = None  # median time of a call
@@ -96,8 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor() as pool:
         for name in options.shapes:
             rows += run_matmuls(name, SHAPES[name], options, copy_rate, pool)
-        for m, k in () if options.no_quantize else QUANTIZE_SHAPES:
-            rows += run_quantize(m, k, options, copy_rate)
+        if not options.matmuls_only:
+            for m, k in QUANTIZE_SHAPES:
+                rows += run_quantize(m, k, options, copy_rate)
+            for tokens, columns in QK_SHAPES:
+                rows += run_qk_norm_rope(tokens, columns, options, copy_rate)
     if options.out:
         result = {
             "environment": environment,
@@ -120,7 +131,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="JSON file for the results")
     add("--batches", type=cli.positive, default=5, help="batches whose median counts")
     add("--only", default="", help="only backends whose name contains this")
-    add("--no-quantize", action="store_true", help="matmuls only")
+    add("--matmuls-only", action="store_true", help="neither quantize nor qk_norm_rope")
     cli.add_seed(parser)
     return parser.parse_args(argv)
 
@@ -128,8 +139,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_only(options: argparse.Namespace) -> None:
     """Raise ValueError if `--only` leaves nothing to time."""
     names = [case.name for name in options.shapes for case in matmul_cases(SHAPES[name])]
-    for shape in () if options.no_quantize else QUANTIZE_SHAPES:
-        names += [b.name for b in able(QUANTIZE, jax.ShapeDtypeStruct(shape, jnp.bfloat16))]
+    if not options.matmuls_only:
+        for shape in QUANTIZE_SHAPES:
+            names += [b.name for b in able(QUANTIZE, jax.ShapeDtypeStruct(shape, jnp.bfloat16))]
+        names += [b.name for b in QK_NORM_ROPE.backends]
     if not any(options.only in name for name in names):
         known = ", ".join(dict.fromkeys(names))
         raise ValueError(f"--only {options.only!r} is in no name of what runs here: {known}")
@@ -330,25 +343,72 @@ def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
         "8 bits": {"bits": 8},
         "packed": {"packed": True},
         "norm": {"norm": (shift, scale)},
+        "gelu": {"activation": "gelu"},
     }.items():
         settings = {"bits": 4, "group_size": 16, "step": "power", "rounding": "nearest"}
         settings |= {"range": "absmax"} | change
-        wanted = jax.jit(functools.partial(quantize_reference.quantize, **settings))(*sets[0])
+        part = {"start": 0, "size": k, "activation": settings.pop("activation", None)}
+        wanted = jax.jit(quantize_part(quantize_reference.quantize, part, settings))(*sets[0])
         for backend in backends:
             row = Row(work=f"quantize {m}x{k} {name}", backend=backend.name)
             row.bytes_moved = m * k * (2.53125 if name == "packed" else 3.0)
             rows.append(row)
             with report_failure(row):
-                function = jax.jit(functools.partial(backend.run, **settings))
+                function = jax.jit(quantize_part(backend.run, part, settings))
                 found = function(*sets[0])
                 row.exact = all(
-                    # A norm sums in an order of its own: values at a boundary may fall either way.
-                    float(jnp.mean(a != b)) <= (1e-4 if name == "norm" else 0)
+                    float(jnp.mean(a != b)) <= DIFFERING.get(name, 0)
                     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-                    if a.dtype != jnp.float32 or name != "norm"
+                    if a.dtype != jnp.float32 or name not in DIFFERING
                 )
                 time_row(row, function, sets, options.batches, row.bytes_moved / copy_rate)
             show(row)
+    return rows
+
+
+def quantize_part(run: Callable, part: dict, settings: dict) -> Callable:
+    """Return a backend's quantization of an array's columns, with settings."""
+    return lambda x: run((Part(array=x, **part),), **settings)
+
+
+def run_qk_norm_rope(
+    tokens: tuple[int, ...], columns: int, options: argparse.Namespace, copy_rate: float
+) -> list[Row]:
+    """Check and time norm and rotation of queries and keys."""
+
+    def make(key: jax.Array) -> tuple:
+        keys = jax.random.split(key, 3)
+        qkv = [jax.random.normal(keys[0], (1, t, columns), jnp.bfloat16) for t in tokens]
+        scale = jax.random.uniform(keys[1], (HEAD_DIM,), jnp.bfloat16, 0.5, 2)
+        angles = jax.random.uniform(keys[2], (sum(tokens), HEAD_DIM // 2), jnp.float32, -3, 3)
+        return qkv, scale, jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+    def streams(qkv, scale, rope) -> tuple:
+        return tuple(Stream(qkv=x, query_scale=scale, key_scale=scale) for x in qkv), rope
+
+    def compiled(backend: Backend) -> Callable:
+        return jax.jit(lambda *args: backend.run(*streams(*args), heads=HEADS))
+
+    sets = [make(key) for key in jax.random.split(jax.random.key(options.seed), 3)]
+    plain = QK_NORM_ROPE.backend("reference")  # what XLA makes of it
+    wanted = compiled(plain)(*sets[0])
+    rows = []
+    for backend in (plain, *able(QK_NORM_ROPE, *streams(*sets[0]))):
+        if options.only not in backend.name:
+            continue
+        row = Row(work=f"qk_norm_rope {'+'.join(map(str, tokens))}", backend=backend.name)
+        row.bytes_moved = 2 * 3 * sum(tokens) * HEADS * HEAD_DIM * 2
+        rows.append(row)
+        with report_failure(row):
+            function = compiled(backend)
+            row.exact = all(
+                # The terms of a rotation may cancel, which leaves float32's error of them.
+                bool(jnp.all(jnp.abs(a - b) <= 2.0**-7 * jnp.abs(b) + 1e-5))
+                and float(jnp.mean(a != b)) <= DIFFERING["rotation"]
+                for a, b in zip(function(*sets[0]), wanted, strict=True)
+            )
+            time_row(row, function, sets, options.batches, row.bytes_moved / copy_rate)
+        show(row)
     return rows
 
 

@@ -76,10 +76,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def in_recipe(model: FluxTransformer, name: str, expand: bool) -> FluxTransformer:
-    """Return the model quantized and brought into this device's order; itself for bf16."""
-    if name == "bf16":
-        return model
-    subject, _ = quantize_model(model, get_recipe(name))
+    """Return the model quantized and ready for this device's kernels; itself for bf16."""
+    subject = model if name == "bf16" else quantize_model(model, get_recipe(name))[0]
     place(subject, expand=expand)
     return subject
 

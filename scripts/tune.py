@@ -163,7 +163,7 @@ def _triton_configs(m: int) -> Iterator[triton.Config]:
 
 
 def _few_rows_configs(m: int) -> Iterator[triton_few_rows.Config]:
-    for n, words, warps in itertools.product((2, 4, 8, 16), (32, 64, 128), (2, 4, 8)):
+    for n, words, warps in itertools.product((1, 2, 4, 8), (32, 64, 128), (1, 2, 4, 8)):
         yield triton_few_rows.Config(tile_n=n, words=words, warps=warps)
 
 

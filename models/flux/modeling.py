@@ -5,6 +5,7 @@ github.com/black-forest-labs/flux); the call follows diffusers' FluxTransformer2
 Shapes: b batch, t tokens (text first, then image), h heads, d head_dim, c hidden_size.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -46,6 +47,49 @@ def rope_table(
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Projected tokens of one stream, and the scales of its norms."""
+
+    qkv: jax.Array  # [b, t, at least 3 c]: queries, keys, values, each [h, d]
+    query_scale: jax.Array  # [d]
+    key_scale: jax.Array  # [d]
+
+
+def qk_norm_rope(
+    streams: tuple[Stream, ...],
+    rope: jax.Array,  # float32 [2, t, d / 2], for the tokens of all streams
+    *,
+    heads: int,
+) -> tuple[jax.Array, ...]:
+    """Return normed and rotated queries and keys, and values, of the joined streams, [b, t, h, d].
+
+    Norms and rotations are float32, and rounded once.
+    """
+    parts = zip(*(_split_heads(stream, heads) for stream in streams), strict=True)
+    q, k, v = (jnp.concatenate(part, axis=1) for part in parts)
+    return *(apply_rope(x, rope).astype(v.dtype) for x in (q, k)), v
+
+
+def _split_heads(stream: Stream, heads: int) -> tuple[jax.Array, ...]:
+    """Return float32 normed queries and keys, and values, each [b, t, h, d]."""
+    batch, tokens, _ = stream.qkv.shape
+    d = stream.query_scale.shape[0]
+    qkv = stream.qkv[..., : 3 * heads * d].reshape(batch, tokens, 3, heads, d)
+    q, k, v = jnp.moveaxis(qkv, 2, 0)
+    return rms_norm(q, stream.query_scale), rms_norm(k, stream.key_scale), v
+
+
+def rms_norm(
+    x: jax.Array,  # [..., d]
+    scale: jax.Array,  # [d]
+) -> jax.Array:
+    """Return x * scale / sqrt(mean(x**2) + epsilon), float32 [..., d]."""
+    wide = x.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + _EPSILON)
+    return wide * (factor * scale.astype(jnp.float32))
+
+
 def apply_rope(
     x: jax.Array,  # float32 [b, t, h, d]
     rope: jax.Array,  # float32 [2, t, d / 2]: from `rope_table`
@@ -56,16 +100,28 @@ def apply_rope(
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
-def attention(
-    q: jax.Array,  # float32 [b, t, h, d]
-    k: jax.Array,  # float32 [b, t, h, d]
-    v: jax.Array,  # [b, t, h, d]
-    rope: jax.Array,  # float32 [2, t, d / 2]
-) -> jax.Array:
-    """Return attention with rotary positions, [b, t, c] in the dtype of v."""
-    q, k = (apply_rope(x, rope).astype(v.dtype) for x in (q, k))
-    out = dot_product_attention(q, k, v)
-    return out.reshape(*out.shape[:2], -1)
+class QKNorm(nnx.Module):
+    """The scale of an RMSNorm over the channels of a head; `qk_norm_rope` applies it."""
+
+    def __init__(self, channels: int, *, param_dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
+
+
+class JointAttention(nnx.Module):
+    """Attention with rotary positions over the tokens of all streams; holds no weights."""
+
+    def __init__(self, heads: int):
+        self.heads = heads
+        self.qk_norm_rope = qk_norm_rope  # `quartz_jax.place` puts a kernel here
+
+    def __call__(
+        self,
+        *streams: Stream,
+        rope: jax.Array,  # float32 [2, t, d / 2]
+    ) -> jax.Array:
+        """Return [b, t, c], t tokens of all streams."""
+        out = dot_product_attention(*self.qk_norm_rope(streams, rope, heads=self.heads))
+        return out.reshape(*out.shape[:2], -1)
 
 
 class Embedder(nnx.Module):
@@ -97,7 +153,6 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: FluxConfig, *, linear, norm):
         hidden = config.hidden_size
-        self.heads = config.num_attention_heads
         self.qkv = linear(hidden, 3 * hidden)
         self.proj = linear(hidden, hidden)
         self.query_norm = norm(config.attention_head_dim)
@@ -107,19 +162,13 @@ class SelfAttention(nnx.Module):
         self,
         x: jax.Array,  # [b, t, c]
         modulation: tuple[jax.Array, jax.Array],  # shift and scale, [b, 1, c]
-    ) -> tuple[jax.Array, ...]:
-        """Return normed queries, normed keys, and values of the modulated x, each [b, t, h, d]."""
-        q, k, v = split_heads(self.qkv(x, modulation=modulation), self.heads)
-        return self.query_norm(q), self.key_norm(k), v
-
-
-def split_heads(
-    qkv: jax.Array,  # [b, t, 3 c], queries, keys, values
-    heads: int,
-) -> tuple[jax.Array, ...]:
-    """Return queries, keys and values, each [b, t, h, d]."""
-    batch, tokens, _ = qkv.shape
-    return tuple(jnp.moveaxis(qkv.reshape(batch, tokens, 3, heads, -1), 2, 0))
+    ) -> Stream:
+        """Return the queries, keys and values of the modulated x."""
+        return Stream(
+            qkv=self.qkv(x, modulation=modulation),
+            query_scale=self.query_norm.scale.get_value(),
+            key_scale=self.key_norm.scale.get_value(),
+        )
 
 
 class MLP(nnx.Module):
@@ -153,6 +202,7 @@ class DoubleStreamBlock(nnx.Module):
         self.txt_attn = SelfAttention(config, linear=linear, norm=norm)
         self.img_mlp = MLP(hidden, linear=linear)
         self.txt_mlp = MLP(hidden, linear=linear)
+        self.attention = JointAttention(config.num_attention_heads)
 
     def __call__(
         self,
@@ -167,8 +217,8 @@ class DoubleStreamBlock(nnx.Module):
 
         img_qkv = self.img_attn.project(img, (shift, scale))
         txt_qkv = self.txt_attn.project(txt, (txt_shift, txt_scale))
-        joint = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt_out, img_out = jnp.split(attention(*joint, rope), [txt.shape[1]], axis=1)
+        attended = self.attention(txt_qkv, img_qkv, rope=rope)
+        txt_out, img_out = jnp.split(attended, [txt.shape[1]], axis=1)
 
         img = self.img_attn.proj(img_out, gate=gate, residual=img)
         txt = self.txt_attn.proj(txt_out, gate=txt_gate, residual=txt)
@@ -180,12 +230,12 @@ class SingleStreamBlock(nnx.Module):
 
     def __init__(self, config: FluxConfig, *, linear, norm):
         hidden = config.hidden_size
-        self.heads = config.num_attention_heads
         self.modulation = Modulation(hidden, 3, linear=linear)
         self.linear1 = linear(hidden, (3 + _MLP_RATIO) * hidden)  # q, k, v, mlp
         self.linear2 = linear((1 + _MLP_RATIO) * hidden, hidden)  # of attention, mlp
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
+        self.attention = JointAttention(config.num_attention_heads)
 
     def __call__(
         self,
@@ -197,10 +247,13 @@ class SingleStreamBlock(nnx.Module):
         shift, scale, gate = self.modulation(vec)
         wide = self.linear1(x, modulation=(shift, scale))
         hidden, mlp = x.shape[-1], _MLP_RATIO * x.shape[-1]
-        q, k, v = split_heads(wide[..., : 3 * hidden], self.heads)
-        attended = attention(self.query_norm(q), self.key_norm(k), v, rope)
+        stream = Stream(
+            qkv=wide,
+            query_scale=self.query_norm.scale.get_value(),
+            key_scale=self.key_norm.scale.get_value(),
+        )
         joined = (
-            Part(array=attended, size=hidden),
+            Part(array=self.attention(stream, rope=rope), size=hidden),
             Part(array=wide, start=3 * hidden, size=mlp, activation="gelu"),
         )
         return self.linear2(joined, gate=gate, residual=x)
@@ -232,10 +285,7 @@ class FluxTransformer(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
     ):
         linear = partial(Linear, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        # float32 out of the norms: the rotation that follows wants it anyway
-        norm = partial(
-            nnx.RMSNorm, epsilon=_EPSILON, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
-        )
+        norm = partial(QKNorm, param_dtype=param_dtype)
         hidden = config.hidden_size
         self.config = config
         self.img_in = linear(config.in_channels, hidden)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import codec
 
-_SQRT_2_PI = 0.7978845608028654
+SQRT_2_PI = 0.7978845608028654
 
 
 def matmul(
@@ -89,4 +89,4 @@ def gelu(y: jax.Array) -> jax.Array:
     With z = sqrt(2 / pi) (y + 0.044715 y**3) it is written y / (1 + exp(-2 z)), which keeps its
     relative precision for negative y and takes no tanh.
     """
-    return y / (1 + jnp.exp(y * (-2 * _SQRT_2_PI - 2 * _SQRT_2_PI * 0.044715 * (y * y))))
+    return y / (1 + jnp.exp(y * (-2 * SQRT_2_PI - 2 * SQRT_2_PI * 0.044715 * (y * y))))

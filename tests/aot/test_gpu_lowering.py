@@ -14,6 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Part
 
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
+from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
 from pallas_kernels.quantize import QUANTIZE, Part
 
 
@@ -153,12 +154,27 @@ def quantize_parts_call(shape, **where):
     return run, [spec(s, jnp.bfloat16, **where) for s in shapes], options
 
 
+def qk_norm_rope_call(shape, **where):
+    """Two streams, and columns behind the values."""
+    heads, d, tokens = 24, 128, (shape.m, 3 * shape.m)
+
+    def run(text, image, scale, rope, **options):
+        scales = {"query_scale": scale, "key_scale": scale}
+        streams = tuple(Stream(qkv=x, **scales) for x in (text, image))
+        return QK_NORM_ROPE(streams, rope, heads=heads, **options)
+
+    shapes = [*((1, t, 4 * heads * d) for t in tokens), (d,)]
+    args = [spec(s, jnp.bfloat16, **where) for s in shapes]
+    return run, [*args, spec((2, sum(tokens), d // 2), jnp.float32, **where)], {}
+
+
 TRITON_FORMS = {
     "int8": (int8_call, "triton"),
     "fused": (fused_call, "triton"),
     "few rows": (few_rows_call, "triton_few_rows"),
     "quantize": (quantize_call, "triton"),
     "quantize parts after a norm, packed": (quantize_parts_call, "triton"),
+    "qk norm rope": (qk_norm_rope_call, "triton"),
 }
 
 
@@ -309,5 +325,13 @@ def test_quantize_rounds_as_ieee_demands(gpu, make, tmp_path):
     # Never one fused instruction: the product is rounded, then the sum that rounds to an integer.
     assert "mul.rn.f32 t, t," in ptx
     assert "add.rn.f32 t, t, 0f4B000000" in ptx
-    # GELU's quotient alone may be approximate.
-    assert make is quantize_parts_call or "div.full" not in ptx
+    # GELU's exponential and reciprocal alone may be approximate.
+    assert ("ex2.approx" in ptx, "rcp.approx" in ptx) == (make is quantize_parts_call,) * 2
+    assert "div.full" not in ptx
+
+
+@on_gpus
+def test_norm_and_rotation_move_whole_vectors(gpu, tmp_path):
+    ptx = compile_for(gpu, qk_norm_rope_call, "triton", tmp_path)
+    assert ptx.count("ld.global.v4.b32") >= 3
+    assert ptx.count("st.global.v4.b32") == 3

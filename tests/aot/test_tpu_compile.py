@@ -11,7 +11,8 @@ from pallas_kernels.matmul import MATMUL, mosaic_tpu
 from pallas_kernels.matmul.shapes import SHAPES
 from pallas_kernels.quantize import mosaic_tpu as quantize_tpu
 from quartz_jax import Format, QuartzConfig, quantize, quartz_matmul
-from quartz_jax.linear import _place, encode_activation
+from quartz_jax.linear import encode_activation
+from quartz_jax.placement import place_weight
 
 pytestmark = pytest.mark.skipif(
     compat.libtpu_why_not() is not None, reason=f"no TPU compiler: {compat.libtpu_why_not()}"
@@ -154,7 +155,7 @@ def test_four_bits_on_both_sides_multiply_in_float8_on_v7x(activation, placed, f
 
     def run(x, w):
         w = quantize(w)
-        return quartz_matmul(encode_activation(x, kind), _place(w, False) if placed else w)
+        return quartz_matmul(encode_activation(x, kind), place_weight(w, False) if placed else w)
 
     shape = jax.ShapeDtypeStruct
     x, w = shape((100, 320), jnp.bfloat16), shape((200, 320), jnp.bfloat16)

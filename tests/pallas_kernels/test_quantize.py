@@ -89,6 +89,21 @@ class TestQuantize:
         x = random_input(np.random.default_rng(k), m, k, jnp.bfloat16)
         assert_same(subject, x, group_size=group_size, packed=True, **config)
 
+    @configs
+    @pytest.mark.parametrize(("dtype", "k"), [(jnp.bfloat16, 1024), (jnp.float32, 1000)])
+    def test_parts_of_arrays_one_through_gelu(self, subject, config, dtype, k):
+        rng = np.random.default_rng(k)
+        plain, wide = (rng.standard_normal((7, n)).astype(dtype) * 4 for n in (192, k))
+
+        def quantized(function, arrays, norm, **options):
+            place = {"array": arrays[1], "start": 64, "size": k - 64, "activation": "gelu"}
+            parts = quantize.Part(array=arrays[0], start=0, size=192), quantize.Part(**place)
+            return function(parts, norm=norm, **options)
+
+        found = run(functools.partial(quantized, subject), (plain, wide), group_size=16, **config)
+        both = zip([plain.astype(np.float64)] * 2, gelu_interval(wide[:, 64:]), strict=True)
+        check_interval(found, *(np.concatenate(pair, axis=1) for pair in both), config)
+
     @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[2], CONFIGS[4]], ids=str)
     @pytest.mark.parametrize(("dtype", "k"), [(jnp.bfloat16, 1024), (jnp.float32, 1000)])
     def test_a_norm_comes_before(self, subject, config, dtype, k):
@@ -120,11 +135,16 @@ def check_norm(subject, m, k, dtype, config, *, packed):
     rng = np.random.default_rng(k)
     x = (rng.standard_normal((m, k)) * 3 + rng.standard_normal((m, 1))).astype(dtype)
     shift, scale = rng.standard_normal((2, k)).astype(dtype) / 4
-    low, high = normed_interval(x, shift, scale)
+    found = run(subject, x, (shift, scale), group_size=16, packed=packed, **config)
+    check_interval(found, *normed_interval(x, shift, scale), config, packed=packed)
+
+
+def check_interval(found, low, high, config, *, packed=False):
+    """Hold a result in groups of 16 against all that inputs between low and high may make of it."""
+    *values, found_scale, found_lo = found
+    m, k = low.shape
     q_low, q_high, scales, los = quantized_interval(low, high, config["range"])
     group_size = 16
-    call = config | {"group_size": group_size, "packed": packed}
-    *values, found_scale, found_lo = run(subject, x, (shift, scale), **call)
     assert (found_scale >= scales[0]).all() and (found_scale <= scales[1]).all()
     if los is None:
         assert found_lo is None
@@ -146,6 +166,16 @@ def check_norm(subject, m, k, dtype, config, *, packed):
         signed = config["range"] == "absmax"
         values = [codec.decode_packed(*values, signed=signed, **options)[:, :k]]
     np.testing.assert_array_equal(np.where(certain, values[0], 0), np.where(certain, wanted, 0))
+
+
+def gelu_interval(x):
+    """Return bounds of GELU(x), its tanh form, in the dtype of x, as float64."""
+    wide = np.asarray(x, np.float64)
+    twice = np.sqrt(8 / np.pi) * (wide + 0.044715 * wide**3)
+    y = wide / (1 + np.exp(-twice))
+    # The exponential has the rounding of its argument; it vanishes where float32 has nothing left.
+    error = (1e-6 + 2.5e-7 * np.abs(twice)) * np.abs(y) + 1e-36
+    return tuple((y + sign * error).astype(x.dtype).astype(np.float64) for sign in (-1, 1))
 
 
 def normed_interval(x, shift, scale):

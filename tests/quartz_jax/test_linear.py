@@ -9,12 +9,12 @@ from models.linear import Part, modulate
 from quartz_jax import Format, QuartzConfig, QuartzLinear, dequantize, place
 from quartz_jax.linear import (
     FEW_ROWS,
-    _place,
     abstract_weight,
     encode_activation,
     encode_weight,
     round_to_bf16,
 )
+from quartz_jax.placement import place_weight
 
 BF16 = Format(kind="bf16")
 INT8 = Format(kind="int8")
@@ -112,7 +112,7 @@ def test_weights_are_placed_in_the_order_of_the_devices_kernel(kind):
     chip = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     weight = encode_weight("layer", KERNEL, POWER)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip)):
-        placed = jax.eval_shape(lambda w: _place(w, False), weight)
+        placed = jax.eval_shape(lambda w: place_weight(w, False), weight)
     assert (placed.implementation, placed.shape) == (f"mosaic_{platform}", (N, K))
 
 

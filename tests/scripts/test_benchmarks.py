@@ -33,6 +33,7 @@ MAINS = {
 def tiny_shapes(monkeypatch):
     monkeypatch.setattr(benchmark, "SHAPES", {"tiny": Shape(m=4, n=48, k=64)})
     monkeypatch.setattr(benchmark, "QUANTIZE_SHAPES", ((4, 64),))
+    monkeypatch.setattr(benchmark, "QK_SHAPES", (((1, 3), 9300),))
     monkeypatch.setattr(benchmark, "COPIED", 1024)
     monkeypatch.setattr(benchmark, "SETS_BYTES", 1)
     monkeypatch.setattr(benchmark, "PEAK", {"cpu": {"int8": 2e9, "bfloat16": 1e9}})
@@ -51,8 +52,11 @@ def test_ratios_are_those_of_the_times_in_the_file(tiny_shapes, tmp_path, capsys
     status, results = run_benchmark(tmp_path / "x.json")
     rows = {row["backend"]: row for row in results["rows"]}
     assert status == 0
-    assert list(rows) == ["bfloat16 xla", "int8 xla", "g16 xla"]
-    assert [row["exact"] for row in rows.values()] == [None, True, True]
+    assert list(rows) == ["bfloat16 xla", "int8 xla", "g16 xla", "reference"]
+    assert [row["exact"] for row in rows.values()] == [None, True, True, True]
+    rotation = rows.pop("reference")
+    assert rotation["work"] == "qk_norm_rope 1+3"
+    assert rotation["bytes_moved"] == 2 * 4 * 9216 * 2
     for row in rows.values():
         assert row["ms"] == statistics.median(row["times_ms"])
         assert row["of_bf16"] == rows["bfloat16 xla"]["ms"] / row["ms"]
@@ -62,7 +66,7 @@ def test_ratios_are_those_of_the_times_in_the_file(tiny_shapes, tmp_path, capsys
         assert row["of_limit"] == pytest.approx(1e3 * limit / row["ms"])
     assert rows["g16 xla"]["of_int8"] == rows["int8 xla"]["ms"] / rows["g16 xla"]["ms"]
     assert rows["int8 xla"]["of_int8"] is None
-    for line in capsys.readouterr().out.splitlines()[2:]:
+    for line in capsys.readouterr().out.splitlines()[2:-1]:
         row = rows[line[29:51].strip()]
         shown = {name: float(x) for x, name in re.findall(r"([\d.]+) (ms|of bf16|of int8)", line)}
         assert shown["ms"] == pytest.approx(row["ms"], abs=1e-4)

@@ -1,0 +1,64 @@
+"""Making a model ready for the kernels of a device."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from pallas_kernels import matmul
+from pallas_kernels.matmul import PreparedWeights
+from pallas_kernels.qk_norm_rope import Stream, qk_norm_rope
+from quartz_jax.codec import decode
+from quartz_jax.linear import QuartzLinear
+from quartz_jax.tensor import IntTensor, QuartzTensor
+
+
+def place(model: nnx.Module, *, expand: bool = False) -> None:
+    """Make a model ready for this device's kernels, in place.
+
+    Quantized weights are brought into the order that the kernels read; the integers stay the same.
+    A model works without it too, but then every call reorders them. It can't be saved afterwards:
+    save it first. Weight-only layers read the packed order.
+
+    Modules that have a `qk_norm_rope`, as the attention of `models.flux` has, get the one that runs
+    in a single pass where the device has a kernel. It has no gradient.
+
+    Args:
+      model: as `quantize_model` or `checkpoint.load` returns it.
+      expand: decode 4-bit weights to int8 once, for a device with room: nothing is left to decode
+        in a call, and the weights take almost twice the memory.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, QuartzLinear) and module.activation.kind != "bf16":
+            module.weight.set_value(place_weight(module.weight.get_value(), expand))
+        elif hasattr(module, "qk_norm_rope"):
+            module.qk_norm_rope = _qk_norm_rope
+
+
+@functools.partial(jax.jit, static_argnames="expand")
+def place_weight(
+    weight: QuartzTensor | IntTensor | PreparedWeights,  # [n, k]
+    expand: bool,
+) -> QuartzTensor | IntTensor | PreparedWeights:
+    """Return a weight in the order that this device's kernels read; see `place`."""
+    if isinstance(weight, PreparedWeights) or weight.scale.shape[-1] != 1:
+        return weight
+    if expand or isinstance(weight, IntTensor):
+        values = decode(weight)
+        prepared = matmul.prepare_int8(values, weight.scale)
+        return prepared or IntTensor(values=values, scale=weight.scale)
+    kind = {"group_size": weight.config.group_size, "step": weight.config.step}
+    return matmul.prepare(weight.codes, weight.shifts, weight.scale, k=weight.k, **kind) or weight
+
+
+def _qk_norm_rope(
+    streams: tuple[Any, ...],  # as `models.flux.modeling.Stream`: a kernel's Stream by its fields
+    rope: jax.Array,  # float32 [2, t, d / 2]
+    *,
+    heads: int,
+) -> tuple[jax.Array, ...]:
+    names = [field.name for field in dataclasses.fields(Stream)]
+    streams = tuple(Stream(**{name: getattr(s, name) for name in names}) for s in streams)
+    return qk_norm_rope(streams, rope, heads=heads)
