@@ -21,6 +21,9 @@ SHAPES = {
     "flux-single-in": Shape(m=4608, n=21504, k=3072),
     "flux-single-out": Shape(m=4608, n=3072, k=15360),
     "flux-adaln": Shape(m=1, n=18432, k=3072),
+    # The same as the models run it, a 16-bit row as two of int8: double- and single-stream blocks'.
+    "modulation-double": Shape(m=2, n=18432, k=3072),
+    "modulation-single": Shape(m=2, n=9216, k=3072),
     "dit-xl-qkv": Shape(m=2048, n=3456, k=1152),
     "dit-xl-mlp-up": Shape(m=2048, n=4608, k=1152),
     "dit-xl-mlp-down": Shape(m=2048, n=1152, k=4608),
