@@ -17,6 +17,10 @@ _CUDA_CAPABILITY = {
 }
 
 
+# Elements of an array of bytes for Triton: Pallas gives it signed 32-bit offsets up to 2**32 bytes.
+TRITON_MAX_BYTES = 2**31 - 1
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
     """The capabilities that choose a backend."""

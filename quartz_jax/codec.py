@@ -61,9 +61,19 @@ def quantize_weight(
       WeightError: w holds a NaN or an infinity; it is named.
       ValueError: what `quantize` refuses.
     """
-    if not jnp.isfinite(w).all():
-        raise WeightError(f"weight {name} holds NaN or infinity; check the checkpoint it came from")
+    check_finite(name, w)
     return quantize(w, config, axis, search)
+
+
+def check_finite(name: str, w: jax.Array) -> None:
+    """Raise WeightError, with the weight's name, if it holds a NaN or an infinity."""
+    if not _all_finite(w):
+        raise WeightError(f"weight {name} holds NaN or infinity; check the checkpoint it came from")
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def quantize_int(

@@ -9,7 +9,7 @@ from pallas_kernels.matmul.reference import gelu
 from pallas_kernels.quantize import Part
 from pallas_kernels.quantize import quantize as quantize_and_decode
 from pallas_kernels.quantize.reference import join, modulate
-from quartz_jax.codec import WeightError, decode, dequantize, quantize, quantize_int
+from quartz_jax.codec import check_finite, decode, dequantize, quantize, quantize_int
 from quartz_jax.matmul import quartz_matmul
 from quartz_jax.recipe import Format
 from quartz_jax.tensor import IntTensor, QuartzTensor
@@ -107,8 +107,7 @@ def encode_weight(
     Raises:
       WeightError: it holds a NaN or an infinity; names the layer.
     """
-    if not _all_finite(kernel):
-        raise WeightError(f"weight of {path} holds NaN or infinity; check the base checkpoint")
+    check_finite(path, kernel)
     return _encode_weight(kernel, format)
 
 
@@ -155,11 +154,6 @@ def encode_activation(
 def round_to_bf16(x: jax.Array) -> jax.Array:
     """Return floating values rounded to bfloat16, in the dtype they have."""
     return x.astype(jnp.bfloat16).astype(x.dtype)
-
-
-@jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
 
 
 def _encode_weight(kernel: jax.Array, format: Format) -> QuartzTensor | IntTensor:

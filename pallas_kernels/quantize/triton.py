@@ -125,6 +125,8 @@ def why_not(target: device.Device, x: jax.Array | tuple[Part, ...], **kwargs) ->
     rows, k = (x[0].array.shape[0], sum(p.size for p in x)) if parts else x.shape
     if not 0 < k <= MAX_K:
         return f"needs 1 to {MAX_K} elements a row, not {k}"
+    if rows * k > device.TRITON_MAX_BYTES:
+        return f"takes up to 2**31 - 1 elements, not {rows} rows of {k}"
     return None if rows else "needs at least one row"
 
 

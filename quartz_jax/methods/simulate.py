@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-from quartz_jax.codec import WeightError
+from quartz_jax.codec import check_finite
 from quartz_jax.convert import linears, replace_linears, round_parameters
 from quartz_jax.formats import NumberFormat
 from quartz_jax.linear import round_to_bf16
@@ -118,8 +118,7 @@ def simulate_linear(
 ) -> tuple[SimulatedLinear, LayerReport]:
     """Return a linear that follows a method, and what that did to its weight."""
     kernel, bias = linear.kernel.get_value(), linear.bias and linear.bias.get_value()
-    if not jnp.isfinite(kernel).all():
-        raise WeightError(f"weight of {path} holds NaN or infinity; check the base checkpoint")
+    check_finite(path, kernel)
     exact = round_to_bf16(kernel).T.astype(jnp.float32)
     layer = Layer(
         weight=exact,

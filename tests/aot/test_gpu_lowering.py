@@ -12,6 +12,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import device
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
@@ -184,8 +185,8 @@ def jitted(call, implementation):
     return function, args
 
 
-def lower(device, call, implementation):
-    mesh = AbstractMesh((1,), ("x",), abstract_device=device.abstract)
+def lower(gpu, call, implementation):
+    mesh = AbstractMesh((1,), ("x",), abstract_device=gpu.abstract)
     function, args = jitted(call, implementation)
     with jax.sharding.use_abstract_mesh(mesh):
         return function.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
@@ -222,13 +223,24 @@ def test_quantize_lowers_for_odd_rows(options):
 
 
 @pytest.mark.parametrize(
-    ("device", "kernel"),
+    ("gpu", "kernel"),
     [(H100, "mosaic_gpu"), (A100, "triton"), (L4, "triton"), (RTX_4090, "triton")],
     ids=lambda value: getattr(value, "kind", value),
 )
-def test_without_a_name_the_device_chooses_the_kernel(device, kernel):
-    assert kernel in lower(device, fused_call(FLUX["flux-proj"]), None)
-    assert "matmul_few_rows" in lower(device, few_rows_call(FLUX["flux-proj"]), None)
+def test_without_a_name_the_device_chooses_the_kernel(gpu, kernel):
+    assert kernel in lower(gpu, fused_call(FLUX["flux-proj"]), None)
+    assert "matmul_few_rows" in lower(gpu, few_rows_call(FLUX["flux-proj"]), None)
+
+
+@pytest.mark.parametrize("make", [quantize_call, fused_call])
+def test_arrays_beyond_32_bit_offsets_are_left_to_xla(make):
+    mesh = AbstractMesh((1,), ("x",), abstract_device=A100.abstract)
+    with jax.sharding.use_abstract_mesh(mesh):
+        for rows, runs in ((2**16 - 1, True), (2**16, False)):
+            operation, args, options = make(Shape(m=rows, n=64, k=2**15))
+            reason = operation.backend("triton").why_not(device.current(), *args, **options)
+            assert (reason is None) == runs
+    assert "up to 2**31 - 1 elements" in reason
 
 
 def test_mosaic_refuses_ampere_and_names_the_device():
