@@ -232,6 +232,14 @@ def test_without_a_name_the_device_chooses_the_kernel(gpu, kernel):
     assert "matmul_few_rows" in lower(gpu, few_rows_call(FLUX["flux-proj"]), None)
 
 
+@pytest.mark.parametrize("make", [quantize_call, fused_call, qk_norm_rope_call])
+def test_programs_of_many_rows_lie_on_the_axis_without_a_limit(make):
+    text = lower(A100, make(Shape(m=2**17, n=64, k=1024)), "triton")
+    grids = re.findall(r"grid_x = (\d+) .*?grid_y = (\d+) .*?grid_z = (\d+)", text)
+    assert max(int(x) for x, _, _ in grids) >= 2**17 or make is fused_call  # whole tiles of rows
+    assert all(int(side) < 2**16 for _, *sides in grids for side in sides)
+
+
 @pytest.mark.parametrize("make", [quantize_call, fused_call])
 def test_arrays_beyond_32_bit_offsets_are_left_to_xla(make):
     mesh = AbstractMesh((1,), ("x",), abstract_device=A100.abstract)
