@@ -68,7 +68,9 @@ def quantize_weight(
 def check_finite(name: str, w: jax.Array) -> None:
     """Raise WeightError, with the weight's name, if it holds a NaN or an infinity."""
     if not _all_finite(w):
-        raise WeightError(f"weight {name} holds NaN or infinity; check the checkpoint it came from")
+        raise WeightError(
+            f"weight of {name} holds NaN or infinity; check the checkpoint it came from"
+        )
 
 
 @jax.jit

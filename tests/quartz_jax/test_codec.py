@@ -185,7 +185,7 @@ def test_a_range_that_overflows_float32_is_nan():
 def test_a_bad_weight_is_refused_by_name(dtype, bad):
     w = np.ones((3, 40), dtype)
     w[2, 3] = bad
-    with pytest.raises(ValueError, match=r"weight blocks\.3\.proj holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"weight of blocks\.3\.proj holds NaN or infinity"):
         quartz_jax.quantize_weight("blocks.3.proj", w)
 
 
