@@ -59,3 +59,10 @@ def current() -> Device:
         default = jax.devices(default)[0]
     device = default or jax.devices()[0]
     return describe(device.platform, device.device_kind)
+
+
+def triton_why_not(target: Device) -> str | None:
+    """Say why Triton kernels with NVIDIA's assembly can't run on a device, or return None."""
+    if target.platform == "gpu" and target.generation >= 80:
+        return None
+    return f"needs an NVIDIA GPU from Ampere on, not {target.kind}"

@@ -136,8 +136,8 @@ def decode(
 
 def why_not(target: device.Device, x: jax.Array, w: jax.Array, *args, **kwargs) -> str | None:
     """Say why the device can't run these kernels with these arguments, or return None."""
-    if target.platform != "gpu" or not target.int8 or target.generation < 80:
-        return f"needs an NVIDIA GPU from Ampere on, not {target.kind}"
+    if reason := device.triton_why_not(target):
+        return reason
     if max(x.shape[0] * x.shape[1], w.shape[0] * w.shape[1]) > device.TRITON_MAX_BYTES:
         return f"takes up to 2**31 - 1 elements of x and of w, not {x.shape} and {w.shape}"
     return "needs at least one element" if 0 in (*x.shape, *w.shape) else None

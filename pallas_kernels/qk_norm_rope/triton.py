@@ -79,8 +79,8 @@ def why_not(
     target: device.Device, streams: tuple[Stream, ...], rope: jax.Array, **kwargs
 ) -> str | None:
     """Say why the device can't run this kernel with these arguments, or return None."""
-    if target.platform != "gpu":
-        return f"needs a GPU, not {target.platform}"
+    if reason := device.triton_why_not(target):
+        return reason
     dtype, d = streams[0].qkv.dtype, streams[0].query_scale.shape[0]
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes 16-bit floats, not {dtype}"

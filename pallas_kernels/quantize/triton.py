@@ -119,8 +119,8 @@ def _quantize(
 
 def why_not(target: device.Device, x: jax.Array | tuple[Part, ...], **kwargs) -> str | None:
     """Say why the device can't run this kernel with these arguments, or return None."""
-    if target.platform != "gpu":
-        return f"needs a GPU, not {target.platform}"
+    if reason := device.triton_why_not(target):
+        return reason
     parts = isinstance(x, tuple)
     rows, k = (x[0].array.shape[0], sum(p.size for p in x)) if parts else x.shape
     if not 0 < k <= MAX_K:

@@ -36,6 +36,22 @@ def test_a_device_is_known_by_its_name(platform, kind, generation, int8, fp8):
     assert got.platform in ("cpu", "gpu", "tpu")
 
 
+@pytest.mark.parametrize(
+    ("platform", "kind", "runs"),
+    [
+        ("gpu", "NVIDIA H100 80GB HBM3", True),
+        ("gpu", "NVIDIA A100-SXM4-40GB", True),
+        ("gpu", "Tesla T4", False),
+        ("gpu", "AMD Instinct MI300X", False),
+        ("tpu", "TPU v6 lite", False),
+        ("cpu", "cpu", False),
+    ],
+)
+def test_kernels_with_ptx_run_from_ampere_on(platform, kind, runs):
+    reason = device.triton_why_not(device.describe(platform, kind))
+    assert reason == (None if runs else f"needs an NVIDIA GPU from Ampere on, not {kind}")
+
+
 def test_without_a_mesh_the_default_device_counts():
     assert device.current().platform == jax.default_backend()
 

@@ -127,7 +127,7 @@ def call_with(**change):
             {"rope": np.ones((2, 7, 8), np.float32)},
             r"rope has shape \[2, 7, 8\]; it must be",
         ),
-        ({"implementation": "triton"}, "triton: needs a GPU, not cpu"),
+        ({"implementation": "triton"}, "triton: needs an NVIDIA GPU from Ampere on, not"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):
