@@ -1,6 +1,5 @@
 """Making a model ready for the kernels of a device."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -54,11 +53,17 @@ def place_weight(
 
 
 def _qk_norm_rope(
-    streams: tuple[Any, ...],  # as `models.flux.modeling.Stream`: a kernel's Stream by its fields
+    streams: tuple[Any, ...],  # `models.flux.modeling.Stream`: qkv, query_norm and key_norm
     rope: jax.Array,  # float32 [2, t, d / 2]
     *,
     heads: int,
 ) -> tuple[jax.Array, ...]:
-    names = [field.name for field in dataclasses.fields(Stream)]
-    streams = tuple(Stream(**{name: getattr(s, name) for name in names}) for s in streams)
-    return qk_norm_rope(streams, rope, heads=heads)
+    scaled = (
+        Stream(
+            qkv=stream.qkv,
+            query_scale=stream.query_norm.scale.get_value(),
+            key_scale=stream.key_norm.scale.get_value(),
+        )
+        for stream in streams
+    )
+    return qk_norm_rope(tuple(scaled), rope, heads=heads)

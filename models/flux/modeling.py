@@ -49,11 +49,11 @@ def rope_table(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Projected tokens of one stream, and the scales of its norms."""
+    """Projected tokens of one stream, and the norms of its queries and keys."""
 
     qkv: jax.Array  # [b, t, at least 3 c]: queries, keys, values, each [h, d]
-    query_scale: jax.Array  # [d]
-    key_scale: jax.Array  # [d]
+    query_norm: nnx.RMSNorm  # over the channels of a head
+    key_norm: nnx.RMSNorm
 
 
 def qk_norm_rope(
@@ -74,20 +74,10 @@ def qk_norm_rope(
 def _split_heads(stream: Stream, heads: int) -> tuple[jax.Array, ...]:
     """Return float32 normed queries and keys, and values, each [b, t, h, d]."""
     batch, tokens, _ = stream.qkv.shape
-    d = stream.query_scale.shape[0]
+    d = stream.query_norm.num_features
     qkv = stream.qkv[..., : 3 * heads * d].reshape(batch, tokens, 3, heads, d)
     q, k, v = jnp.moveaxis(qkv, 2, 0)
-    return rms_norm(q, stream.query_scale), rms_norm(k, stream.key_scale), v
-
-
-def rms_norm(
-    x: jax.Array,  # [..., d]
-    scale: jax.Array,  # [d]
-) -> jax.Array:
-    """Return x * scale / sqrt(mean(x**2) + epsilon), float32 [..., d]."""
-    wide = x.astype(jnp.float32)
-    factor = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + _EPSILON)
-    return wide * (factor * scale.astype(jnp.float32))
+    return stream.query_norm(q), stream.key_norm(k), v
 
 
 def apply_rope(
@@ -98,13 +88,6 @@ def apply_rope(
     cos, sin = rope[0, :, None], rope[1, :, None]
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
-
-
-class QKNorm(nnx.Module):
-    """The scale of an RMSNorm over the channels of a head; `qk_norm_rope` applies it."""
-
-    def __init__(self, channels: int, *, param_dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
 
 
 class JointAttention(nnx.Module):
@@ -164,11 +147,8 @@ class SelfAttention(nnx.Module):
         modulation: tuple[jax.Array, jax.Array],  # shift and scale, [b, 1, c]
     ) -> Stream:
         """Return the queries, keys and values of the modulated x."""
-        return Stream(
-            qkv=self.qkv(x, modulation=modulation),
-            query_scale=self.query_norm.scale.get_value(),
-            key_scale=self.key_norm.scale.get_value(),
-        )
+        qkv = self.qkv(x, modulation=modulation)
+        return Stream(qkv=qkv, query_norm=self.query_norm, key_norm=self.key_norm)
 
 
 class MLP(nnx.Module):
@@ -247,11 +227,7 @@ class SingleStreamBlock(nnx.Module):
         shift, scale, gate = self.modulation(vec)
         wide = self.linear1(x, modulation=(shift, scale))
         hidden, mlp = x.shape[-1], _MLP_RATIO * x.shape[-1]
-        stream = Stream(
-            qkv=wide,
-            query_scale=self.query_norm.scale.get_value(),
-            key_scale=self.key_norm.scale.get_value(),
-        )
+        stream = Stream(qkv=wide, query_norm=self.query_norm, key_norm=self.key_norm)
         joined = (
             Part(array=self.attention(stream, rope=rope), size=hidden),
             Part(array=wide, start=3 * hidden, size=mlp, activation="gelu"),
@@ -285,7 +261,10 @@ class FluxTransformer(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
     ):
         linear = partial(Linear, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        norm = partial(QKNorm, param_dtype=param_dtype)
+        # float32 out of the norms: the rotation that follows wants it anyway
+        norm = partial(
+            nnx.RMSNorm, epsilon=_EPSILON, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
+        )
         hidden = config.hidden_size
         self.config = config
         self.img_in = linear(config.in_channels, hidden)
