@@ -52,6 +52,16 @@ def check_array(
         raise ValueError(f"{name} has dtype {array.dtype}; it must be {wanted}")
 
 
+def check_tuple(name: str, value: Any, kind: type, *, otherwise: str = "") -> None:
+    """Refuse what isn't a tuple of one or more of a kind; `otherwise` says what else is allowed."""
+    several = isinstance(value, tuple)
+    if several and value and all(isinstance(item, kind) for item in value):
+        return
+    kinds = ", ".join(type(item).__name__ for item in value) if several else ""
+    found = f"tuple of ({kinds})" if several else type(value).__name__
+    raise ValueError(f"{name} is a {found}; it must be {otherwise}a tuple of {kind.__name__}")
+
+
 def check_k(k: int) -> None:
     """Refuse rows without elements, which have no scale."""
     if k < 1:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import check_array
+from pallas_kernels.arguments import check_array, check_tuple
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.qk_norm_rope import reference, triton
 from pallas_kernels.qk_norm_rope.reference import Stream
@@ -51,10 +51,7 @@ def qk_norm_rope(
 
 
 def _check(streams: tuple[Stream, ...], rope: jax.Array, heads: int) -> None:
-    kinds = [type(s).__name__ for s in streams] if isinstance(streams, tuple) else None
-    if not kinds or set(kinds) != {Stream.__name__}:
-        found = f"a tuple of ({', '.join(kinds)})" if kinds is not None else type(streams).__name__
-        raise ValueError(f"streams is {found}; it must be a tuple of Stream")
+    check_tuple("streams", streams, Stream)
     for stream in streams:
         check_array("qkv", stream.qkv, ("b", "t", "columns"), jnp.floating)
         check_array("query_scale", stream.query_scale, ("d",), jnp.floating)

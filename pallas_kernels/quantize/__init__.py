@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import check_array, check_choices, check_k
+from pallas_kernels.arguments import check_array, check_choices, check_k, check_tuple
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.quantize import mosaic_tpu, reference, triton
 from pallas_kernels.quantize.reference import Part, join
@@ -94,11 +94,7 @@ def quantize(
 
 
 def _check_parts(parts: tuple[Part, ...]) -> None:
-    if isinstance(parts, list):
-        raise ValueError("x is a list; it must be an array, or a tuple of Part")
-    if not parts or not all(isinstance(part, Part) for part in parts):
-        kinds = ", ".join(type(part).__name__ for part in parts)
-        raise ValueError(f"x is a tuple of ({kinds}); it must be an array, or a tuple of Part")
+    check_tuple("x", parts, Part, otherwise="an array, or ")
     for part in parts:
         check_array("a part of x", part.array, ("m", "k"), jnp.floating)
         check_choices(activation=part.activation)

@@ -115,7 +115,7 @@ def call_with(**change):
     ("change", "message"),
     [
         ({"streams": ()}, r"streams is a tuple of \(\); it must be a tuple of Stream"),
-        ({"streams": [1]}, "streams is list; it must be a tuple of Stream"),
+        ({"streams": [1]}, "streams is a list; it must be a tuple of Stream"),
         ({"qkv": np.ones((5, 96), np.float32)}, r"qkv has shape \[5, 96\]; it must be \[b, t, "),
         ({"qkv": np.ones((1, 5, 96), np.int8)}, "qkv has dtype int8; it must be floating"),
         ({"qkv": np.ones((2, 5, 96), np.float32)}, "only their tokens may differ"),
