@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
-from pallas_kernels.matmul.reference import SQRT_2_PI, gelu
+from pallas_kernels.matmul.reference import SQRT_2_PI
 from pallas_kernels.quantize.reference import NORM_EPSILON, Part, join
 
 MAX_K = 32768  # elements of a row that registers hold
@@ -204,16 +204,18 @@ def _load(x_ref, row, span: _Span, interpret: bool) -> jax.Array:
     wide = x.astype(jnp.float32)
     if span.activation is None:
         return wide
-    return (gelu(wide) if interpret else _gelu(wide)).astype(x.dtype).astype(jnp.float32)
+    return _gelu(wide, interpret).astype(x.dtype).astype(jnp.float32)
 
 
-def _gelu(y: jax.Array) -> jax.Array:
+def _gelu(y: jax.Array, interpret: bool) -> jax.Array:
     """Return `reference.gelu(y)`, y / (1 + exp(-2 z)), from two approximate instructions.
 
     Each is within a few units in the last place (PTX ISA: ex2.approx 2**-22, rcp.approx 2**-23);
     with the accurate exponential and quotient, arithmetic takes longer than memory does.
     """
     cubic = y * (y * y * jnp.float32(_GELU_CUBIC) + jnp.float32(_GELU_LINEAR))  # -2 z log2(e)
+    if interpret:
+        return y / (1 + jnp.exp2(cubic))
     code = "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.rn.f32 t, t, 0f3F800000; "
     return y * _assemble(code + "rcp.approx.ftz.f32 $0, t; }", "=f,f", [cubic], jnp.float32)
 
