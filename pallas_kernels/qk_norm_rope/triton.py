@@ -67,7 +67,7 @@ def _qk_norm_rope(
     results = pl.pallas_call(
         functools.partial(_kernel, heads=heads, tile=tile, dtype=dtype),
         out_shape=(out, out, out),
-        grid=(heads // tile[1] * (sum(tokens) // tile[0]) * batch,),
+        grid=(heads // tile[1], sum(tokens) // tile[0], batch),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps),
         interpret=interpret,
         name="qk_norm_rope",
@@ -109,9 +109,7 @@ def _kernel(
     tile: tuple[int, int],  # tokens, heads
     dtype: jnp.dtype,
 ):
-    # One axis, since CUDA's others end at 65535; programs that share a token are neighbours.
-    row, head = _divide(pl.program_id(0), heads // tile[1])
-    batch, token = _divide(row, rope_ref.shape[1] // tile[0])
+    head, token, batch = (pl.program_id(axis) for axis in range(3))
     head, token = head * tile[1], token * tile[0]
     shape = *tile, rope_ref.shape[2]
     here, starts = [], 0  # of each stream: is the program's token in it, and its number there
@@ -152,11 +150,6 @@ def _kernel(
         turned = even * cos - odd * sin, even * sin + odd * cos
         plgpu.store(out_ref.at[out], _pack(*turned, dtype))
     plgpu.store(v_ref.at[out], v)
-
-
-def _divide(number: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
-    """Return quotient and remainder of a number that isn't negative."""
-    return lax.div(number, jnp.int32(divisor)), lax.rem(number, jnp.int32(divisor))
 
 
 def _unpack(words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
