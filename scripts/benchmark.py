@@ -142,7 +142,7 @@ def check_only(options: argparse.Namespace) -> None:
     if not options.matmuls_only:
         for shape in QUANTIZE_SHAPES:
             names += [b.name for b in able(QUANTIZE, jax.ShapeDtypeStruct(shape, jnp.bfloat16))]
-        names += [b.name for b in QK_NORM_ROPE.backends]
+        names += [b.name for shape in QK_SHAPES for b in qk_backends(*shape)]
     if not any(options.only in name for name in names):
         known = ", ".join(dict.fromkeys(names))
         raise ValueError(f"--only {options.only!r} is in no name of what runs here: {known}")
@@ -353,17 +353,19 @@ def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
             row = Row(work=f"quantize {m}x{k} {name}", backend=backend.name)
             row.bytes_moved = m * k * (2.53125 if name == "packed" else 3.0)
             rows.append(row)
-            with report_failure(row):
-                function = jax.jit(quantize_part(backend.run, part, settings))
-                found = function(*sets[0])
-                row.exact = all(
-                    float(jnp.mean(a != b)) <= DIFFERING.get(name, 0)
-                    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-                    if a.dtype != jnp.float32 or name not in DIFFERING
-                )
-                time_row(row, function, sets, options.batches, row.bytes_moved / copy_rate)
-            show(row)
+            function = jax.jit(quantize_part(backend.run, part, settings))
+            right = functools.partial(same_integers, wanted, name)
+            check_and_time(row, function, sets, right, options.batches, copy_rate)
     return rows
+
+
+def same_integers(wanted: tuple, name: str, found: tuple) -> bool:
+    """Whether results are equal, up to what may fall either way; floats aren't compared then."""
+    return all(
+        float(jnp.mean(a != b)) <= DIFFERING.get(name, 0)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+        if a.dtype != jnp.float32 or name not in DIFFERING
+    )
 
 
 def quantize_part(run: Callable, part: dict, settings: dict) -> Callable:
@@ -383,33 +385,50 @@ def run_qk_norm_rope(
         angles = jax.random.uniform(keys[2], (sum(tokens), HEAD_DIM // 2), jnp.float32, -3, 3)
         return qkv, scale, jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
-    def streams(qkv, scale, rope) -> tuple:
-        return tuple(Stream(qkv=x, query_scale=scale, key_scale=scale) for x in qkv), rope
-
-    def compiled(backend: Backend) -> Callable:
-        return jax.jit(lambda *args: backend.run(*streams(*args), heads=HEADS))
-
     sets = [make(key) for key in jax.random.split(jax.random.key(options.seed), 3)]
-    plain = QK_NORM_ROPE.backend("reference")  # what XLA makes of it
-    wanted = compiled(plain)(*sets[0])
+    wanted = jax.jit(qk_call(QK_NORM_ROPE.backend("reference")))(*sets[0])
     rows = []
-    for backend in (plain, *able(QK_NORM_ROPE, *streams(*sets[0]))):
+    for backend in qk_backends(tokens, columns):
         if options.only not in backend.name:
             continue
         row = Row(work=f"qk_norm_rope {'+'.join(map(str, tokens))}", backend=backend.name)
         row.bytes_moved = 2 * 3 * sum(tokens) * HEADS * HEAD_DIM * 2
         rows.append(row)
-        with report_failure(row):
-            function = compiled(backend)
-            row.exact = all(
-                # The terms of a rotation may cancel, which leaves float32's error of them.
-                bool(jnp.all(jnp.abs(a - b) <= 2.0**-7 * jnp.abs(b) + 1e-5))
-                and float(jnp.mean(a != b)) <= DIFFERING["rotation"]
-                for a, b in zip(function(*sets[0]), wanted, strict=True)
-            )
-            time_row(row, function, sets, options.batches, row.bytes_moved / copy_rate)
-        show(row)
+        right = functools.partial(near, wanted)
+        function = jax.jit(qk_call(backend))
+        check_and_time(row, function, sets, right, options.batches, copy_rate)
     return rows
+
+
+def qk_backends(tokens: tuple[int, ...], columns: int) -> list[Backend]:
+    """Return what can norm and rotate here: first the reference, which XLA compiles."""
+    shape = jax.ShapeDtypeStruct
+    qkv = [shape((1, t, columns), jnp.bfloat16) for t in tokens]
+    rope = shape((2, sum(tokens), HEAD_DIM // 2), jnp.float32)
+    streams = as_streams(qkv, shape((HEAD_DIM,), jnp.bfloat16))
+    return [QK_NORM_ROPE.backend("reference"), *able(QK_NORM_ROPE, streams, rope)]
+
+
+def qk_call(backend: Backend) -> Callable:
+    """Return a backend's norm and rotation as a function of arrays."""
+    return lambda qkv, scale, rope: backend.run(as_streams(qkv, scale), rope, heads=HEADS)
+
+
+def as_streams(qkv: Sequence, scale) -> tuple[Stream, ...]:
+    """Return streams of one scale."""
+    return tuple(Stream(qkv=x, query_scale=scale, key_scale=scale) for x in qkv)
+
+
+def near(wanted: tuple, found: tuple) -> bool:
+    """Whether results differ by roundings alone, and rarely.
+
+    The terms of a rotation may cancel, which leaves float32's error of them.
+    """
+    return all(
+        bool(jnp.all(jnp.abs(a - b) <= 2.0**-7 * jnp.abs(b) + 1e-5))
+        and float(jnp.mean(a != b)) <= DIFFERING["rotation"]
+        for a, b in zip(found, wanted, strict=True)
+    )
 
 
 def time_copy(batches: int) -> float:
@@ -417,6 +436,21 @@ def time_copy(batches: int) -> float:
     sets = [(jnp.full((COPIED,), i, jnp.int32),) for i in range(2)]
     seconds = timing.measure(jax.jit(lambda x: x + 1), sets, batches=batches)
     return 2 * 4 * COPIED / statistics.median(seconds)
+
+
+def check_and_time(
+    row: Row,
+    function: Callable,
+    sets: list[tuple],
+    right: Callable[[tuple], bool],
+    batches: int,
+    copy_rate: float,
+) -> None:
+    """Check, time and print what memory alone should bound; `right` judges the first result."""
+    with report_failure(row):
+        row.exact = right(function(*sets[0]))
+        time_row(row, function, sets, batches, row.bytes_moved / copy_rate)
+    show(row)
 
 
 def time_row(row: Row, function: Callable, sets: list[tuple], batches: int, floor: float) -> None:

@@ -233,6 +233,7 @@ def test_a_synthetic_model_is_written_and_replaced_only_on_request(tmp_path, cap
             ["--only", "x3"],
             "--only 'x3' is in no name of what runs here: bfloat",
         ),
+        ("benchmark", ["--only", "triton"], "--only 'triton' is in no name of what runs here: "),
         ("tune", ["--shapes", "flux-adaln"], "triton_few_rows: needs an NVIDIA GPU from Ampere on"),
         ("tune", ["--kernels", "x"], "--kernels: invalid choice: 'x'"),
         ("aot_report", ["--groups", "7"], "--groups: invalid choice: 7"),
