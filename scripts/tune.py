@@ -21,7 +21,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from benchmark import compile_function, encode, expected, make_operands, weight_sets
+from benchmark import (
+    compile_function,
+    encode,
+    expected,
+    make_operands,
+    weight_sets,
+    within_a_rounding,
+)
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -127,8 +134,7 @@ def search(shape: Shape, kernel: str, seed: int, pool) -> dict[str, Any]:
         except Exception as error:  # too large for shared memory, say: compilers raise many kinds
             times.append({"config": dataclasses.asdict(config), "error": str(error)[:200]})
             continue
-        near = jnp.abs(function(*sets[0]) - wanted) <= 2.0**-7 * jnp.abs(wanted)
-        if bool(jnp.all(near)):
+        if within_a_rounding(function(*sets[0]), wanted):
             seconds = timing.measure(function, sets, batches=3)
             times.append({"config": dataclasses.asdict(config), "seconds": seconds})
         else:
