@@ -4,7 +4,7 @@ Embedding, norms and position bias stay 16-bit in all of them.
 """
 
 from quartz_jax.config import QuartzConfig
-from quartz_jax.recipe import Format, Recipe, Rule
+from quartz_jax.recipes.recipe import Format, Recipe, Rule
 
 # The input of an MLP's last linear is not quantized: trained T5s have outliers there that overflow
 # float16 (transformers keeps that weight in float32 for them: `_keep_in_fp32_modules` of T5).

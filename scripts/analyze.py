@@ -13,16 +13,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import common
 import evaluate
 import jax
-import paired
 from tqdm import tqdm
 
 from models import load_pipeline
-from quartz_jax import analysis, cli, get_recipe, pages
-from quartz_jax.analysis_page import analysis_page
-from quartz_jax.files import atomic_file, check_output
+from quartz_jax import get_recipe
+from quartz_jax import pipelines as common
+from quartz_jax.cli import arguments as cli
+from quartz_jax.evaluation import analysis, paired
+from quartz_jax.evaluation.pages import html as pages
+from quartz_jax.evaluation.pages.analysis import analysis_page
+from quartz_jax.io.files import atomic_file, check_output
 from quartz_jax.methods import LayerStatistics, get_method, load_statistics, record
 
 

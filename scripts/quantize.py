@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
-from common import EMBEDDED_MODEL
 
 import models
 from models.vae import export_autoencoder_kl
-from quartz_jax import checkpoint, cli, get_recipe
-from quartz_jax.conversion import Carried, Conversion, Source
-from quartz_jax.recipe import Recipe
+from quartz_jax import get_recipe
+from quartz_jax.cli import arguments as cli
+from quartz_jax.conversion import checkpoint
+from quartz_jax.conversion.stream import Carried, Conversion, Source
+from quartz_jax.pipelines import EMBEDDED_MODEL
+from quartz_jax.recipes.recipe import Recipe
 from quartz_jax.t5_recipe import T5_RECIPES
 
 T5 = "text_encoder_2"

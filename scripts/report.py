@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quartz_jax import cli, pages
-from quartz_jax.comparison_page import comparison_page
-from quartz_jax.files import check_output
+from quartz_jax.cli import arguments as cli
+from quartz_jax.evaluation.pages import html as pages
+from quartz_jax.evaluation.pages.comparison import comparison_page
+from quartz_jax.io.files import check_output
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,7 +26,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,8 +37,10 @@ from models.text_encoders.clip import export_clip_text_encoder
 from models.text_encoders.t5 import export_t5_encoder
 from models.tiny_flux import architecture, dataset, training
 from models.vae.params import export_autoencoder_kl, load_autoencoder_kl
-from quartz_jax import cli, compilation_cache
-from quartz_jax.files import check_output
+from quartz_jax import pipelines as common
+from quartz_jax.cli import arguments as cli
+from quartz_jax.cli import cache as compilation_cache
+from quartz_jax.io.files import check_output
 
 # Enough on H200 GPUs: one for the autoencoder, four for the rest.
 STAGES = {

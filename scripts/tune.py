@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pallas_kernels import codec, device, timing
 from pallas_kernels.matmul import MATMUL, mosaic_gpu, triton, triton_few_rows, tuned
 from pallas_kernels.matmul.shapes import SHAPES, Shape
-from quartz_jax import cli, provenance
-from quartz_jax.files import check_output
+from quartz_jax.cli import arguments as cli
+from quartz_jax.io import provenance
+from quartz_jax.io.files import check_output
 
 FOLDER = Path(tuned.__file__).parent / "tuning"
 GROUP = {"group_size": 16, "step": "power"}

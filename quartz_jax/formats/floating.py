@@ -9,7 +9,7 @@ from jax import lax
 
 from pallas_kernels.codec import TINY_RANGE
 from quartz_jax.formats.base import NumberFormat, Scales, absmax, check_block
-from quartz_jax.parts import part
+from quartz_jax.schema import part
 
 _E2M1_MAX = 6.0
 _E2M1_MAX_EXPONENT = 2  # of 6 = 1.5 * 2**2

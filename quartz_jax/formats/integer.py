@@ -11,7 +11,7 @@ from quartz_jax.formats.base import (
     check_choice,
     multiplier_and_scale,
 )
-from quartz_jax.parts import part
+from quartz_jax.schema import part
 
 _SCALE_BITS = {"float32": 32, "float16": 16}
 

@@ -17,7 +17,7 @@ from quartz_jax.formats.base import (
     check_choice,
     multiplier_and_scale,
 )
-from quartz_jax.parts import part
+from quartz_jax.schema import part
 
 _KEPT = 3  # magnitude bits of a symmetric code
 

@@ -5,12 +5,12 @@ inputs, transforms of the layer (smoothing, rotation, low-rank branch) and a rou
 weights. `simulate_model` applies one to a model, with what `record` saw of its activations.
 """
 
-from quartz_jax.methods.names import get_method, split_names
+from quartz_jax.engine.observe import LayerStatistics, load_statistics, record, save_statistics
 from quartz_jax.methods.recipe import LayerMethod, Method, MethodRule
-from quartz_jax.methods.record import LayerStatistics, load_statistics, record, save_statistics
-from quartz_jax.methods.rounding import Gptq, Nearest
 from quartz_jax.methods.simulate import SimulatedLinear, simulate_model
-from quartz_jax.methods.transforms import LowRank, ReverseSmooth, Rotate, Shift, Smooth
+from quartz_jax.recipes.names import get_method, split_names
+from quartz_jax.rounding.gptq import Gptq, Nearest
+from quartz_jax.transforms.transforms import LowRank, ReverseSmooth, Rotate, Shift, Smooth
 
 __all__ = [
     "Gptq",

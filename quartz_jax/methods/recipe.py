@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from quartz_jax.formats import NumberFormat
-from quartz_jax.methods.rounding import Gptq, Nearest
-from quartz_jax.parts import from_json, part, to_json
+from quartz_jax.rounding.gptq import Gptq, Nearest
+from quartz_jax.schema import from_json, part, to_json
 
 
 @part

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-from quartz_jax.codec import check_finite
-from quartz_jax.convert import linears, replace_linears, round_parameters
+from quartz_jax.conversion.model import linears, replace_linears, round_parameters
+from quartz_jax.conversion.report import LayerReport, Report
+from quartz_jax.engine.linear import round_to_bf16
+from quartz_jax.engine.observe import LayerStatistics, whole_input
 from quartz_jax.formats import NumberFormat
-from quartz_jax.linear import round_to_bf16
+from quartz_jax.formats.storage import check_finite
 from quartz_jax.methods.recipe import LayerMethod, Method
-from quartz_jax.methods.record import LayerStatistics, whole_input
-from quartz_jax.methods.transforms import Layer
-from quartz_jax.report import LayerReport, Report
+from quartz_jax.transforms.transforms import Layer
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quartz_jax import checkpoint, cli
+from quartz_jax.cli import arguments as cli
+from quartz_jax.conversion import checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> None:

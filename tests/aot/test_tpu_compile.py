@@ -11,8 +11,8 @@ from pallas_kernels.matmul import MATMUL, mosaic_tpu
 from pallas_kernels.matmul.shapes import SHAPES
 from pallas_kernels.quantize import mosaic_tpu as quantize_tpu
 from quartz_jax import Format, QuartzConfig, quantize, quartz_matmul
-from quartz_jax.linear import encode_activation
-from quartz_jax.placement import place_weight
+from quartz_jax.engine.linear import encode_activation
+from quartz_jax.engine.place import place_weight
 
 pytestmark = pytest.mark.skipif(
     compat.libtpu_why_not() is not None, reason=f"no TPU compiler: {compat.libtpu_why_not()}"

@@ -1,8 +1,14 @@
 import numpy as np
 import pytest
 
-from quartz_jax.analysis import GROUP_SIZES, analyse_layer, bit_entropies, entropy, findings
-from quartz_jax.pages import page
+from quartz_jax.evaluation.analysis import (
+    GROUP_SIZES,
+    analyse_layer,
+    bit_entropies,
+    entropy,
+    findings,
+)
+from quartz_jax.evaluation.pages.html import page
 
 
 def rows_of(seed=0, k=128, samples=64, outlier=1.0):
@@ -60,7 +66,7 @@ def test_findings_say_what_held_and_what_did_not():
 
 def test_the_analysis_page_shows_every_plot_and_its_command():
     pytest.importorskip("matplotlib")
-    from quartz_jax.analysis_page import analysis_page
+    from quartz_jax.evaluation.pages.analysis import analysis_page
 
     layers = [analyse_layer(name, rows_of(i)) for i, name in enumerate("ab")]
     html = analysis_page(layers, "title", "a CPU.", "python x.py --count 1")

@@ -10,8 +10,9 @@ from blocks import CONFIG, RECIPE, X, build
 from flax import nnx
 from safetensors.numpy import save_file
 
-from quartz_jax import checkpoint, quantize_model
-from quartz_jax.convert import stored_arrays
+from quartz_jax import quantize_model
+from quartz_jax.conversion import checkpoint
+from quartz_jax.conversion.model import stored_arrays
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "checkpoint_v1"
 QUANTIZED, REPORT = quantize_model(build(), RECIPE)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import json, sys
 import jax
-from quartz_jax import compilation_cache
+from quartz_jax.cli import cache as compilation_cache
 folder = compilation_cache.enable({use})
 jax.block_until_ready(jax.jit(lambda x: x * 3)(1.0))
 print(json.dumps([str(folder), compilation_cache.counts()]))

@@ -14,9 +14,13 @@ from blocks import BF16, CONFIG, INT8, RECIPE, build, poison
 from flax import nnx
 from safetensors.numpy import save_file
 
-from quartz_jax import Recipe, Rule, checkpoint, cli, conversion, files, quantize_model
-from quartz_jax.conversion import Carried, Conversion, Source
-from quartz_jax.convert import part_of, quantize_layer, stored_arrays
+from quartz_jax import Recipe, Rule, quantize_model
+from quartz_jax.cli import arguments as cli
+from quartz_jax.conversion import checkpoint
+from quartz_jax.conversion import stream as conversion
+from quartz_jax.conversion.model import part_of, quantize_layer, stored_arrays
+from quartz_jax.conversion.stream import Carried, Conversion, Source
+from quartz_jax.io import files
 
 PARTS = ["blocks.0", "blocks.1", "other"]
 
@@ -353,7 +357,7 @@ def test_a_weight_in_slices_is_the_weight_at_once(monkeypatch, as_numpy):
     kernel = build().blocks[0].up.kernel.get_value()
     rule = RECIPE.rules[0]
     whole, report = quantize_layer("x", kernel, None, rule)
-    monkeypatch.setattr("quartz_jax.convert._ELEMENTS_AT_ONCE", 5 * kernel.shape[0])
+    monkeypatch.setattr("quartz_jax.conversion.model._ELEMENTS_AT_ONCE", 5 * kernel.shape[0])
     given = np.ascontiguousarray(np.asarray(kernel).T).T if as_numpy else kernel
     sliced, sliced_report = quantize_layer("x", given, None, rule)
     for name in ("codes", "shifts", "scale"):

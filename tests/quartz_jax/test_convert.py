@@ -9,7 +9,7 @@ from blocks import BF16, INT8, QUARTZ, RECIPE, Block, X, build, poison
 from flax import nnx
 
 from quartz_jax import QuartzLinear, Recipe, Report, Rule, quantize_model
-from quartz_jax.convert import abstract_quantized
+from quartz_jax.conversion.model import abstract_quantized
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from quartz_jax import evaluation, get_recipe
+from quartz_jax import get_recipe
+from quartz_jax.evaluation import results as evaluation
+from quartz_jax.evaluation.photos import read_photos
 from quartz_jax.methods import Method, get_method
-from quartz_jax.photos import read_photos
 
 CLASSES = [{"name": "bear"}, {"name": "brown bear"}, {"name": "Goldfish"}]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from quartz_jax import QuartzConfig, dequantize, quantize, quantize_int
 from quartz_jax.formats import MXFP4, NVFP4, SDR, Int, Quartz
 from quartz_jax.formats.floating import round_e2m1, round_e4m3
-from quartz_jax.parts import from_json, to_json
+from quartz_jax.schema import from_json, to_json
 
 seeds = st.integers(0, 2**32 - 1)
 FORMATS = [

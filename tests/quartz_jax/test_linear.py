@@ -7,14 +7,14 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from models.linear import Part, modulate
 from quartz_jax import Format, QuartzConfig, QuartzLinear, dequantize, place
-from quartz_jax.linear import (
+from quartz_jax.engine.linear import (
     FEW_ROWS,
     abstract_weight,
     encode_activation,
     encode_weight,
     round_to_bf16,
 )
-from quartz_jax.placement import place_weight
+from quartz_jax.engine.place import place_weight
 
 BF16 = Format(kind="bf16")
 INT8 = Format(kind="int8")

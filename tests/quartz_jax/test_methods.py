@@ -26,9 +26,9 @@ from quartz_jax.methods import (
     simulate_model,
     split_names,
 )
-from quartz_jax.methods.names import BENCH, FORMATS
 from quartz_jax.methods.simulate import bits_per_weight, simulate_linear
-from quartz_jax.methods.transforms import hadamard
+from quartz_jax.recipes.names import BENCH, FORMATS
+from quartz_jax.transforms.transforms import hadamard
 
 INT4 = Int(width=4, block=16)
 N, K = 24, 64

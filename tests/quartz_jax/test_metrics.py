@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from quartz_jax.metrics import PSNR_OF_EQUAL, bootstrap_interval, psnr, ssim
+from quartz_jax.evaluation.metrics import PSNR_OF_EQUAL, bootstrap_interval, psnr, ssim
 
 IMAGES = np.random.default_rng(0).random((2, 16, 16, 3))
 

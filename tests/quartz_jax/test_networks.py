@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from quartz_jax import networks
-from quartz_jax.metrics import kernel_distance
+from quartz_jax.evaluation import metrics_jax as networks
+from quartz_jax.evaluation.metrics import kernel_distance
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional

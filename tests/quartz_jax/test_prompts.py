@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from quartz_jax.photos import find_photos
-from quartz_jax.prompts import read_prompts
+from quartz_jax.evaluation.photos import find_photos
+from quartz_jax.evaluation.prompts import read_prompts
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from quartz_jax import published
+from quartz_jax.evaluation import metrics_torch as published
 
 if importlib.util.find_spec("torch_fidelity") is None:
     pytest.skip("the extra published isn't installed", allow_module_level=True)

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from quartz_jax.config import QuartzConfig
-from quartz_jax.recipe import RECIPES, Format, Recipe, Rule, get_recipe
+from quartz_jax.recipes.recipe import RECIPES, Format, Recipe, Rule, get_recipe
 
 BF16 = Format(kind="bf16")
 INT8 = Format(kind="int8")

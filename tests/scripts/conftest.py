@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Scripts import their neighbour common.py; files of models are made by their own tests' modules.
+# Files of models are made by their own tests' modules.
 sys.path[:0] = [str(ROOT / x) for x in ("scripts", "tests/models", "tests/quartz_jax")]
 
 

@@ -11,7 +11,7 @@ import pytest
 import quantize
 from safetensors.numpy import load_file, save_file
 
-from quartz_jax import cli
+from quartz_jax.cli import arguments as cli
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -18,7 +18,8 @@ from small_flux import SIZES
 from pallas_kernels.matmul import MATMUL_INT8
 from pallas_kernels.matmul.shapes import Shape
 from pallas_kernels.quantize import QUANTIZE
-from quartz_jax import cli, provenance
+from quartz_jax.cli import arguments as cli
+from quartz_jax.io import provenance
 
 MAINS = {
     "benchmark": benchmark.main,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import report
 
-from quartz_jax import cli
+from quartz_jax.cli import arguments as cli
 
 METHODS = "bf16,w4a4,gptq+int4-g64"
 

@@ -8,7 +8,8 @@ import numpy as np
 import published_files
 import pytest
 
-from quartz_jax import cli, published
+from quartz_jax.cli import arguments as cli
+from quartz_jax.evaluation import metrics_torch as published
 
 PROMPTS = ["a cat", "a dog", "a red car"]
 

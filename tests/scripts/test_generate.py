@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quartz_jax.metrics import PSNR_OF_EQUAL
+from quartz_jax.evaluation.metrics import PSNR_OF_EQUAL
 
 KEYS = ["recipe", "seed", "seconds", "transformer_bytes", "transformer_bytes_bf16"]
 KEYS += ["psnr", "ssim", "out", "stages", "peak_bytes", "programs"]

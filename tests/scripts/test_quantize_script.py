@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import common
 import generate
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,11 @@ from conftest import ROOT
 from flax import nnx
 
 import models
-from quartz_jax import QuartzLinear, checkpoint, dequantize, get_recipe, quantize_model
-from quartz_jax.convert import stored_arrays
-from quartz_jax.files import work_folder
+from quartz_jax import QuartzLinear, dequantize, get_recipe, quantize_model
+from quartz_jax import pipelines as common
+from quartz_jax.conversion import checkpoint
+from quartz_jax.conversion.model import stored_arrays
+from quartz_jax.io.files import work_folder
 
 
 def arrays(folder, component="transformer"):

@@ -8,7 +8,7 @@ import train_tiny_flux
 from flax import nnx
 
 from models.tiny_flux import architecture, training
-from quartz_jax import cli
+from quartz_jax.cli import arguments as cli
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import codec
 from quartz_jax.config import QuartzConfig
-from quartz_jax.tensor import IntTensor, QuartzTensor
+from quartz_jax.formats.tensors import IntTensor, QuartzTensor
 
 
 def quantize(

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from quartz_jax.files import hash_file, hash_files
-from quartz_jax.images import to_bytes
+from quartz_jax.io.files import hash_file, hash_files
+from quartz_jax.io.images import to_bytes
 
 _SIDE = 299  # pixels, of Inception's input
 _BATCH = 16  # images at a time

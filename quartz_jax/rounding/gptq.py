@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from quartz_jax.formats import NumberFormat
 from quartz_jax.formats.base import pad_edge, split
-from quartz_jax.parts import part
+from quartz_jax.schema import part
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

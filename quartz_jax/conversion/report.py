@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels import codec
-from quartz_jax.codec import dequantize
-from quartz_jax.recipe import Rule
-from quartz_jax.tensor import IntTensor, QuartzTensor
+from quartz_jax.formats.storage import dequantize
+from quartz_jax.formats.tensors import IntTensor, QuartzTensor
+from quartz_jax.recipes.recipe import Rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,12 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from quartz_jax import checkpoint
-from quartz_jax.checkpoint import Component, Manifest
-from quartz_jax.codec import WeightError
-from quartz_jax.convert import Part, plan_parts
-from quartz_jax.files import (
+from quartz_jax.conversion import checkpoint
+from quartz_jax.conversion.checkpoint import Component, Manifest
+from quartz_jax.conversion.model import Part, plan_parts
+from quartz_jax.conversion.report import LayerReport, Report
+from quartz_jax.formats.storage import WeightError
+from quartz_jax.io.files import (
     WorkFolder,
     check_space,
     copy_synced,
@@ -35,8 +36,7 @@ from quartz_jax.files import (
     tree_bytes,
     work_folder,
 )
-from quartz_jax.recipe import Recipe
-from quartz_jax.report import LayerReport, Report
+from quartz_jax.recipes.recipe import Recipe
 
 _PART_OVERHEAD = 2**17  # bytes at most of Orbax's own files in a part
 

@@ -12,16 +12,16 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from quartz_jax.linear import (
+from quartz_jax.conversion.report import LayerReport, Report, measure_layer, squared_norms
+from quartz_jax.engine.linear import (
     QuantizedWeight,
     QuartzLinear,
     abstract_weight,
     encode_weight,
     round_to_bf16,
 )
-from quartz_jax.recipe import Recipe, Rule
-from quartz_jax.report import LayerReport, Report, measure_layer, squared_norms
-from quartz_jax.tensor import IntTensor, QuartzTensor
+from quartz_jax.formats.tensors import IntTensor, QuartzTensor
+from quartz_jax.recipes.recipe import Recipe, Rule
 
 M = TypeVar("M", bound=nnx.Module)
 

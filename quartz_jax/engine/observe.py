@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import io_callback
 
-from quartz_jax.convert import linears, replace_linears
-from quartz_jax.files import atomic_file
-from quartz_jax.linear import modulate
+from quartz_jax.conversion.model import linears, replace_linears
+from quartz_jax.engine.linear import modulate
+from quartz_jax.io.files import atomic_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from quartz_jax.files import atomic_file
+from quartz_jax.io.files import atomic_file
 
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8881;--accent:#2f6fde}

@@ -30,8 +30,9 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from quartz_jax.convert import abstract_quantized, part_of, stored_arrays
-from quartz_jax.files import (
+from quartz_jax.conversion.model import abstract_quantized, part_of, stored_arrays
+from quartz_jax.conversion.report import Report
+from quartz_jax.io.files import (
     atomic_folder,
     check_apart,
     check_output,
@@ -40,8 +41,7 @@ from quartz_jax.files import (
     recover_folder,
     tree_bytes,
 )
-from quartz_jax.recipe import Recipe
-from quartz_jax.report import Report
+from quartz_jax.recipes.recipe import Recipe
 
 M = TypeVar("M", bound=nnx.Module)
 

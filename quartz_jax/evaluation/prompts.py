@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from quartz_jax.cli import check_prompts
+from quartz_jax.cli.arguments import check_prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from quartz_jax.files import atomic_file
+from quartz_jax.io.files import atomic_file
 
 _LABEL_HEIGHT = 20  # pixels
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from quartz_jax.files import atomic_file
+from quartz_jax.io.files import atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,10 +7,10 @@ activations: "int4-g64/quartz-g32-block64". "svdquant" stands for "smooth+lowran
 
 from quartz_jax.formats import MXFP4, NVFP4, SDR, Int, NumberFormat, Quartz
 from quartz_jax.methods.recipe import LayerMethod, Method, MethodRule
-from quartz_jax.methods.rounding import Gptq, Nearest
-from quartz_jax.methods.transforms import LowRank, ReverseSmooth, Rotate, Shift, Smooth
-from quartz_jax.parts import part
-from quartz_jax.recipe import LINEARS
+from quartz_jax.recipes.recipe import LINEARS
+from quartz_jax.rounding.gptq import Gptq, Nearest
+from quartz_jax.schema import part
+from quartz_jax.transforms.transforms import LowRank, ReverseSmooth, Rotate, Shift, Smooth
 
 
 @part

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from quartz_jax import provenance
-from quartz_jax.convert import linears
-from quartz_jax.files import atomic_file
-from quartz_jax.images import to_bytes
-from quartz_jax.linear import QuartzLinear, round_to_bf16
+from quartz_jax.conversion.model import linears
+from quartz_jax.conversion.report import Report
+from quartz_jax.engine.linear import QuartzLinear, round_to_bf16
+from quartz_jax.evaluation.metrics import bootstrap_interval
+from quartz_jax.io import provenance
+from quartz_jax.io.files import atomic_file
+from quartz_jax.io.images import to_bytes
 from quartz_jax.methods import LayerStatistics, Method, SimulatedLinear, get_method
-from quartz_jax.metrics import bootstrap_interval
-from quartz_jax.recipe import RECIPES, Recipe, get_recipe
-from quartz_jax.report import Report
+from quartz_jax.recipes.recipe import RECIPES, Recipe, get_recipe
 
 Sample = Callable[[int, int], np.ndarray]  # images start..stop, [stop - start, h, w, 3] in 0..1
 Scores = dict[str, list[float]]  # "psnr", "ssim" and such, one figure an image

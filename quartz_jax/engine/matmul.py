@@ -9,8 +9,8 @@ from jax import lax
 from pallas_kernels import codec, matmul
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.matmul import PreparedWeights, reference
-from quartz_jax.codec import decode_rows
-from quartz_jax.tensor import IntTensor, QuartzTensor
+from quartz_jax.formats.storage import decode_rows
+from quartz_jax.formats.tensors import IntTensor, QuartzTensor
 
 
 def quartz_matmul(

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from quartz_jax import pages
-from quartz_jax.analysis import FORMATS, GROUP_SIZES, LayerAnalysis, findings
+from quartz_jax.evaluation.analysis import FORMATS, GROUP_SIZES, LayerAnalysis, findings
+from quartz_jax.evaluation.pages import html as pages
 
 
 def analysis_page(layers: list[LayerAnalysis], title: str, made: str, command: str) -> str:

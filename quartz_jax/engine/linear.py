@@ -9,10 +9,10 @@ from pallas_kernels.matmul.reference import gelu
 from pallas_kernels.quantize import Part
 from pallas_kernels.quantize import quantize as quantize_and_decode
 from pallas_kernels.quantize.reference import join, modulate
-from quartz_jax.codec import check_finite, decode, dequantize, quantize, quantize_int
-from quartz_jax.matmul import quartz_matmul
-from quartz_jax.recipe import Format
-from quartz_jax.tensor import IntTensor, QuartzTensor
+from quartz_jax.engine.matmul import quartz_matmul
+from quartz_jax.formats.storage import check_finite, decode, dequantize, quantize, quantize_int
+from quartz_jax.formats.tensors import IntTensor, QuartzTensor
+from quartz_jax.recipes.recipe import Format
 
 _BITS = {"int8": 8, "int4": 4}
 FEW_ROWS = 8  # rows of x up to which reading the weights is the whole cost of a weight-only layer

@@ -14,9 +14,10 @@ from models import build_component, load_pipeline
 from models.flux import FluxTransformer, add_lora, read_lora
 from models.pipeline import FluxPipeline
 from models.stages import Deferred
-from quartz_jax import checkpoint, place, quantize_model
-from quartz_jax.recipe import Recipe
-from quartz_jax.report import Report
+from quartz_jax import place, quantize_model
+from quartz_jax.conversion import checkpoint
+from quartz_jax.conversion.report import Report
+from quartz_jax.recipes.recipe import Recipe
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny_flux"
 _MODELS = ("text_encoder", "text_encoder_2", "vae", "transformer")

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from quartz_jax import pages
-from quartz_jax.evaluation import COLUMNS, ImageStore, cell
-from quartz_jax.metrics import bootstrap_interval
+from quartz_jax.evaluation.metrics import bootstrap_interval
+from quartz_jax.evaluation.pages import html as pages
+from quartz_jax.evaluation.results import COLUMNS, ImageStore, cell
 
 _ERROR_GAIN = 4  # of error maps, so that small errors show
 _FAMILIES = {"svdquant": "C3", "quartz": "C0", "w4a": "C0", "nvfp4": "C2", "mxfp4": "C4"}

@@ -9,9 +9,9 @@ from flax import nnx
 from pallas_kernels import matmul
 from pallas_kernels.matmul import PreparedWeights
 from pallas_kernels.qk_norm_rope import Stream, qk_norm_rope
-from quartz_jax.codec import decode
-from quartz_jax.linear import QuartzLinear
-from quartz_jax.tensor import IntTensor, QuartzTensor
+from quartz_jax.engine.linear import QuartzLinear
+from quartz_jax.formats.storage import decode
+from quartz_jax.formats.tensors import IntTensor, QuartzTensor
 
 
 def place(model: nnx.Module, *, expand: bool = False) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from quartz_jax.parts import part
+from quartz_jax.schema import part
 
 if TYPE_CHECKING:
     from quartz_jax.methods.recipe import LayerMethod

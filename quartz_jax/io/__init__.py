@@ -1,0 +1,1 @@
+"""Files, images and provenance: nothing here knows of quantization."""
