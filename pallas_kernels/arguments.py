@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import codec
 
 CHOICES = {  # what the number format and the operations know
     "group_size": (8, 16, 32, 64),
     "rounding": ("nearest", "truncate"),
     "range": ("absmax", "minmax"),
     "step": ("power", "integer"),
+    "levels": ("uniform", "stretched"),
     "activation": (None, "gelu"),
     "bits": (4, 8),
     "x_bits": (4, 8),
@@ -29,6 +34,28 @@ def check_choices(**values: Any) -> None:
                     f"{name} is {values[name]!r} with step='integer'; an integer step needs "
                     f"{needed!r}"
                 )
+    if values.get("levels") == "stretched" and values.get("step", "integer") != "integer":
+        raise ValueError(
+            f"step is {values['step']!r} with levels='stretched'; stretched levels need 'integer'"
+        )
+
+
+def check_stretched_steps(
+    name: str,
+    shifts: Any,  # [..., ceil(groups / 2)], uint8: packed, of stretched levels
+) -> None:
+    """Refuse stored steps beyond 14, whose levels leave int8; what isn't concrete is let pass."""
+    if isinstance(shifts, jax.core.Tracer) or not isinstance(shifts, jax.Array | np.ndarray):
+        return
+    if isinstance(shifts, jax.Array) and not shifts.is_fully_addressable:
+        return
+    stored = np.asarray(shifts)
+    largest = int(np.maximum(stored & 15, stored >> 4).max(initial=0))
+    if largest >= codec.MAX_STRETCHED_STEP:
+        raise ValueError(
+            f"{name} holds a step of {largest + 1} with levels='stretched'; steps must be "
+            f"1 to {codec.MAX_STRETCHED_STEP}, stored less 1"
+        )
 
 
 def check_array(

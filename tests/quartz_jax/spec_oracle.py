@@ -10,6 +10,21 @@ import numpy as np
 F32 = np.float32
 
 
+STRETCHED = (0, 1, 2, 3, 4, 5, 7, 9)  # what the magnitudes of stretched codes stand for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A variant of the format."""
+
+    group_size: int = 16
+    rounding: str = "nearest"
+    range: str = "absmax"
+    step: str = "power"
+    levels: str = "uniform"
+    scale_block: int | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded:
     """What the format stores for an array whose last axis is the contraction axis."""
@@ -78,12 +93,14 @@ def encode_group(values, config, search=False):
     for m in magnitudes:
         bits |= m
     if config.step == "integer":
-        p = (
-            _searched_step(magnitudes)
-            if search
-            else min(max((2 * max(magnitudes) + 7) // 15, 1), 16)
-        )
-        quotients, shift = [min((2 * m + p) // (2 * p), 7) for m in magnitudes], p - 1
+        stretched = _stretched(config)
+        if search:
+            p = _searched_step(magnitudes, stretched)
+        elif stretched:
+            p = min(max((4 * max(magnitudes) + 18) // 37, 1), 14)
+        else:
+            p = min(max((2 * max(magnitudes) + 7) // 15, 1), 16)
+        quotients, shift = [_integer_code(m, p, stretched) for m in magnitudes], p - 1
     else:
         shift = max(bits.bit_length() - (3 if signed else 4), 0)
         half = (1 << shift) // 2 if config.rounding == "nearest" else 0
@@ -94,14 +111,28 @@ def encode_group(values, config, search=False):
 def decode_group(codes, shift, config):
     """Stage 2 backwards of one group."""
     step = shift + 1 if config.step == "integer" else 1 << shift
-    return [code * step for code in codes]
+    levels = STRETCHED if _stretched(config) else range(16)
+    return [(-1 if code < 0 else 1) * levels[abs(code)] * step for code in codes]
 
 
-def _searched_step(magnitudes):
+def _stretched(config):
+    return getattr(config, "levels", "uniform") == "stretched"
+
+
+def _integer_code(m, p, stretched):
+    code = (2 * m + p) // (2 * p)
+    if not stretched:
+        return min(code, 7)
+    return min(code, 5) if m < 6 * p else 6 if m < 8 * p else 7
+
+
+def _searched_step(magnitudes, stretched):
     def error(p):
-        return sum((m - p * min((2 * m + p) // (2 * p), 7)) ** 2 for m in magnitudes)
+        codes = [_integer_code(m, p, stretched) for m in magnitudes]
+        levels = STRETCHED if stretched else range(8)
+        return sum((m - p * levels[c]) ** 2 for m, c in zip(magnitudes, codes, strict=True))
 
-    return min(range(1, 17), key=lambda p: (error(p), p))
+    return min(range(1, 15 if stretched else 17), key=lambda p: (error(p), p))
 
 
 def _row(row, config, search):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import spec_oracle
 import strategies
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from pallas_kernels import codec
 
 GROUPS = st.sampled_from((8, 16, 32, 64))
-encode = jax.jit(codec.encode, static_argnames=("group_size", "step", "rounding", "search"))
-decode = jax.jit(codec.decode, static_argnames="step")
+FORMAT = ("group_size", "step", "levels", "rounding", "search")
+encode = jax.jit(codec.encode, static_argnames=FORMAT)
+decode = jax.jit(codec.decode, static_argnames=("step", "levels"))
 
 # Steps and roundings, with the dtype that says whether the values are symmetric.
 POWER = {
@@ -34,7 +36,8 @@ def values(dtype):
 def round_trip(q, **options):
     """Return decoded values, magnitudes before and after and each element's shift, as int32."""
     codes, shifts = encode(q, **options)
-    decoded = np.asarray(decode(codes, shifts, step=options.get("step", "power")), np.int32)
+    kind = {name: options[name] for name in ("step", "levels") if name in options}
+    decoded = np.asarray(decode(codes, shifts, **kind), np.int32)
     shift = np.repeat(np.asarray(shifts, np.int32), options["group_size"], axis=-1)
     return decoded, np.abs(np.int32(q)), np.abs(decoded), shift
 
@@ -182,3 +185,84 @@ def test_an_online_integer_step_is_the_peak_over_seven_and_a_half_rounded():
     _, shifts = encode(peaks[:, None].astype(np.int8), group_size=8, step="integer")
     steps = np.clip(np.floor(peaks / 7.5 + 0.5), 1, 16)
     np.testing.assert_array_equal(shifts[:, 0] + 1, steps)
+
+
+STRETCHED = {"step": "integer", "levels": "stretched"}
+SPECIFIED = spec_oracle.Config(**STRETCHED)
+STEPS = np.arange(1, 15, dtype=np.int32)[:, None]  # of stretched levels
+online_and_search = pytest.mark.parametrize("search", [False, True], ids=["online", "search"])
+
+
+def test_every_stretched_code_and_step_decodes_as_specified():
+    codes = np.tile(np.arange(-7, 8, dtype=np.int8), (14, 1))
+    decoded = decode(codes, (STEPS - 1).astype(np.uint8), **STRETCHED)
+    wanted = [
+        spec_oracle.decode_group(list(map(int, row)), f, SPECIFIED) for f, row in enumerate(codes)
+    ]
+    np.testing.assert_array_equal(decoded, wanted)
+    assert np.abs(np.int32(decoded)).max() == 126
+
+
+def test_every_magnitude_goes_to_the_nearest_stretched_level_halves_away_from_zero():
+    m = np.tile(np.arange(128, dtype=np.int32), (14, 1))
+    codes = codec.code_of(m, STEPS - 1, **STRETCHED)
+    distance = np.abs(m[..., None] - np.array(spec_oracle.STRETCHED) * STEPS[:, :, None])
+    # The last of equals is the one further from zero.
+    np.testing.assert_array_equal(codes, 7 - np.argmin(distance[..., ::-1], axis=-1))
+    np.testing.assert_array_equal(-codes, codec.code_of(-m, STEPS - 1, **STRETCHED))
+
+
+def test_encoding_a_decoded_stretched_code_with_its_step_gives_it_back():
+    codes = np.tile(np.arange(-7, 8, dtype=np.int8), (14, 1))
+    decoded = decode(codes, (STEPS - 1).astype(np.uint8), **STRETCHED).astype(jnp.int32)
+    np.testing.assert_array_equal(codec.code_of(decoded, STEPS - 1, **STRETCHED), codes)
+
+
+def test_an_online_stretched_step_is_the_peak_over_nine_and_a_quarter_rounded():
+    peaks = np.arange(128)
+    _, shifts = encode(peaks[:, None].astype(np.int8), group_size=8, **STRETCHED)
+    steps = np.clip(np.floor(peaks / 9.25 + 0.5), 1, 14)
+    np.testing.assert_array_equal(shifts[:, 0] + 1, steps)
+
+
+@online_and_search
+@given(data=st.data(), group_size=GROUPS)
+def test_stretched_groups_equal_the_oracle(search, data, group_size):
+    q = data.draw(values(np.int8))
+    codes, shifts = encode(q, group_size=group_size, search=search, **STRETCHED)
+    groups = np.int32(q).reshape(-1, group_size).tolist()
+    wanted = [spec_oracle.encode_group(group, SPECIFIED, search=search) for group in groups]
+    np.testing.assert_array_equal(codes.reshape(-1, group_size), [codes for codes, _ in wanted])
+    np.testing.assert_array_equal(shifts.reshape(-1), [shift for _, shift in wanted])
+    decoded = [spec_oracle.decode_group(*group, SPECIFIED) for group in wanted]
+    got = decode(codes, shifts, **STRETCHED)
+    np.testing.assert_array_equal(got.reshape(-1, group_size), decoded)
+
+
+@online_and_search
+@given(data=st.data(), group_size=GROUPS)
+def test_stretched_levels_are_within_a_step_unless_saturated(search, data, group_size):
+    options = {"group_size": group_size, "search": search, **STRETCHED}
+    decoded, before, after, shift = round_trip(data.draw(values(np.int8)), **options)
+    p = shift + 1
+    assert (np.abs(before - after) <= p)[before < 9 * p].all()
+    assert (2 * np.abs(before - after) <= p)[2 * before < 11 * p].all()
+    assert (shift <= 13).all()
+    np.testing.assert_array_equal(decoded.astype(jnp.bfloat16).astype(np.int32), decoded)
+
+
+@given(data=st.data(), group_size=GROUPS)
+def test_stretched_values_keep_the_sign_and_order_of_their_codes(data, group_size):
+    codes, shifts = encode(data.draw(values(np.int8)), group_size=group_size, **STRETCHED)
+    decoded = np.int32(decode(codes, shifts, **STRETCHED)).reshape(-1, group_size)
+    codes = np.int32(codes).reshape(-1, group_size)
+    order = np.sign(codes[:, :, None] - codes[:, None, :])
+    np.testing.assert_array_equal(order, np.sign(decoded[:, :, None] - decoded[:, None, :]))
+
+
+@given(data=st.data(), group_size=GROUPS)
+def test_columns_rounded_one_by_one_with_a_given_step_are_the_group(data, group_size):
+    q = np.int32(data.draw(values(np.int8))).reshape(-1, group_size)
+    codes, shifts = encode(q.astype(np.int8), group_size=group_size, search=True, **STRETCHED)
+    columns = [codec.code_of(q[:, i : i + 1], np.int32(shifts), **STRETCHED) for i in (0, 3, 7)]
+    np.testing.assert_array_equal(np.concatenate(columns, axis=1), codes[:, [0, 3, 7]])
