@@ -1,12 +1,26 @@
-"""Number formats to compare with, simulated exactly: floats in, the stored values back as floats.
+"""Number formats: what is stored of a tensor, exactly, and how.
 
-A format is a frozen dataclass that says how scales and codes are found; calling it gives the
-values that a tensor has after it was stored and read back. New formats subclass `NumberFormat`.
+A format is a frozen dataclass that says how scales and codes are found. Calling it gives the
+values that a tensor has after it was stored and read back; `store` gives the packed arrays. New
+formats subclass `Format`, a file each.
 """
 
-from quartz_jax.formats.base import NumberFormat
+from quartz_jax.formats.base import Format
 from quartz_jax.formats.floating import MXFP4, NVFP4
 from quartz_jax.formats.integer import Int
-from quartz_jax.formats.leading_zero import SDR, Quartz
+from quartz_jax.formats.quartz import Quartz
+from quartz_jax.formats.sdr import SDR
+from quartz_jax.formats.tensors import BlockRows, Int8Rows, PackedRows, Stored
 
-__all__ = ["MXFP4", "NVFP4", "SDR", "Int", "NumberFormat", "Quartz"]
+__all__ = [
+    "MXFP4",
+    "NVFP4",
+    "SDR",
+    "BlockRows",
+    "Format",
+    "Int",
+    "Int8Rows",
+    "PackedRows",
+    "Quartz",
+    "Stored",
+]

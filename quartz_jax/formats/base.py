@@ -1,4 +1,4 @@
-"""What every simulated number format shares: cutting rows into blocks, scales, rounding."""
+"""What every number format shares: cutting rows into blocks, scales, codes, storage."""
 
 import abc
 import functools
@@ -8,21 +8,29 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import codec
+from quartz_jax.formats.tensors import BlockRows, Stored
 
 Scales = Any  # a pytree of arrays whose last axis has length 1
+Kept = dict[str, jax.Array]  # of the scales what is stored, in its dtypes; the last axis is 1
 
 
-class NumberFormat(abc.ABC):
-    """A number format as three pure steps in float32 along the last axis.
+class Format(abc.ABC):
+    """A number format as pure steps in float32 along the last axis.
 
-    `outer` finds what whole rows (or the tensor) share, `inner` what a block of `block` elements
-    shares, and `round` maps values to the nearest ones that can be stored. They are apart so that
-    a method may round column by column with scales that are already fixed (GPTQ does).
-    Subclasses are frozen dataclasses: hashable, so that they are static under jax.jit.
+    `outer` finds what whole rows (or the tensor) share and `inner` what a block of `block`
+    elements shares; `encode` gives the code of each value under them; `keep` is what of them is
+    stored, and `decode` the value of a code from that alone. They are apart so that a method may
+    round column by column with scales that are already fixed (GPTQ does), and so that what is
+    computed is what is stored. Subclasses are frozen dataclasses: hashable, so that they are
+    static under jax.jit.
     """
 
     block: int | None  # elements along the row that share the inner scales; None: the whole row
     scale_block: ClassVar[int | None] = None  # elements that count as a row of their own
+    code_bits: ClassVar[int] = 4  # of a stored code: 4, two to a byte, or 8
+    signed_codes: ClassVar[bool] = True  # codes are two's complement
+    rows_apart: ClassVar[bool] = True  # whether a row's values don't depend on other rows
+    padding_mode: ClassVar[str] = "edge"  # of a short last block: of `jnp.pad`
 
     @abc.abstractmethod
     def bits(self, k: int) -> float:
@@ -33,37 +41,105 @@ class NumberFormat(abc.ABC):
         """Return what each block shares; blocks float32 [..., block], leaves [..., 1]."""
 
     @abc.abstractmethod
-    def round(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
-        """Return the stored values nearest to float32 [..., any number], as float32."""
+    def encode(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
+        """Return the codes nearest to float32 values [..., any number], int32."""
+
+    @abc.abstractmethod
+    def keep(self, outer: Scales, inner: Scales) -> Kept:
+        """Return what is stored of the scales; names that start with "row_" are of whole rows."""
+
+    @abc.abstractmethod
+    def decode(self, codes: jax.Array, kept: Kept) -> jax.Array:
+        """Return the values of int32 codes, float32."""
 
     def outer(self, rows: jax.Array) -> Scales:
         """Return what each row shares; rows float32 [..., k], leaves [..., 1]."""
         return ()
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def __call__(
-        self,
-        x: jax.Array,  # [..., k], floating
-    ) -> jax.Array:
-        """Return what x is after storing it, float32 [..., k].
+    def round(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
+        """Return the stored values nearest to float32 [..., any number], as float32."""
+        return self.decode(self.encode(values, outer, inner), self.keep(outer, inner))
 
-        A last block that is short repeats its last element, which changes no extreme.
+    def exact_16(self, codes: jax.Array, kept: Kept) -> tuple[jax.Array, jax.Array] | None:
+        """Return values that bfloat16 holds exactly and their float32 row scale, or None.
+
+        Formats that have it are multiplied in bfloat16, exact but for the order of sums.
         """
-        k = x.shape[-1]
-        rows = x.astype(jnp.float32)
-        if self.scale_block:
-            rows = split(pad_edge(rows, self.scale_block), self.scale_block)
-        outer = jax.tree.map(lambda leaf: leaf[..., None], self.outer(rows))
-        block = self.block or rows.shape[-1]
-        blocks = split(pad_edge(rows, block), block)
-        y = self.round(blocks, outer, self.inner(blocks, outer))
-        y = y.reshape(*rows.shape[:-1], -1)[..., : rows.shape[-1]]
-        return y.reshape(*x.shape[:-1], -1)[..., :k]
+        return None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return what x [..., k] is after storing it, float32 [..., k]."""
+        return _round_trip(x, self)
+
+    def store(self, x: jax.Array) -> Stored:
+        """Return x [..., k] as stored."""
+        return _store(x, self)
+
+    def assemble(self, codes: jax.Array, kept: Kept, k: int) -> Stored:
+        """Return the stored form of codes [..., blocks, block] and what is kept of their scales.
+
+        Args:
+          codes: int32.
+          kept: leaves [..., blocks, 1], or [..., 1, 1] for those of whole rows.
+          k: elements of a row, of which the codes hold whole blocks.
+        """
+        flat = codes.reshape(*codes.shape[:-2], -1)
+        width = k if self.block is None else flat.shape[-1]
+        if self.code_bits == 4:
+            stored, padding = codec.pack(flat[..., :width].astype(jnp.int8)), width + width % 2 - k
+        else:
+            stored = flat[..., :width].astype(jnp.int8 if self.signed_codes else jnp.uint8)
+            padding = width - k
+        scales = {name: leaf[..., 0] for name, leaf in kept.items()}
+        return BlockRows(codes=stored, scales=scales, format=self, padding=padding)
+
+    def disassemble(self, stored: BlockRows) -> tuple[jax.Array, Kept]:
+        """Undo `assemble`: int32 codes [..., blocks, block] and kept scales."""
+        codes = stored.codes
+        if self.code_bits == 4:
+            codes = codec.unpack(codes, signed=self.signed_codes)
+        block = self.block or stored.k
+        width = stored.k + -stored.k % block
+        codes = split(codes[..., :width].astype(jnp.int32), block)
+        return codes, {name: leaf[..., None] for name, leaf in stored.scales.items()}
 
 
-def pad_edge(x: jax.Array, multiple: int) -> jax.Array:
-    """Repeat the last element of the last axis up to a multiple of `multiple`."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)], mode="edge")
+def cut(x: jax.Array, format: Format) -> tuple[jax.Array, Scales, Scales]:
+    """Return float32 blocks of rows with their outer and inner scales.
+
+    A last block that is short repeats its last element, which changes no extreme, or holds zeros
+    where that changes none either.
+    """
+    rows = x.astype(jnp.float32)
+    if format.scale_block:
+        rows = split(pad(rows, format.scale_block, format.padding_mode), format.scale_block)
+    outer = jax.tree.map(lambda leaf: leaf[..., None], format.outer(rows))
+    block = format.block or rows.shape[-1]
+    blocks = split(pad(rows, block, format.padding_mode), block)
+    return blocks, outer, format.inner(blocks, outer)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _round_trip(x: jax.Array, format: Format) -> jax.Array:
+    blocks, outer, inner = cut(x, format)
+    y = format.round(blocks, outer, inner)
+    k = x.shape[-1]
+    if format.scale_block:
+        y = y.reshape(*y.shape[:-2], -1)[..., : format.scale_block]
+    return y.reshape(*x.shape[:-1], -1)[..., :k]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _store(x: jax.Array, format: Format) -> Stored:
+    blocks, outer, inner = cut(x, format)
+    return format.assemble(
+        format.encode(blocks, outer, inner), format.keep(outer, inner), x.shape[-1]
+    )
+
+
+def pad(x: jax.Array, multiple: int, mode: str = "edge") -> jax.Array:
+    """Lengthen the last axis to a multiple of `multiple`, by its last element ("edge") or zeros."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)], mode=mode)
 
 
 def split(x: jax.Array, size: int) -> jax.Array:
@@ -92,7 +168,7 @@ def multiplier_and_scale(
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
     """Raise ValueError unless a field has one of the listed values."""
-    if isinstance(value, bool) or value not in choices:
+    if isinstance(value, bool) and True not in choices or value not in choices:
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{name} is {value!r}; it must be one of {listed}")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.codec import TINY_RANGE
-from quartz_jax.formats.base import NumberFormat, Scales, absmax, check_block
+from quartz_jax.formats.base import Format, Kept, Scales, absmax, check_block
 from quartz_jax.schema import part
 
 _E2M1_MAX = 6.0
@@ -22,6 +22,20 @@ def round_e2m1(x: jax.Array) -> jax.Array:  # float32
     magnitude = jnp.abs(x)
     step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
     return jnp.sign(x) * jnp.minimum(jnp.round(magnitude / step) * step, _E2M1_MAX)
+
+
+def encode_e2m1(x: jax.Array) -> jax.Array:  # float32
+    """Return the code of `round_e2m1(x)`: its index among the magnitudes, plus 8 if negative."""
+    doubled = (2 * jnp.abs(round_e2m1(x))).astype(jnp.int32)  # 0, 1, 2, 3, 4, 6, 8 or 12
+    index = jnp.where(doubled < 4, doubled, jnp.where(doubled < 8, 2 + doubled // 2, 4 + doubled // 4))
+    return jnp.where(x < 0, index + 8, index)
+
+
+def decode_e2m1(codes: jax.Array) -> jax.Array:  # int32, 0..15
+    """Return the value of an E2M1 code, float32."""
+    index = codes & 7
+    magnitude = jnp.where(index < 4, index * 0.5, jnp.where(index < 6, index - 2.0, 2.0 * index - 8))
+    return jnp.where(codes >= 8, -magnitude, magnitude)
 
 
 def round_e4m3(x: jax.Array) -> jax.Array:  # float32, 0 to 448
@@ -43,8 +57,34 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:  # int32, -126 to 127
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-@part
-class MXFP4(NumberFormat):
+def store_e4m3(x: jax.Array) -> jax.Array:  # float32 values that float8_e4m3fn holds
+    """Return the bits of E4M3 values, uint8."""
+    return lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8)
+
+
+def load_e4m3(bits: jax.Array) -> jax.Array:  # uint8
+    """Undo `store_e4m3`."""
+    return lax.bitcast_convert_type(bits, jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+class E2M1(Format):
+    """A format whose codes are E2M1: sign in bit 3, index of the magnitude below it."""
+
+    signed_codes = False
+
+    def encode(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
+        """Return the codes of values over the step of their block, 0 where that is 0."""
+        step = self.step(outer, inner)
+        codes = encode_e2m1(values / jnp.where(step > 0, step, 1))
+        return jnp.where(step > 0, codes, 0)
+
+    def step(self, outer: Scales, inner: Scales) -> jax.Array:
+        """Return what an element of 1 stands for in each block, float32."""
+        raise NotImplementedError
+
+
+@part()
+class MXFP4(E2M1):
     """OCP Microscaling Formats v1.0, section 6.3: one power-of-two scale (E8M0) for 32 elements.
 
     scale = 2**(floor(log2(max|x|)) - 2), element = E2M1(x / scale). Values above 6 scales, which
@@ -67,22 +107,37 @@ class MXFP4(NumberFormat):
         exponent = _floor_log2(jnp.where(live, peak, 1)) - _E2M1_MAX_EXPONENT
         return jnp.where(live, _power_of_two(exponent), 0)
 
-    def round(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
+    def step(self, outer: Scales, inner: Scales) -> jax.Array:
+        """Return the scale."""
+        return inner
+
+    def keep(self, outer: Scales, inner: Scales) -> Kept:
+        """Return the E8M0 scale: the exponent plus 127."""
+        return {"scale": jnp.clip(_floor_log2(inner) + 127, 0).astype(jnp.uint8)}
+
+    def decode(self, codes: jax.Array, kept: Kept) -> jax.Array:
         """Return elements times scale."""
-        return round_e2m1(values / jnp.where(inner > 0, inner, 1)) * inner
+        return decode_e2m1(codes) * _power_of_two(kept["scale"].astype(jnp.int32) - 127)
+
+    def exact_16(self, codes: jax.Array, kept: Kept) -> tuple[jax.Array, jax.Array]:
+        """Return elements times scale, two significant bits, and a row scale of one."""
+        values = self.decode(codes, kept)
+        return values.astype(jnp.bfloat16), jnp.ones_like(values[..., :1, :1])
 
     def __str__(self):
         return "mxfp4" + f" g{self.block}" * (self.block != 32)
 
 
-@part
-class NVFP4(NumberFormat):
+@part()
+class NVFP4(E2M1):
     """NVIDIA's two-level format: an E4M3 scale for 16 elements and a float32 one for the tensor.
 
     g = max|tensor| / (448 * 6), scale = E4M3(max|block| / (6 g)), element = E2M1(x / (scale g)).
     A tensor is the last two axes of an array: a whole weight, or one image's tokens, so that a
     result never depends on what else is in the batch. g is found online for activations.
     """
+
+    rows_apart = False
 
     block: int = 16  # elements that share a scale; 16 in the standard
 
@@ -101,14 +156,27 @@ class NVFP4(NumberFormat):
         return jnp.broadcast_to(peak / largest, (*rows.shape[:-1], 1))
 
     def inner(self, blocks: jax.Array, outer: Scales) -> Scales:
-        """Return scale times g of each block."""
+        """Return the E4M3 scale of each block, as float32."""
         live = outer >= TINY_RANGE
         scale = absmax(blocks) / (_E2M1_MAX * jnp.where(live, outer, 1))
-        return jnp.where(live, round_e4m3(jnp.minimum(scale, _E4M3_MAX)) * outer, 0)
+        return jnp.where(live, round_e4m3(jnp.minimum(scale, _E4M3_MAX)), 0)
 
-    def round(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
+    def step(self, outer: Scales, inner: Scales) -> jax.Array:
+        """Return both scales' product."""
+        return inner * outer
+
+    def keep(self, outer: Scales, inner: Scales) -> Kept:
+        """Return the blocks' scales in E4M3, and g."""
+        return {"scale": store_e4m3(inner), "row_scale": outer}
+
+    def decode(self, codes: jax.Array, kept: Kept) -> jax.Array:
         """Return elements times both scales."""
-        return round_e2m1(values / jnp.where(inner > 0, inner, 1)) * inner
+        return decode_e2m1(codes) * (load_e4m3(kept["scale"]) * kept["row_scale"])
+
+    def exact_16(self, codes: jax.Array, kept: Kept) -> tuple[jax.Array, jax.Array]:
+        """Return elements times the blocks' scales, six significant bits, and g."""
+        values = decode_e2m1(codes) * load_e4m3(kept["scale"])
+        return values.astype(jnp.bfloat16), kept["row_scale"]
 
     def __str__(self):
         return "nvfp4" + f" g{self.block}" * (self.block != 16)
