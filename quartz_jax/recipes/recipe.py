@@ -1,7 +1,6 @@
-"""Which linears of a model are quantized and how: ordered rules, JSON both ways.
+"""What is done to which layers of a model: ordered rules, JSON both ways.
 
-A linear takes the first rule whose pattern matches its whole path; one that no rule matches stays
-16-bit. The built-in recipes are for the FLUX transformer of `models.flux`.
+A layer takes the first rule that matches it; one that no rule matches stays 16-bit.
 """
 
 import dataclasses
@@ -11,103 +10,148 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from quartz_jax.config import QuartzConfig
+import jax
+import jax.numpy as jnp
 
-Range = Literal["absmax", "minmax"]
+from quartz_jax import schema
+from quartz_jax.formats import Format, Int, Quartz, Stored
+from quartz_jax.recipes.earlier import from_version_2
+from quartz_jax.recipes.sites import ROLES, Site
+from quartz_jax.rounding import Nearest, Rounding
+from quartz_jax.transforms import Layer, Transform
+from quartz_jax.transforms.base import HIGHEST, Need
+
+FORMAT_VERSION = 3  # of a recipe's JSON
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Format:
-    """How one operand of a linear is stored or computed."""
+class LayerRecipe:
+    """What is done to one layer: transforms in order, then rounding to the formats."""
 
-    # "bf16" leaves it, "int8" and "int4" are plain integers with a scale a row, "quartz" is QuaRTZ
-    kind: Literal["bf16", "int8", "int4", "quartz"]
-    range: Range = "absmax"  # of int8; "minmax" only for activations
-    config: QuartzConfig | None = None  # of quartz
-    search: bool = False  # of quartz weights with an integer step: choose the step offline
+    weight: Format | None = None  # of the weight; None leaves the whole layer 16-bit
+    activation: Format | None = None  # of the input; None leaves it 16-bit
+    transforms: tuple[Transform, ...] = ()
+    rounding: Rounding = Nearest()  # of the weight
 
     def __post_init__(self):
-        if self.kind not in ("bf16", "int8", "int4", "quartz"):
-            raise ValueError(f"kind is {self.kind!r}; use bf16, int8, int4 or quartz")
-        if (self.kind == "quartz") != (self.config is not None):
-            raise ValueError(f"config goes with kind 'quartz' and only that; kind is {self.kind!r}")
-        if self.range not in ("absmax", "minmax"):
-            raise ValueError(f"range is {self.range!r}; use absmax or minmax")
-        if self.range == "minmax" and self.kind != "int8":
-            raise ValueError(f"range 'minmax' is for int8, not {self.kind} (quartz: in its config)")
-        if self.search and (self.config is None or self.config.step != "integer"):
-            raise ValueError("search=True needs a QuartzConfig with step='integer'")
+        for name, kind in (("weight", Format), ("activation", Format)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}; it must be a number format or None")
+        for transform in self.transforms:
+            if not isinstance(transform, Transform):
+                raise ValueError(f"transforms holds {transform!r}, which is no transform")
+        if not isinstance(self.rounding, Rounding):
+            raise ValueError(f"rounding is {self.rounding!r}; it must be a Rounding")
+        if self.weight is None and (self.activation or self.transforms):
+            raise ValueError("weight is None, so that nothing else can be done to the layer")
+        if getattr(self.weight, "range", "absmax") == "minmax" and isinstance(
+            self.weight, Quartz | Int
+        ):
+            raise ValueError(f"weight is {self.weight}; weights must be symmetric (absmax)")
+        if getattr(self.activation, "search", False):
+            raise ValueError(f"activation is {self.activation}; only weights can be searched")
+        blocks = [f.scale_block for f in (self.weight, self.activation) if f and f.scale_block]
+        if len(set(blocks)) > 1:
+            raise ValueError(
+                f"weight has scale_block={blocks[0]} and activation {blocks[1]}; both must be the "
+                "same where both have one"
+            )
 
     @property
-    def symmetric(self) -> bool:
-        """Whether no offset is stored."""
-        return (self.config.range if self.config else self.range) == "absmax"
+    def needs(self) -> frozenset[Need]:
+        """The statistics of its inputs that it reads; the mean too, where a Gram matrix shifts."""
+        needs = frozenset().union(self.rounding.needs, *(t.needs for t in self.transforms))
+        return needs | {"mean"} if "gram" in needs else needs
+
+    def fit(self, layer: Layer) -> Layer:
+        """Return the layer behind all transforms; traceable."""
+        for i, transform in enumerate(self.transforms):
+            layer = transform.fit(layer, self._from(i + 1))
+        return layer
+
+    def store(self, layer: Layer) -> Stored:
+        """Return the weight of a fitted layer in its format; traceable."""
+        assert self.weight is not None
+        return self.rounding.store(layer, self.weight)
+
+    def error(self, layer: Layer) -> jax.Array:
+        """Return the squared error of a candidate's output on its rows, once the rest is done.
+
+        Transforms take their quick forms, and rounding is to nearest: what is compared is
+        candidates, not the last word on each.
+        """
+        quick = dataclasses.replace(self, transforms=tuple(t.quick() for t in self.transforms))
+        fitted = quick.fit(layer)
+        rows, weight = fitted.seen.rows, fitted.weight
+        assert rows is not None
+        given = rows if self.activation is None else self.activation(rows)
+        # x w - x' w' = (x - x') w + x' (w - w'): products of small differences
+        error = jnp.matmul(rows - given, weight.T, precision=HIGHEST)
+        rest = jnp.matmul(given, (weight - self.rounded(weight)).T, precision=HIGHEST)
+        return jnp.sum((error + rest) ** 2)
+
+    def rounded(self, weight: jax.Array) -> jax.Array:
+        """Return a weight [n, k] rounded to nearest, float32."""
+        assert self.weight is not None
+        return self.weight(weight)
+
+    def _from(self, index: int) -> "LayerRecipe":
+        return dataclasses.replace(self, transforms=self.transforms[index:])
+
+    def words(self) -> str:
+        """Return what is done to the weight, in words."""
+        if self.weight is None:
+            return "bf16"
+        steps = [*self.transforms, *([] if self.rounding == Nearest() else [self.rounding])]
+        return " ".join([*(type(step).__name__.lower() for step in steps), str(self.weight)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Match:
+    """Which layers a rule is for: those that have all that is given."""
+
+    role: str | tuple[str, ...] | None = None  # what the layer is in the model, see `sites.ROLES`
+    path: str | None = None  # regular expression for the whole path
+    kind: Literal["linear", "conv"] | None = None
+    blocks: tuple[int, int] | None = None  # first and behind the last block of its list
+
+    def __post_init__(self):
+        unknown = set(self.roles or ()) - set(ROLES)
+        if unknown:
+            raise ValueError(
+                f"role is {sorted(unknown)[0]!r}; it must be one of {', '.join(ROLES)}"
+            )
+        try:
+            re.compile(self.path or "")
+        except (re.error, TypeError) as error:
+            raise ValueError(f"path {self.path!r} is not a regular expression: {error}") from None
 
     @property
-    def bits(self) -> float:
-        """Bits an element, without the scale of a row."""
-        if self.config:
-            return 4 + 4 / self.config.group_size
-        return {"bf16": 16.0, "int8": 8.0, "int4": 4.0}[self.kind]
+    def roles(self) -> tuple[str, ...] | None:
+        """The roles as a tuple."""
+        return (self.role,) if isinstance(self.role, str) else self.role
+
+    def __call__(self, site: Site) -> bool:
+        """Whether it matches a layer."""
+        return (
+            (self.roles is None or site.role in self.roles)
+            and (self.path is None or re.fullmatch(self.path, site.path) is not None)
+            and (self.kind is None or site.kind == self.kind)
+            and (self.blocks is None or site.block in range(*self.blocks))
+        )
 
     def __str__(self):
-        words = [self.kind]
-        if self.config:
-            words.append(f"g{self.config.group_size}")
-            words += ["truncate"] * (self.config.rounding == "truncate")
-            words += ["integer"] * (self.config.step == "integer")
-            words += [f"block{self.config.scale_block}"] * bool(self.config.scale_block)
-            words += ["search"] * self.search
-        return " ".join(words + ["minmax"] * (not self.symmetric))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON object with the fields that apply to this kind."""
-        if self.config:
-            return {"kind": self.kind, "config": self.config.to_json(), "search": self.search}
-        return {"kind": self.kind} | ({"range": self.range} if self.kind == "int8" else {})
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        """Inverse of `to_json`; raises ValueError for an unknown or missing field."""
-        fields = _fields(cls, value, required={"kind"})
-        if "config" in fields:
-            fields["config"] = QuartzConfig.from_json(fields["config"])
-        return cls(**fields)
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return ", ".join(f"{key} {value!r}" for key, value in given.items()) or "everything"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Formats of the linears whose path the pattern matches."""
+    """What is done to the layers that match."""
 
-    pattern: str  # regular expression for a whole path, such as r"single_blocks\.\d+\.linear2"
-    weight: Format  # of the weight; symmetric
-    activation: Format  # of the input; bf16 makes the layer weight-only
-
-    def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"pattern {self.pattern!r} is not a regular expression: {error}"
-            ) from None
-        if not self.weight.symmetric:
-            raise ValueError(f"weight of rule {self.pattern!r} is minmax; weights must be absmax")
-        if self.activation.search:
-            raise ValueError(f"activation of rule {self.pattern!r} has search; only weights can")
-        if self.weight.kind == "bf16" and self.activation.kind != "bf16":
-            raise ValueError(f"rule {self.pattern!r} needs a bf16 activation for its bf16 weight")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON object."""
-        formats = {"weight": self.weight.to_json(), "activation": self.activation.to_json()}
-        return {"pattern": self.pattern} | formats
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        """Inverse of `to_json`; raises ValueError for an unknown or missing field."""
-        fields = _fields(cls, value, required={"pattern", "weight", "activation"})
-        formats = {key: Format.from_json(fields[key]) for key in ("weight", "activation")}
-        return cls(pattern=fields["pattern"], **formats)
+    match: Match
+    layer: LayerRecipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,133 +159,79 @@ class Recipe:
     """Ordered rules for a whole model."""
 
     name: str  # shown in reports and stored in checkpoints
-    rules: tuple[Rule, ...]  # the first that matches a path decides
+    rules: tuple[Rule, ...]  # the first that matches a layer decides
 
-    @property
-    def activation_bits(self) -> float:
-        """Fewest bits an element that a linear's input has; 16 if all is weight-only."""
-        return min((rule.activation.bits for rule in self.rules), default=16.0)
-
-    def assign(self, paths: Iterable[str]) -> dict[str, Rule]:
-        """Return the rule of each linear that has one, in the order of the paths.
+    def assign(self, sites: Iterable[Site]) -> dict[str, LayerRecipe]:
+        """Return what is done to each layer that is quantized, by path, in the order of sites.
 
         Args:
-          paths: the paths of all linears of the model.
+          sites: all layers of the model, `recipes.sites.sites`.
 
         Raises:
-          ValueError: a rule decides no linear; it is named.
+          ValueError: a rule with a path decides no layer, or none of the rules does.
         """
-        first = {
-            path: next((r for r in self.rules if re.fullmatch(r.pattern, path)), None)
-            for path in paths
-        }
+        first = {s.path: next((r for r in self.rules if r.match(s)), None) for s in sites}
+        decided = [rule for rule in first.values() if rule is not None]
         for rule in self.rules:
-            if rule not in first.values():
+            if rule.match.path is not None and rule not in decided:
                 raise ValueError(
-                    f"recipe {self.name!r}: rule {rule.pattern!r} matches no linear of this model "
-                    "that an earlier rule leaves; correct or remove it"
+                    f"recipe {self.name!r}: rule {rule.match.path!r} matches no linear of this "
+                    "model that an earlier rule leaves; correct or remove it"
                 )
-        return {path: rule for path, rule in first.items() if rule is not None}
+        if self.rules and not decided:
+            raise ValueError(
+                f"recipe {self.name!r} matches no linear of this model; its rules are for "
+                + "; ".join(str(rule.match) for rule in self.rules)
+            )
+        return {
+            path: rule.layer
+            for path, rule in first.items()
+            if rule is not None and rule.layer.weight is not None
+        }
+
+    def needs(self, sites: Iterable[Site]) -> dict[str, frozenset[Need]]:
+        """Return which statistics each layer's recipe reads, by path; layers with none left out."""
+        assigned = self.assign(sites)
+        return {path: layer.needs for path, layer in assigned.items() if layer.needs}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any rule reads statistics of inputs."""
+        return any(rule.layer.needs for rule in self.rules)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
-        return {"name": self.name, "rules": [rule.to_json() for rule in self.rules]}
+        return {"format_version": FORMAT_VERSION} | schema.to_json(self)
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Inverse of `to_json`; raises ValueError for an unknown or missing field."""
-        fields = _fields(cls, value, required={"name", "rules"})
-        if not isinstance(fields["rules"], list) or not isinstance(fields["name"], str):
-            raise ValueError("recipe: name must be a string and rules a list")
-        return cls(name=fields["name"], rules=tuple(map(Rule.from_json, fields["rules"])))
+        """Undo `to_json`; recipes and methods of earlier versions too.
+
+        Raises:
+          ValueError: an unknown or missing field, or a newer version.
+        """
+        if not isinstance(value, dict):
+            raise ValueError(f"recipe must be a JSON object, not {type(value).__name__}")
+        version = value.get("format_version", 2)
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"recipe.format_version is {version!r}; this quartz-jax reads up to "
+                f"{FORMAT_VERSION}"
+            )
+        value = {key: item for key, item in value.items() if key != "format_version"}
+        value = value if version == FORMAT_VERSION else from_version_2(value)
+        return schema.from_json(cls, value)
 
 
-def get_recipe(name_or_path: str | Path) -> Recipe:
-    """Return a built-in recipe by name, or one read from a JSON file.
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe from a JSON file.
 
     Raises:
-      ValueError: neither a built-in name nor a readable recipe file.
+      ValueError: the file can't be read, or holds none.
     """
-    if name_or_path in RECIPES:
-        return RECIPES[name_or_path]
-    path = Path(name_or_path)
-    if path.suffix != ".json":
-        raise ValueError(
-            f"unknown recipe {str(name_or_path)!r}; use one of {', '.join(RECIPES)}, or the path "
-            "of a .json file"
-        )
     try:
         return Recipe.from_json(json.loads(path.read_text()))
+    except RecursionError:
+        raise ValueError(f"recipe file {path} can't be used: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"recipe file {path} can't be used: {error}") from None
-
-
-def _fields(cls: type, value: Any, required: set[str]) -> dict[str, Any]:
-    name = cls.__name__.lower()
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a JSON object, not {type(value).__name__}")
-    unknown = set(value) - {field.name for field in dataclasses.fields(cls)}
-    for problem, keys in (("unknown", unknown), ("missing", required - set(value))):
-        if keys:
-            raise ValueError(f"{name} has {problem} fields: {', '.join(sorted(keys))}")
-    return dict(value)
-
-
-# The linears of a FLUX transformer. Embedders and the last layer are in none of these.
-_MODULATION = r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modulation\.lin"
-_MLP_DOWN = r"double_blocks\.\d+\.(img|txt)_mlp\.down"
-_SINGLE_OUT = r"single_blocks\.\d+\.linear2"
-_OTHERS = r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.up)|single_blocks\.\d+\.linear1"
-# The same by what their inputs are, for whatever has rules of its own.
-LINEARS = {
-    "modulation": _MODULATION,
-    "mlp_down": _MLP_DOWN,
-    "single_out": _SINGLE_OUT,
-    "others": _OTHERS,
-}
-
-_BF16 = Format(kind="bf16")
-_INT8 = Format(kind="int8")
-_INT4 = Format(kind="int4")
-_POWER = Format(kind="quartz", config=QuartzConfig())
-_TRUNCATE = Format(kind="quartz", config=QuartzConfig(rounding="truncate"))
-_INTEGER = Format(kind="quartz", config=QuartzConfig(step="integer"))
-_SEARCHED = dataclasses.replace(_INTEGER, search=True)
-
-
-def _flux(name: str, weight: Format, activation: Format, ranges: tuple[Range, Range]) -> Recipe:
-    """Every linear of the blocks; `ranges` are those of the inputs of mlp.down and linear2."""
-    down, single_out = (_with_range(activation, value) for value in ranges)
-    rules = [
-        Rule(pattern=_MODULATION, weight=weight, activation=_BF16),
-        Rule(pattern=_MLP_DOWN, weight=weight, activation=down),
-        Rule(pattern=_SINGLE_OUT, weight=weight, activation=single_out),
-        Rule(pattern=_OTHERS, weight=weight, activation=activation),
-    ]
-    return Recipe(name=name, rules=tuple(rules))
-
-
-def _with_range(activation: Format, value: Range) -> Format:
-    if activation.config:
-        return dataclasses.replace(
-            activation, config=dataclasses.replace(activation.config, range=value)
-        )
-    return activation if value == "absmax" else dataclasses.replace(activation, range=value)
-
-
-_A, _M = "absmax", "minmax"
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(name="bf16", rules=()),
-        # name, weights, activations, ranges of the inputs of mlp.down and linear2
-        _flux("w8a8", _INT8, _INT8, (_M, _M)),
-        _flux("w4a16", _POWER, _BF16, (_A, _A)),
-        _flux("w4a8", _POWER, _INT8, (_M, _M)),
-        _flux("w4a4", _POWER, _POWER, (_M, _A)),
-        _flux("w4a4-paper", _TRUNCATE, _TRUNCATE, (_M, _A)),
-        _flux("w4a8x", _SEARCHED, _INT8, (_M, _M)),
-        _flux("w4a4x", _SEARCHED, _INTEGER, (_A, _A)),
-        _flux("int4", _INT4, _INT4, (_A, _A)),
-    )
-}

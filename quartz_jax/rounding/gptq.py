@@ -1,33 +1,20 @@
-"""How weights are rounded to a format, once the layer was transformed."""
+"""GPTQ: column by column, later columns making up for the errors of earlier ones."""
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from quartz_jax.formats import NumberFormat
-from quartz_jax.formats.base import pad_edge, split
+from quartz_jax.formats import Format, Stored
+from quartz_jax.formats.base import Kept, Scales, pad, split
+from quartz_jax.rounding.base import Rounding
 from quartz_jax.schema import part
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-
-
-@part
-class Nearest:
-    """Every weight to the nearest value of the format."""
-
-    def __call__(
-        self,
-        weight: jax.Array,  # float32 [n, k]
-        rows: jax.Array | None,  # inputs of the layer, float32 [samples, k]; unused
-        format: NumberFormat,
-    ) -> jax.Array:
-        """Return the stored weights, float32 [n, k]."""
-        return format(weight)
+from quartz_jax.transforms.base import HIGHEST, Layer, Need
 
 
-@part
-class Gptq:
+@part("gptq")
+class Gptq(Rounding):
     """GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1), for any format.
 
     Columns are rounded one after the other; the error of each, weighted by the inverse Hessian of
@@ -36,85 +23,108 @@ class Gptq:
     the tensor share is found before the start. Columns keep their order.
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"gram"})
+
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
 
     def __post_init__(self):
         if not 0 < self.damping < 1:
             raise ValueError(f"damping is {self.damping!r}; it must lie between 0 and 1")
 
-    def __call__(
-        self,
-        weight: jax.Array,  # float32 [n, k]
-        rows: jax.Array | None,  # inputs of the layer, float32 [samples, k]
-        format: NumberFormat,
-    ) -> jax.Array:
-        """Return the stored weights, float32 [n, k].
+    def store(self, layer: Layer, format: Format) -> Stored:
+        """Return the weight, rounded so that the layer's outputs on what it has seen change least.
 
         Raises:
-          ValueError: no inputs were recorded.
+          ValueError: nothing was seen.
         """
-        if rows is None:
+        if layer.seen.gram is None:
             raise ValueError("rounding by GPTQ needs recorded inputs; calibrate first")
-        return _gptq(weight, inverse_factor(rows, self.damping), format)
+        return _gptq(layer.weight, inverse_factor(layer.seen.gram, self.damping), format)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def inverse_factor(rows: jax.Array, damping: float) -> jax.Array:
+def inverse_factor(
+    gram: jax.Array,  # float32 [k, k]: mean of x^T x, the Hessian
+    damping: float,
+) -> jax.Array:
     """Return the upper Cholesky factor of the damped Hessian's inverse, float32 [k, k].
 
     Channels that are always zero get a Hessian of one: their weights don't matter.
     """
-    hessian = jnp.matmul(rows.T, rows, precision=_HIGHEST) / rows.shape[0]
-    diagonal = jnp.diagonal(hessian)
+    diagonal = jnp.diagonal(gram)
     dead = jnp.where(diagonal == 0, 1.0, 0.0)
     identity = jnp.eye(len(diagonal))
-    hessian = hessian + identity * (dead + damping * jnp.mean(diagonal))
+    hessian = gram + identity * (dead + damping * jnp.mean(diagonal))
     lower = jnp.linalg.cholesky(hessian)
     inverse = jax.scipy.linalg.cho_solve((lower, True), identity)
     return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _gptq(weight: jax.Array, factor: jax.Array, format: NumberFormat) -> jax.Array:
-    """Round block by block; `factor` is upper triangular [k, k]."""
+def _gptq(
+    weight: jax.Array,  # float32 [n, k]
+    factor: jax.Array,  # float32 [k, k], upper triangular
+    format: Format,
+) -> Stored:
     n, k = weight.shape
     row = format.scale_block or k
     size = format.block or row  # columns whose scales are found together
     padded = -(-k // row) * row if format.scale_block else -(-k // size) * size
-    factor = jnp.pad(factor, [(0, padded - k)] * 2) + jnp.diag(
-        jnp.where(jnp.arange(padded) < k, 0.0, 1.0)
-    )
-    outer = format.outer(split(pad_edge(weight, row), row) if format.scale_block else weight)
-    if format.scale_block:  # [n, rows, 1] to one a block of columns
-        outer = jax.tree.map(lambda leaf: jnp.repeat(leaf[..., 0], row // size, 1), outer)
-    weight = jnp.pad(weight, [(0, 0), (0, padded - k)], mode="edge")
+    factor = jnp.pad(factor, [(0, padded - k)] * 2)
+    factor = factor + jnp.diag(jnp.where(jnp.arange(padded) < k, 0.0, 1.0))
+    rows = split(pad(weight, row, format.padding_mode), row)  # [n, scale blocks, row]
+    if format.scale_block:
+        outer = format.outer(rows)  # [n, scale blocks, 1]
+    else:
+        outer = jax.tree.map(lambda leaf: leaf[:, None], format.outer(weight))
+    weight = pad(weight, padded, format.padding_mode)
 
-    def block_step(index, state):
-        weight, rounded = state
+    def block_step(weight: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple]:
         start = index * size
-        part = jax.lax.dynamic_slice(weight, (0, start), (n, size))
+        shared = jax.tree.map(lambda leaf: _pick(leaf, start // row, 1)[:, 0], outer)
+        part = _pick(weight, start, size)
         inner_factor = jax.lax.dynamic_slice(factor, (start, start), (size, size))
-        shared = outer
-        if format.scale_block:
-            shared = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, 1), outer
-            )
         scales = format.inner(part, shared)
-
-        def column_step(j, state):
-            part, errors, stored = state
-            column = jax.lax.dynamic_slice(part, (0, j), (n, 1))
-            value = format.round(column, shared, scales)
-            error = (column - value) / inner_factor[j, j]
-            part = part - error * inner_factor[j]  # zero for the columns before j
-            put = jax.lax.dynamic_update_slice
-            return part, put(errors, error, (0, j)), put(stored, value, (0, j))
-
-        zeros = jnp.zeros_like(part)
-        _, errors, stored = jax.lax.fori_loop(0, size, column_step, (part, zeros, zeros))
+        codes, errors = _round_block(part, inner_factor, shared, scales, format)
         later = jax.lax.dynamic_slice(factor, (start, 0), (size, padded))
-        weight = weight - jnp.matmul(errors, later, precision=_HIGHEST)
-        return weight, jax.lax.dynamic_update_slice(rounded, stored, (0, start))
+        weight = weight - jnp.matmul(errors, later, precision=HIGHEST)
+        return weight, (codes.astype(jnp.int16), format.keep(shared, scales))
 
-    state = (weight, jnp.zeros_like(weight))
-    return jax.lax.fori_loop(0, padded // size, block_step, state)[1][:, :k]
+    _, (codes, kept) = jax.lax.scan(block_step, weight, jnp.arange(padded // size))
+    blocks = row // size if format.scale_block else padded // size  # of a row
+    codes, kept = jax.tree.map(
+        lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(n, -1, blocks, leaf.shape[-1]), (codes, kept)
+    )
+    kept = {name: x[:, :, :1] if name.startswith("row_") else x for name, x in kept.items()}
+    if not format.scale_block:
+        codes, kept = jax.tree.map(lambda leaf: leaf[:, 0], (codes, kept))
+    return format.assemble(codes.astype(jnp.int32), kept, k)
+
+
+def _round_block(
+    part: jax.Array,  # float32 [n, size]: the block's columns
+    factor: jax.Array,  # float32 [size, size], upper triangular
+    shared: Scales,
+    scales: Scales,
+    format: Format,
+) -> tuple[jax.Array, jax.Array]:
+    """Round the columns of a block in their order; return codes int32 and weighted errors."""
+    kept: Kept = format.keep(shared, scales)
+
+    def column_step(j, state):
+        part, errors, codes = state
+        column = jax.lax.dynamic_slice(part, (0, j), (part.shape[0], 1))
+        code = format.encode(column, shared, scales)
+        error = (column - format.decode(code, kept)) / factor[j, j]
+        part = part - error * factor[j]  # zero for the columns before j
+        put = jax.lax.dynamic_update_slice
+        return part, put(errors, error, (0, j)), put(codes, code, (0, j))
+
+    state = (part, jnp.zeros_like(part), jnp.zeros(part.shape, jnp.int32))
+    _, errors, codes = jax.lax.fori_loop(0, part.shape[1], column_step, state)
+    return codes, errors
+
+
+def _pick(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """Return `size` columns of x [n, ...] from a traced start."""
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_tra
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.functions import rotate_blocks
+from pallas_kernels.quantize.channels import rotate
 
 if TYPE_CHECKING:
     from quartz_jax.recipes.recipe import LayerRecipe
@@ -119,20 +119,20 @@ class BlockRotation(Op):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """Return x with its blocks rotated."""
-        return rotate_blocks(x, self.size), None
+        return rotate(x, self.size), None
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics behind the rotation; maxima are bounds unless there are rows."""
-        rows = mapped(lambda rows: rotate_blocks(rows, self.size), seen.rows)
+        rows = mapped(lambda rows: rotate(rows, self.size), seen.rows)
         absmax = mapped(self._bound, seen.absmax)
         if rows is not None and absmax is not None:
             absmax = jnp.max(jnp.abs(rows), axis=(0, 1))
-        both = mapped(lambda gram: rotate_blocks(gram, self.size), seen.gram)
+        both = mapped(lambda gram: rotate(gram, self.size), seen.gram)
         return Seen(
             rows=rows,
             absmax=absmax,
-            mean=mapped(lambda mean: rotate_blocks(mean, self.size), seen.mean),
-            gram=mapped(lambda gram: rotate_blocks(gram.T, self.size).T, both),
+            mean=mapped(lambda mean: rotate(mean, self.size), seen.mean),
+            gram=mapped(lambda gram: rotate(gram.T, self.size).T, both),
         )
 
     def _bound(self, absmax: jax.Array) -> jax.Array:

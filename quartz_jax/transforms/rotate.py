@@ -1,10 +1,10 @@
 """Rotating blocks of channels."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from pallas_kernels.quantize.channels import rotate
 from quartz_jax.schema import part
-from quartz_jax.transforms.base import BlockRotation, Layer, Need, Transform
+from quartz_jax.transforms.base import BlockRotation, Layer, Transform
 
 if TYPE_CHECKING:
     from quartz_jax.recipes.recipe import LayerRecipe
@@ -18,8 +18,6 @@ class Rotate(Transform):
     block is the largest power of four that divides k and isn't above `block`; blocks of 16, 64 and
     256 are rotated in the pass that quantizes the input.
     """
-
-    needs: ClassVar[frozenset[Need]] = frozenset()
 
     block: int = 256  # at most this many channels
 
