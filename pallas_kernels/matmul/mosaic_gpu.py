@@ -13,6 +13,7 @@ code * P as int8. P is 2**shift or the integer step, so one kernel serves both.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jax.extend.mlir.dialects import arith, vector
 from pallas_kernels import codec, compat, device
 from pallas_kernels.functions import gelu
 from pallas_kernels.matmul import tuned
+from pallas_kernels.operands import Epilogue, Int8Rows, PackedRows, int8_values
 
 TILE_K = 128  # bytes of k in a tile: the widest swizzle of shared memory
 ROWS = 64  # weight rows of a warpgroup: the first extent of wgmma
@@ -55,7 +57,7 @@ class Config:
 )
 @dataclasses.dataclass(frozen=True)
 class TiledWeights:
-    """Weights in the kernel's order; see `prepare_weights` and `prepare_int8`.
+    """Weights in the kernel's order; see `prepare`.
 
     The tiles are 4-bit codes and steps in the order in which the kernel's threads read them:
     int32 [n_tiles, k_tiles, 16, 128], codes plus 8, eight a word, and
@@ -70,27 +72,27 @@ class TiledWeights:
     k: int  # contraction length
 
 
-def prepare_weights(
-    codes: jax.Array,  # [n, k_padded / 2], uint8: packed symmetric codes
-    shifts: jax.Array,  # [n, ceil(groups / 2)], uint8: packed shifts
-    scale: jax.Array,  # [n, 1], float32
-    *,
-    k: int,
-    group_size: int,
-    step: str,
+def prepare(
+    w: Int8Rows | PackedRows,  # [n, k]
 ) -> TiledWeights:
-    """Reorder packed weights for the kernel: once, at load time.
+    """Reorder weights for the kernel and sum their columns: once, at load time."""
+    sums = jnp.sum(int8_values(w), axis=1, dtype=jnp.int32)
+    tiles = _tile_packed(w) if isinstance(w, PackedRows) else (_pad(w.values, TILE_N, TILE_K),)
+    n, k = w.shape
+    return TiledWeights(tiles=tiles, scale=w.scale, column_sums=sums, n=n, k=k)
+
+
+def _tile_packed(w: PackedRows) -> tuple[jax.Array, jax.Array]:
+    """Reorder packed weights.
 
     Thread t of a warpgroup holds rows 16 (t // 32) + t % 32 // 4 and 8 further, and of each 32 k
     those from 4 (t % 4) and from 16 further; the first four k are the low nibbles of a word.
     """
-    signed = codec.unpack(codes, signed=True)
-    n, width = signed.shape
-    groups = codec.unpack(shifts, signed=False)[:, : width // group_size].astype(jnp.int32)
-    sums = codec.decode_packed(codes, shifts, group_size=group_size, step=step)
-    sums = jnp.sum(sums, axis=1, dtype=jnp.int32)
-    steps = groups if step == "integer" else (1 << groups) - 1
-    steps = jnp.repeat(steps, group_size // STEP_UNIT, axis=1)
+    signed = codec.unpack(w.codes, signed=True)
+    groups = codec.unpack(w.shifts, signed=False)[:, : signed.shape[1] // w.group_size]
+    groups = groups.astype(jnp.int32)
+    steps = groups if w.step == "integer" else (1 << groups) - 1
+    steps = jnp.repeat(steps, w.group_size // STEP_UNIT, axis=1)
     nibbles = _pad(signed.astype(jnp.int32) + 8, TILE_N, TILE_K, value=8)
     steps = _pad(steps, TILE_N, TILE_K // STEP_UNIT)
     n_tiles, k_tiles = nibbles.shape[0] // TILE_N, nibbles.shape[1] // TILE_K
@@ -99,18 +101,7 @@ def prepare_weights(
     words = _join(nibbles.transpose(0, 5, 1, 6, 2, 4, 9, 7, 3, 8, 10), (0, 8, 16, 24))
     words = _join(words, (0, 4))
     steps = steps.reshape(n_tiles, TILE_N, k_tiles, 8).transpose(0, 2, 1, 3)
-    tiles = words.reshape(n_tiles, k_tiles, TILE_N // 8, 128), _join(steps, range(0, 32, 4))
-    return TiledWeights(tiles=tiles, scale=scale, column_sums=sums, n=n, k=k)
-
-
-def prepare_int8(
-    w: jax.Array,  # [n, k], int8
-    scale: jax.Array,  # [n, 1], float32
-) -> TiledWeights:
-    """Pad int8 weights to whole tiles and sum their columns: once, at load time."""
-    n, k = w.shape
-    sums = jnp.sum(w, axis=1, dtype=jnp.int32)
-    return TiledWeights(tiles=(_pad(w, TILE_N, TILE_K),), scale=scale, column_sums=sums, n=n, k=k)
+    return words.reshape(n_tiles, k_tiles, TILE_N // 8, 128), _join(steps, range(0, 32, 4))
 
 
 def _pad(x: jax.Array, rows: int, columns: int, value: int = 0) -> jax.Array:
@@ -124,67 +115,36 @@ def _join(fields: jax.Array, offsets) -> jax.Array:
     return lax.bitcast_convert_type(jnp.sum(bits, axis=-1, dtype=jnp.uint32), jnp.int32)
 
 
-def matmul_prepared(
-    x: jax.Array,  # [m, k], int8
-    w: TiledWeights,  # [n, k]
-    x_scale: jax.Array,  # [m, 1], float32
-    *,
-    x_lo: jax.Array | None = None,  # [m, 1], float32
-    **options,  # of `_call`
-) -> jax.Array:
-    """Multiply by prepared weights; see `pallas_kernels.matmul.matmul`."""
-    sums = w.column_sums if x_lo is not None else None
-    given = {"x_scale": x_scale, "w_scale": w.scale, "x_lo": x_lo, "sums": sums}
-    return _call(x, w.tiles, given, n=w.n, **options)
-
-
 def matmul(
-    x: jax.Array,  # [m, k], int8
-    w_codes: jax.Array,  # [n, k_padded / 2], uint8
-    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
+    x: Int8Rows,  # [m, k]
+    w: Int8Rows | PackedRows,  # [n, k]
+    epilogue: Epilogue,
     *,
-    group_size: int,
-    step: str,
-    **options,  # of `matmul_prepared`
+    config: Config | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Reorder the weights, then multiply; see `pallas_kernels.matmul.matmul`.
 
     The reordering costs a pass over the weights: callers that multiply more than once should keep
-    what `prepare_weights` returns and call `matmul_prepared`.
+    what `prepare` returns and call `matmul_prepared`.
     """
-    kind = {"k": x.shape[1], "group_size": group_size, "step": step}
-    return matmul_prepared(
-        x, prepare_weights(w_codes, w_shifts, w_scale, **kind), x_scale, **options
-    )
+    return matmul_prepared(x, prepare(w), epilogue, config=config, interpret=interpret)
 
 
-def matmul_int8(
-    x: jax.Array,  # [m, k], int8
-    w: jax.Array,  # [n, k], int8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
-    **options,  # of `matmul_prepared`
-) -> jax.Array:
-    """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
-    return matmul_prepared(x, prepare_int8(w, w_scale), x_scale, **options)
-
-
-def why_not(
-    target: device.Device, x: jax.Array, w: jax.Array, *args, group_size: int = STEP_UNIT, **kwargs
-) -> str | None:
+def why_not(target: device.Device, x: Int8Rows, w: Any, epilogue: Epilogue) -> str | None:
     """Say why the device can't run these kernels with these arguments, or return None."""
     if target.platform != "gpu" or target.generation != 90:
         return f"needs a Hopper GPU, not {target.kind}"
-    if group_size % STEP_UNIT:
-        return f"needs groups of a multiple of {STEP_UNIT}, not {group_size}"
-    dtype = jnp.dtype(kwargs.get("out_dtype", jnp.bfloat16))
+    if isinstance(w, PackedRows) and w.group_size % STEP_UNIT:
+        return f"needs groups of a multiple of {STEP_UNIT}, not {w.group_size}"
+    dtype = jnp.dtype(epilogue.out_dtype)
     if dtype.itemsize != 2:
         return "writes 16-bit floats only"
-    residual = kwargs.get("residual")
+    residual = epilogue.residual
     if residual is not None and residual.dtype != dtype:
         return f"needs a residual of {dtype}, what it writes, not {residual.dtype}"
+    if epilogue.branch is not None:
+        return "adds no branch"
     return "needs at least one element" if 0 in (*x.shape, *w.shape) else None
 
 
@@ -203,35 +163,34 @@ def choose_config(m: int, n: int, *, decode: bool, sms: int = 132) -> Config:
 
 
 # Under jit of its own a kernel that a program calls many times is lowered once.
-@functools.partial(jax.jit, static_argnames=("n", "activation", "out_dtype", "config", "interpret"))
-def _call(
-    x: jax.Array,
-    weights: tuple[jax.Array, ...],  # codes and steps, or int8 [n padded, k padded]
-    given: dict[str, jax.Array | None],  # x_scale and x_lo [m, 1], w_scale [n, 1], sums [n]
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def matmul_prepared(
+    x: Int8Rows,  # [m, k]
+    w: TiledWeights,  # [n, k]
+    epilogue: Epilogue,
     *,
-    n: int,
-    bias: jax.Array | None = None,  # [n]
-    activation: str | None = None,
-    gate: jax.Array | None = None,  # [n]
-    residual: jax.Array | None = None,  # [m, n], of out_dtype
-    out_dtype: jnp.dtype = jnp.bfloat16,
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    m, decode = x.shape[0], len(weights) == 2
+    """Multiply by prepared weights; see `pallas_kernels.matmul.matmul`."""
+    (m, k), n, decode = x.shape, w.n, len(w.tiles) == 2
     sms = 2 if interpret else _multiprocessors()
     if config is None and not interpret:
-        found = tuned.lookup("mosaic_gpu" if decode else "mosaic_gpu_int8", m, n, x.shape[1])
+        found = tuned.lookup("mosaic_gpu" if decode else "mosaic_gpu_int8", m, n, k)
         config = Config(**found) if found else None
     config = config or choose_config(m, n, decode=decode, sms=sms)
     # Copies clip at the end of an array, but it must hold whole rows of the swizzle.
-    x = _pad(x, config.tokens if interpret else 8, TILE_K)
+    row_unit = config.tokens if interpret else 8
+    values = _pad(x.values, row_unit, TILE_K)
     # Neither do they clip along an axis of one tile, whose index they drop: there must be columns
     # for both warpgroups, or the second one would write its padding over the first one's results.
     columns = max(n + -n % ROWS, TILE_N)
+    residual = epilogue.residual
     if residual is not None:
-        residual = _pad(residual, config.tokens if interpret else 8, columns)
-    given = given | {"bias": bias, "gate": gate}
+        residual = _pad(residual, row_unit, columns)
+    given = {"x_scale": x.scale, "x_lo": x.lo, "w_scale": w.scale}
+    given |= {"sums": None if x.lo is None else w.column_sums}
+    given |= {"bias": epilogue.bias, "gate": epilogue.gate}
     vectors = {
         name: _flat(array, config.tokens if name.startswith("x_") else TILE_N)
         for name, array in given.items()
@@ -239,17 +198,19 @@ def _call(
     }
     slots, part = _slots(config.tokens, residual is not None)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, config=config, activation=activation, interpret=interpret),
-        out_type=jax.ShapeDtypeStruct((x.shape[0], columns), out_dtype),
+        functools.partial(
+            _kernel, config=config, activation=epilogue.activation, interpret=interpret
+        ),
+        out_type=jax.ShapeDtypeStruct((values.shape[0], columns), epilogue.out_dtype),
         grid=(sms,),
         grid_names=("sm",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(config, decode, (slots, part), out_dtype, interpret),
+        scratch_types=_scratch(config, decode, (slots, part), epilogue.out_dtype, interpret),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=compat.gpu_interpret_params() if interpret else False,
     )
-    return kernel(x, weights, vectors, residual)[:m, :n]
+    return kernel(values, w.tiles, vectors, residual)[:m, :n]
 
 
 def _slots(tokens: int, residual: bool) -> tuple[int, int]:
@@ -509,7 +470,7 @@ def decode_tile(ctx, words, steps):
 
     Args:
       ctx: unused.
-      words: int32 [8, 128]: see `prepare_weights`.
+      words: int32 [8, 128]: see `_tile_packed`.
       steps: int32 [ROWS]: step minus 1 of each 16 k, four bits each.
 
     Returns:

@@ -12,9 +12,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import device
+from pallas_kernels import aot, device
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
+from pallas_kernels.operands import Epilogue
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
 from pallas_kernels.quantize import QUANTIZE, Part
 
@@ -113,23 +114,20 @@ def spec(shape, dtype, sharding=None):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
+def placed(tree, where):
+    """Return shapes with a sharding."""
+    return jax.tree.map(lambda a: spec(a.shape, a.dtype, **where), tree)
+
+
 def int8_call(shape, **where):
-    m, n, k = shape.m, shape.n, shape.k
-    arrays = [((m, k), jnp.int8), ((n, k), jnp.int8), ((m, 1), jnp.float32), ((n, 1), jnp.float32)]
-    return MATMUL_INT8, [spec(*array, **where) for array in arrays], {"out_dtype": jnp.bfloat16}
+    arguments = aot.abstract_rows(shape.m, shape.k), aot.abstract_rows(shape.n, shape.k)
+    return MATMUL_INT8, placed((*arguments, Epilogue()), where), {}
 
 
-def fused_call(shape, group_size=16, step="power", **where):
-    groups = -(-shape.k // group_size)
-    arrays = [
-        ((shape.m, shape.k), jnp.int8),
-        ((shape.n, groups * group_size // 2), jnp.uint8),
-        ((shape.n, -(-groups // 2)), jnp.uint8),
-        ((shape.m, 1), jnp.float32),
-        ((shape.n, 1), jnp.float32),
-    ]
-    options = {"group_size": group_size, "step": step, "out_dtype": jnp.bfloat16}
-    return MATMUL, [spec(*array, **where) for array in arrays], options
+def fused_call(shape, group_size=16, step="power", levels="uniform", **where):
+    kind = {"group_size": group_size, "step": step, "levels": levels}
+    w = aot.abstract_packed(shape.n, shape.k, **kind)
+    return MATMUL, placed((aot.abstract_rows(shape.m, shape.k), w, Epilogue()), where), {}
 
 
 def few_rows_call(shape, **where):
