@@ -120,7 +120,8 @@ def test_float8_holds_every_code_at_every_shift(asymmetric):
 @pytest.mark.parametrize("range_", ["absmax", "minmax"])
 def test_quantized_activations_give_the_same_integers_in_the_operand_of_v7x(range_):
     rng = np.random.default_rng(0)
-    x, _, lo = quantize.quantize(rng.standard_normal((8, 100)).astype(np.float32), range=range_)
+    rows = quantize.quantize(rng.standard_normal((8, 100)).astype(np.float32), range=range_)
+    x, lo = rows.values, rows.lo
     (_, *weights), _ = operands(rng, 8, 20, 100, 16, "power", False)
     run = run_with(tpu._best_operand(V7X, "power", 4))
     static = {"group_size": 16, "step": "power", "out_dtype": jnp.float32}
