@@ -31,7 +31,7 @@ from pallas_kernels.dispatch import Backend, Operation
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8, reference, xla
 from pallas_kernels.matmul.shapes import SHAPES, Shape
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
-from pallas_kernels.quantize import QUANTIZE, Part
+from pallas_kernels.quantize import QUANTIZE, Norm, Part
 from pallas_kernels.quantize import reference as quantize_reference
 from quartz_jax.cli import arguments as cli
 from quartz_jax.io import provenance
@@ -347,7 +347,7 @@ def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
         "integer step": {"step": "integer"},
         "8 bits": {"bits": 8},
         "packed": {"packed": True},
-        "norm": {"norm": (shift, scale)},
+        "norm": {"norm": Norm(shift=shift, scale=1 + scale.astype(jnp.float32))},
         "gelu": {"activation": "gelu"},
     }.items():
         settings = {"bits": 4, "group_size": 16, "step": "power", "rounding": "nearest"}
@@ -421,7 +421,8 @@ def qk_call(backend: Backend) -> Callable:
 
 def as_streams(qkv: Sequence, scale) -> tuple[Stream, ...]:
     """Return streams of one scale."""
-    return tuple(Stream(qkv=x, query_scale=scale, key_scale=scale) for x in qkv)
+    norm = {"query_scale": scale, "key_scale": scale, "epsilon": 1e-6}
+    return tuple(Stream(qkv=x, **norm) for x in qkv)
 
 
 def same_rotations(wanted: tuple, found: tuple) -> bool:

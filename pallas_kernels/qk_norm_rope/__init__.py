@@ -29,7 +29,7 @@ def qk_norm_rope(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return queries and keys, normed and rotated, and values, of all streams one after another.
 
-    A query x of a head becomes rotate(x * scale / sqrt(mean(x**2) + 1e-6)), in float32 and then
+    A query x of a head becomes rotate(x * scale / sqrt(mean(x**2) + epsilon)), in float32 and then
     rounded to the dtype of qkv; so does a key. The norm is RMSNorm (arXiv 1910.07467, equation 4);
     the rotation turns channels 2i and 2i + 1 by the angle i of their token (RoPE, arXiv 2104.09864,
     equation 34). Values come as they are.
@@ -56,6 +56,8 @@ def _check(streams: tuple[Stream, ...], rope: jax.Array, heads: int) -> None:
         check_array("qkv", stream.qkv, ("b", "t", "columns"), jnp.floating)
         check_array("query_scale", stream.query_scale, ("d",), jnp.floating)
         check_array("key_scale", stream.key_scale, ("d",), jnp.floating)
+        if not stream.epsilon >= 0:
+            raise ValueError(f"epsilon is {stream.epsilon}; it must be at least 0")
     if heads < 1:
         raise ValueError(f"heads is {heads}; it must be at least 1")
     first = streams[0]

@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-EPSILON = 1e-6  # of the norm, in every model here
 
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Projected tokens and the scales of their norms."""
+    """Projected tokens, and the scales and the epsilon of their norms."""
 
     # [b, t, at least 3 heads d]: queries, keys and values, each [heads, d]; more is left alone
     qkv: jax.Array
     query_scale: jax.Array  # [d]
     key_scale: jax.Array  # [d]
+    # added to the mean of squares, of queries and of keys
+    epsilon: float = dataclasses.field(metadata={"static": True})
 
 
 def qk_norm_rope(
@@ -37,12 +38,16 @@ def _project(stream: Stream, heads: int) -> tuple[jax.Array, jax.Array, jax.Arra
     d = stream.query_scale.shape[0]
     qkv = stream.qkv[..., : 3 * heads * d].reshape(batch, tokens, 3, heads, d)
     q, k, v = (qkv[:, :, i] for i in range(3))
-    return _norm(q, stream.query_scale), _norm(k, stream.key_scale), v
+    q, k = (
+        _norm(x, scale, stream.epsilon)
+        for x, scale in ((q, stream.query_scale), (k, stream.key_scale))
+    )
+    return q, k, v
 
 
-def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+def _norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     wide = x.astype(jnp.float32)
-    factor = lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + EPSILON)
+    factor = lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
     return wide * (factor * scale.astype(jnp.float32))
 
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import device
-from pallas_kernels.qk_norm_rope.reference import EPSILON, Stream
+from pallas_kernels.qk_norm_rope.reference import Stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,19 @@ def qk_norm_rope(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return queries, keys and values; see `pallas_kernels.qk_norm_rope.qk_norm_rope`."""
     arrays = tuple((s.qkv, s.query_scale, s.key_scale) for s in streams)
-    return _qk_norm_rope(arrays, rope, heads=heads, config=config, interpret=interpret)
+    epsilons = tuple(s.epsilon for s in streams)
+    return _qk_norm_rope(
+        arrays, rope, epsilons=epsilons, heads=heads, config=config, interpret=interpret
+    )
 
 
 # Under jit of its own a kernel that a program calls many times is lowered once.
-@functools.partial(jax.jit, static_argnames=("heads", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("epsilons", "heads", "config", "interpret"))
 def _qk_norm_rope(
     streams: tuple[tuple[jax.Array, jax.Array, jax.Array], ...],  # qkv and the scales
     rope: jax.Array,
     *,
+    epsilons: tuple[float, ...],  # of each stream
     heads: int,
     config: Config,
     interpret: bool,
@@ -65,7 +69,7 @@ def _qk_norm_rope(
     tile = math.gcd(config.tokens, *tokens), math.gcd(config.heads, heads)
     out = jax.ShapeDtypeStruct((batch, sum(tokens), heads, d // 2), jnp.int32)
     results = pl.pallas_call(
-        functools.partial(_kernel, heads=heads, tile=tile, dtype=dtype),
+        functools.partial(_kernel, epsilons=epsilons, heads=heads, tile=tile, dtype=dtype),
         out_shape=(out, out, out),
         grid=(heads // tile[1], sum(tokens) // tile[0], batch),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps),
@@ -105,6 +109,7 @@ def _kernel(
     k_ref,
     v_ref,
     *,
+    epsilons: tuple[float, ...],  # of each stream
     heads: int,
     tile: tuple[int, int],  # tokens, heads
     dtype: jnp.dtype,
@@ -137,6 +142,9 @@ def _kernel(
         at = pl.ds(which, 1), pl.ds(token, tile[0]), slice(None)
         return plgpu.load(rope_ref.at[at]).reshape(tile[0], 1, shape[2])
 
+    epsilon = jnp.float32(epsilons[0])
+    for other, (_, inside) in zip(epsilons[1:], here[1:], strict=True):
+        epsilon = jnp.where(inside, jnp.float32(other), epsilon)
     cos, sin = load_rope(0), load_rope(1)
     out = batch, pl.ds(token, tile[0]), pl.ds(head, tile[1]), slice(None)
     # All at once, so that enough of memory is under way.
@@ -144,7 +152,7 @@ def _kernel(
     for words, scales, out_ref in ((q, query_scale_refs, q_ref), (k, key_scale_refs, k_ref)):
         even, odd = _unpack(words, dtype)
         squares = jnp.sum(even * even + odd * odd, axis=2)[..., None]
-        factor = lax.rsqrt(squares * jnp.float32(0.5 / shape[2]) + EPSILON)
+        factor = lax.rsqrt(squares * jnp.float32(0.5 / shape[2]) + epsilon)
         even = even * (factor * load_scale(scales, 0))
         odd = odd * (factor * load_scale(scales, 1))
         turned = even * cos - odd * sin, even * sin + odd * cos

@@ -1,16 +1,18 @@
 """Activation quantization in one pass: floats to the int8 operand of `pallas_kernels.matmul`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.arguments import check_array, check_choices, check_k, check_tuple
 from pallas_kernels.dispatch import Backend, Implementation, Operation
-from pallas_kernels.functions import Part, join
-from pallas_kernels.quantize import mosaic_tpu, reference, triton
+from pallas_kernels.functions import Norm, Part, join
+from pallas_kernels.operands import Int8Rows, PackedRows
+from pallas_kernels.quantize import channels, mosaic_tpu, reference, triton
 
-__all__ = ["QUANTIZE", "Part", "quantize"]
+__all__ = ["QUANTIZE", "Norm", "Part", "quantize"]
 
 
 def _joined(run: Callable) -> Callable:
@@ -36,12 +38,19 @@ def quantize(
     group_size: int = 16,
     range: str = "absmax",
     step: str = "power",
+    levels: str = "uniform",
     rounding: str = "nearest",
-    norm: tuple[jax.Array, jax.Array] | None = None,  # shift [k] and scale [k]
+    norm: Norm | None = None,  # shift [k] and scale [k]
+    multiplier: jax.Array | None = None,  # [k], floating
+    rotation: int | None = None,
+    wide: Sequence[bool] | np.ndarray | None = None,  # [ceil(k / group_size)]
     packed: bool = False,
     implementation: Implementation = None,
-) -> tuple[jax.Array | None, ...]:
+) -> Int8Rows | PackedRows:
     """Quantize each row to 8 bits, or on to 4 bits, in one pass over memory.
+
+    What happens to the rows before comes in this order, in float32 between the steps: activations
+    of parts, the norm, the multiplier, the rotation.
 
     Args:
       x: the activations; or parts of them, which a kernel reads from where they are. Their
@@ -50,26 +59,62 @@ def quantize(
       group_size: elements that share a shift, for 4 bits.
       range: "absmax" or "minmax".
       step: "power" or "integer", for 4 bits.
+      levels: "uniform" or "stretched", for 4 bits with an integer step.
       rounding: "nearest" or "truncate", for 4 bits.
-      norm: quantize layer_norm(x) * (1 + scale) + shift instead, which is `functions.modulate`:
-        computed in float32 and rounded to the dtype of x. Backends sum a row in orders of their
-        own, so that values at a rounding boundary may differ.
+      norm: take layer_norm(x) * norm.scale + norm.shift, which is `functions.modulate`: computed
+        in float32 and rounded to the dtype of x. Backends sum a row in orders of their own, so
+        that values at a rounding boundary may differ.
+      multiplier: of each channel, in float32 and not rounded: `channels.scale_channels`.
+      rotation: rotate blocks of 16, 64 or 256 channels by a regular Hadamard matrix, not rounded:
+        `channels.rotate`. A row whose sums overflow float32 has scale NaN.
+      wide: True for the groups that stay at 8 bits, though the others have 4. It is static: of
+        Python or NumPy booleans.
       packed: return the 4-bit form instead of the decoded values.
       implementation: a backend's name, several in order of preference, or None for the best.
 
     Returns:
-      values int8 [m, k], decoded, minus 128 for "minmax"; scale float32 [m, 1]; lo float32
-      [m, 1], or None for "absmax". A row with a NaN or an infinity has scale NaN. If packed, codes
-      uint8 [m, k_padded / 2] and shifts uint8 [m, ceil(groups / 2)] in place of the values.
+      Int8Rows of [m, k]: values int8, decoded, minus 128 for "minmax"; scale float32 [m, 1]; lo
+      float32 [m, 1], or None for "absmax". If packed, PackedRows of [m, k]. A row with a NaN or an
+      infinity has scale NaN, whatever its values.
 
     Raises:
       ValueError: x isn't floating or has no [m, k] with k >= 1, a value that the format lacks, an
-        integer step with "minmax" or "truncate", packed with 8 bits, norm isn't two arrays of k
-        elements, parts don't fit together, or a named implementation can't run here.
+        integer step with "minmax" or "truncate", stretched levels without it, packed with 8 bits
+        or with wide groups, norm or multiplier or wide of another size than k asks for, k no
+        multiple of the rotation, parts don't fit together, or a named implementation can't run
+        here.
     """
     check_choices(bits=bits, group_size=group_size, range=range, step=step, rounding=rounding)
+    check_choices(levels=levels, step=step)
     if packed and bits == 8:
         raise ValueError("packed is True with bits=8; only 4-bit codes are packed")
+    k = _check_x(x)
+    _check_channels(k, norm, multiplier, rotation)
+    wide = _check_wide(wide, -(-k // group_size), bits, packed)
+    kind = {"group_size": group_size, "step": step, "levels": levels, "range": range}
+    arrays = QUANTIZE(
+        x,
+        bits=bits,
+        rounding=rounding,
+        **kind,
+        norm=norm,
+        multiplier=multiplier,
+        rotation=rotation,
+        wide=wide,
+        packed=packed,
+        implementation=implementation,
+    )
+    if packed:
+        codes, shifts, scale, lo = arrays
+        places = {"codes": codes, "shifts": shifts, "scale": scale, "lo": lo}
+        return PackedRows(**places, **kind, padding=2 * codes.shape[1] - k)
+    powers = bits == 4 and step == "power" and wide is None
+    values, scale, lo = arrays
+    return Int8Rows(values=values, scale=scale, lo=lo, value_bits=4 if powers else 8)
+
+
+def _check_x(x: jax.Array | tuple[Part, ...]) -> int:
+    """Refuse what isn't rows or parts of rows; return their elements."""
     if isinstance(x, list | tuple):
         _check_parts(x)
         k = sum(part.size for part in x)
@@ -77,20 +122,7 @@ def quantize(
         check_array("x", x, ("m", "k"), jnp.floating)
         k = x.shape[1]
     check_k(k)
-    if norm is not None and [a.shape for a in norm] != [(k,)] * 2:
-        shapes = ", ".join(str(list(a.shape)) for a in norm)
-        raise ValueError(f"norm has shapes {shapes}; it must be shift and scale of [{k}]")
-    return QUANTIZE(
-        x,
-        bits=bits,
-        group_size=group_size,
-        range=range,
-        step=step,
-        rounding=rounding,
-        norm=norm,
-        packed=packed,
-        implementation=implementation,
-    )
+    return k
 
 
 def _check_parts(parts: tuple[Part, ...]) -> None:
@@ -106,3 +138,43 @@ def _check_parts(parts: tuple[Part, ...]) -> None:
     if len({(part.array.shape[0], part.dtype) for part in parts}) != 1:
         kinds = ", ".join(f"{part.dtype}{list(part.array.shape)}" for part in parts)
         raise ValueError(f"x has parts {kinds}; they must have the same rows and dtype")
+
+
+def _check_channels(
+    k: int, norm: Norm | None, multiplier: jax.Array | None, rotation: int | None
+) -> None:
+    """Refuse a norm, a multiplier or a rotation that rows of k channels can't have."""
+    if norm is not None:
+        if not isinstance(norm, Norm):
+            raise ValueError(f"norm is a {type(norm).__name__}; it must be a Norm or None")
+        check_array("norm.shift", norm.shift, (k,), jnp.floating)
+        check_array("norm.scale", norm.scale, (k,), jnp.floating)
+    if multiplier is not None:
+        check_array("multiplier", multiplier, (k,), jnp.floating)
+    if rotation is None:
+        return
+    if isinstance(rotation, bool) or rotation not in channels.SIZES:
+        raise ValueError(f"rotation is {rotation!r}; it must be None, 16, 64 or 256")
+    if k % rotation:
+        raise ValueError(f"k is {k} with rotation={rotation}; it must be a multiple of that")
+
+
+def _check_wide(
+    wide: Sequence[bool] | np.ndarray | None, groups: int, bits: int, packed: bool
+) -> tuple[bool, ...] | None:
+    """Return the mask of wide groups as a tuple, or None where there are none."""
+    if wide is None:
+        return None
+    if isinstance(wide, jax.core.Tracer):
+        raise ValueError("wide is traced; it must be static, of Python or NumPy booleans")
+    mask = np.asarray(wide)
+    if mask.dtype != bool or mask.shape != (groups,):
+        raise ValueError(
+            f"wide is {mask.dtype}{list(mask.shape)}; it must be None or one boolean for each of "
+            f"{groups} groups"
+        )
+    if bits == 8 or not mask.any():
+        return None
+    if packed:
+        raise ValueError("wide is given with packed=True; groups of 8 bits can't be packed")
+    return tuple(mask.tolist())

@@ -1,6 +1,6 @@
 """Activation quantization on TPU in one pass over memory: floats to the int8 operand of a matmul.
 
-Three things here are not what one would write first.
+Four things here are not what one would write first.
 - 127 / a is an integer long division: the format wants the correctly rounded quotient, and the
   chip's own division isn't specified to give it. It runs once a row.
 - The largest level (step) of a group is found by the matrix unit, since lanes can't be regrouped
@@ -8,6 +8,8 @@ Three things here are not what one would write first.
   to less than the next level's, so the top bits of the sum are the largest L.
 - The matrix unit packs, too: products with 1 and 16 add up to bytes, which bfloat16 operands and
   float32 sums hold exactly.
+- A rotation exchanges lanes and adds, though the matrix unit could do all of it: in which order
+  that sums isn't specified, and the rotation's float32 sums have one order.
 """
 
 import dataclasses
@@ -21,7 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import codec, compat, device
-from pallas_kernels.functions import NORM_EPSILON
+from pallas_kernels.functions import Norm
+from pallas_kernels.quantize import channels
 
 _LANES = 128
 _BLOCK_ELEMENTS = 3 * 2**18  # of x that one grid step takes
@@ -43,7 +46,10 @@ class _Plan:
     group_size: int
     asymmetric: bool  # range is "minmax"
     step: str
+    levels: str
     rounding: str
+    epsilon: float  # of the norm
+    rotation: int | None  # channels of a block
     packed: bool  # codes and shifts are written, else decoded values
 
     @property
@@ -60,12 +66,16 @@ def quantize(
     range: str,
     step: str,
     rounding: str,
-    norm: tuple[jax.Array, jax.Array] | None = None,  # shift [k], scale [k]
+    levels: str = "uniform",
+    norm: Norm | None = None,  # of [k]
+    multiplier: jax.Array | None = None,  # [k]
+    rotation: int | None = None,  # channels of a block
+    wide: tuple[bool, ...] | None = None,  # [groups]
     packed: bool = False,
 ) -> tuple[jax.Array | None, ...]:
-    """Quantize each row; see `pallas_kernels.quantize.quantize`."""
+    """Quantize each row; see `reference.quantize`."""
     m, k = x.shape
-    unit = 2 * _LANES if packed else _LANES
+    unit = max(2 * _LANES if packed else _LANES, rotation or 0)
     width = -(-k // unit) * unit
     rows = min(max(_BLOCK_ELEMENTS // width // 32, 1) * 32, _BLOCK_ROWS, m)
     columns = min(_CHUNK_ELEMENTS // rows, _CHUNK_COLUMNS)
@@ -77,10 +87,13 @@ def quantize(
         group_size=group_size,
         asymmetric=range == "minmax",
         step=step,
+        levels=levels,
         rounding=rounding,
+        epsilon=0.0 if norm is None else norm.epsilon,
+        rotation=rotation,
         packed=packed,
     )
-    out = _call(_inputs(x, norm, plan), rows, plan)
+    out = _call(_inputs(x, norm, multiplier, wide, plan), rows, plan)
     scale, lo = out["scale"], out.get("lo")
     if not packed:
         return out["values"][:, :k], scale, lo
@@ -96,12 +109,23 @@ def why_not(target: device.Device, x: jax.Array, **kwargs) -> str | None:
     return None if 0 not in x.shape else "needs at least one element"
 
 
-def _inputs(x: jax.Array, norm: tuple | None, plan: _Plan) -> dict[str, jax.Array]:
-    """Return the kernel's arrays by name: x, what norm holds, and constant matrices."""
-    inputs = {"x": codec.pad(x, plan.width)}
+def _inputs(
+    x: jax.Array,
+    norm: Norm | None,
+    multiplier: jax.Array | None,
+    wide: tuple[bool, ...] | None,
+    plan: _Plan,
+) -> dict[str, jax.Array]:
+    """Return the kernel's arrays by name: x, those of its channels, and constant matrices."""
+    vectors = {}
     if norm is not None:
-        vectors = (codec.pad(a.astype(jnp.float32), plan.width)[None] for a in norm)
-        inputs |= dict(zip(("norm_shift", "norm_scale"), vectors, strict=True))
+        vectors |= {"norm_shift": norm.shift, "norm_scale": norm.scale}
+    if multiplier is not None:
+        vectors["multiplier"] = multiplier
+    inputs = {"x": x} | {name: v.astype(jnp.float32)[None] for name, v in vectors.items()}
+    if wide is not None:
+        inputs["wide"] = -jnp.asarray(np.repeat(wide, plan.group_size)[None], jnp.int32)
+    inputs = {name: codec.pad(a[:, : plan.k], plan.width) for name, a in inputs.items()}
     if plan.bits == 4:
         inputs["same_group"] = _same_group(plan.group_size)
     if plan.packed:
@@ -123,11 +147,13 @@ def _call(inputs: dict[str, jax.Array], rows: int, plan: _Plan) -> dict[str, jax
         outputs["values"] = (width, jnp.int8)
     if plan.asymmetric:
         outputs["lo"] = (1, jnp.float32)
-    scratch = []
+    scratch = {}
     if "norm_shift" in inputs:
-        scratch.append(pltpu.VMEM((rows, width), x.dtype))
+        scratch["normed"] = pltpu.VMEM((rows, width), x.dtype)
+    if "multiplier" in inputs or plan.rotation:
+        scratch["rotated"] = pltpu.VMEM((rows, width), jnp.float32)
     if plan.packed:
-        scratch.append(pltpu.VMEM((rows, plan.shift_columns), jnp.float32))
+        scratch["shift_sums"] = pltpu.VMEM((rows, plan.shift_columns), jnp.float32)
 
     def block(columns):
         return pl.BlockSpec((rows, columns), lambda i: (i, 0))
@@ -142,7 +168,7 @@ def _call(inputs: dict[str, jax.Array], rows: int, plan: _Plan) -> dict[str, jax
             key: jax.ShapeDtypeStruct((m, columns), dtype)
             for key, (columns, dtype) in outputs.items()
         },
-        scratch_shapes=scratch,
+        scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_BYTES
         ),
@@ -151,11 +177,14 @@ def _call(inputs: dict[str, jax.Array], rows: int, plan: _Plan) -> dict[str, jax
     )(inputs)
 
 
-def _kernel(in_refs, out_refs, *scratch_refs, plan: _Plan):
+def _kernel(in_refs, out_refs, scratch_refs, *, plan: _Plan):
     x_ref = in_refs["x"]
-    if "norm_shift" in in_refs:
-        _modulate(in_refs, scratch_refs[0], plan)
-        x_ref = scratch_refs[0]
+    if "normed" in scratch_refs:
+        _modulate(in_refs, scratch_refs["normed"], plan)
+        x_ref = scratch_refs["normed"]
+    if "rotated" in scratch_refs:
+        _rotate_channels(x_ref, in_refs, scratch_refs["rotated"], plan)
+        x_ref = scratch_refs["rotated"]
     lo, extent, finite = _extremes(x_ref, plan)
     live = finite & (extent >= codec.TINY_RANGE) & (extent < jnp.inf)
     levels = 255 if plan.asymmetric else 127
@@ -167,7 +196,8 @@ def _kernel(in_refs, out_refs, *scratch_refs, plan: _Plan):
         out_refs["lo"][...] = jnp.where(live | tiny, lo, jnp.nan)
     kept = jnp.where(live, -1, 0)  # a mask of bits
     if plan.packed:
-        scratch_refs[-1][...] = jnp.zeros_like(scratch_refs[-1])
+        sums_ref = scratch_refs["shift_sums"]
+        sums_ref[...] = jnp.zeros_like(sums_ref)
 
     def body(i, _):
         x = _load(x_ref, i, plan)
@@ -181,7 +211,7 @@ def _kernel(in_refs, out_refs, *scratch_refs, plan: _Plan):
 
     lax.fori_loop(0, plan.width // plan.chunk, body, 0)
     if plan.packed:
-        out_refs["shifts"][...] = _to_bytes(scratch_refs[-1][...])
+        out_refs["shifts"][...] = _to_bytes(sums_ref[...])
 
 
 def _modulate(in_refs, normed_ref, plan: _Plan) -> None:
@@ -202,7 +232,7 @@ def _modulate(in_refs, normed_ref, plan: _Plan) -> None:
         return x_ref[:, _chunk(i, plan)].astype(jnp.float32)
 
     average = mean(load)
-    variance = mean(lambda i: jnp.square(masked(i, load(i) - average))) + NORM_EPSILON
+    variance = mean(lambda i: jnp.square(masked(i, load(i) - average))) + plan.epsilon
     multiplier = lax.rsqrt(variance)
     # The chip's own root isn't specified to float32's precision: one step of Newton's method.
     refined = multiplier * (1.5 - 0.5 * variance * multiplier * multiplier)
@@ -211,11 +241,54 @@ def _modulate(in_refs, normed_ref, plan: _Plan) -> None:
     def write(i, _):
         at = _chunk(i, plan)
         normed = (load(i) - average) * multiplier
-        y = normed * (1 + in_refs["norm_scale"][:, at]) + in_refs["norm_shift"][:, at]
+        y = normed * in_refs["norm_scale"][:, at] + in_refs["norm_shift"][:, at]
         normed_ref[:, at] = masked(i, y).astype(normed_ref.dtype)
         return _
 
     lax.fori_loop(0, chunks, write, 0)
+
+
+def _rotate_channels(x_ref, in_refs, rotated_ref, plan: _Plan) -> None:
+    """Write what `channels` makes of a block of rows: a factor a channel, and the rotation."""
+    rows = x_ref.shape[0]
+
+    def write(i, _):
+        at = _chunk(i, plan)
+        x = x_ref[:, at].astype(jnp.float32)
+        if "multiplier" in in_refs:
+            x = channels.scale_channels(x, in_refs["multiplier"][:, at])
+        if plan.rotation:
+            size = max(plan.rotation, _LANES)
+            # Lanes of a single row aren't gathered: it is taken twice.
+            x = jnp.broadcast_to(x, (max(rows, 2), plan.chunk))
+            parts = [x[:, start : start + size] for start in range(0, plan.chunk, size)]
+            x = jnp.concatenate([_rotate(part, plan.rotation) for part in parts], axis=1)[:rows]
+        rotated_ref[:, at] = x
+        return _
+
+    lax.fori_loop(0, plan.width // plan.chunk, write, 0)
+
+
+def _rotate(x: jax.Array, size: int) -> jax.Array:
+    """Return `channels.rotate` of [rows, 128 or 256]."""
+    distance = 1
+    while distance < size:
+        # The second of a pair has the difference negated.
+        other = _swap(x, distance)
+        x = (x + other) + _swap(x - other, 2 * distance)
+        distance *= 4
+    return x * jnp.float32(channels.root(size))
+
+
+def _swap(x: jax.Array, distance: int) -> jax.Array:
+    """Return each lane's partner, whose number differs in the bit of the distance."""
+    parts = [x[:, start : start + _LANES] for start in range(0, x.shape[1], _LANES)]
+    if distance == _LANES:
+        return jnp.concatenate(parts[::-1], axis=1)
+    # One gather of the lanes takes half as long as two rolls and a choice.
+    partner = lax.broadcasted_iota(jnp.int32, parts[0].shape, 1) ^ distance
+    take = functools.partial(jnp.take_along_axis, axis=1, mode="promise_in_bounds")
+    return jnp.concatenate([take(part, partner) for part in parts], axis=1)
 
 
 def _chunk(i: jax.Array, plan: _Plan):
@@ -288,13 +361,15 @@ def _store(i, magnitude, negative, in_refs, out_refs, scratch_refs, plan: _Plan)
     if plan.bits == 4:
         codes, level = _encode(magnitude, in_refs["same_group"][...], plan)
     if plan.packed:
-        matrices = in_refs["pack_codes"], in_refs["pack_shifts"]
-        _store_packed(i, signed(codes), level, matrices, out_refs["codes"], scratch_refs[-1], plan)
+        matrices, sums_ref = (
+            (in_refs["pack_codes"], in_refs["pack_shifts"]),
+            scratch_refs["shift_sums"],
+        )
+        _store_packed(i, signed(codes), level, matrices, out_refs["codes"], sums_ref, plan)
         return
-    if plan.bits == 8:
-        values = magnitude
-    else:
-        values = codes * level if plan.step == "integer" else codes << (level - 1)
+    values = magnitude if plan.bits == 8 else _decode(codes, level, plan)
+    if "wide" in in_refs:
+        values = values ^ ((values ^ magnitude) & in_refs["wide"][:, _chunk(i, plan)])
     values = values - 128 if plan.asymmetric else signed(values)
     out_refs["values"][:, _chunk(i, plan)] = values.astype(jnp.int8)
 
@@ -333,9 +408,13 @@ def _encode(
     """Return magnitudes of codes, and each element's step or (for powers) shift + 1, int32."""
     code_bits = 4 if plan.asymmetric else 3
     top = (1 << code_bits) - 1
-    if plan.step == "integer":
-        # (2 m + 7) // 15 by multiplication, exact in this range.
-        level = jnp.clip(lax.shift_right_logical((2 * magnitude + 7) * 4370, 16), 1, codec.MAX_STEP)
+    # Divisions by multiplication, exact in this range.
+    if plan.levels == "stretched":
+        level = lax.shift_right_logical((4 * magnitude + 18) * 1772, 16)  # by 37
+        level = jnp.clip(level, 1, codec.MAX_STRETCHED_STEP)
+    elif plan.step == "integer":
+        level = lax.shift_right_logical((2 * magnitude + 7) * 4370, 16)  # by 15
+        level = jnp.clip(level, 1, codec.MAX_STEP)
     else:
         level = 33 - code_bits - lax.clz(magnitude | top)
     level = _largest_of_group(level, same_group)
@@ -343,10 +422,24 @@ def _encode(
         # Multiples of 1/64 away from an integer, so that an approximate reciprocal will do.
         ratio = (2 * magnitude + level).astype(jnp.float32) + 0.5
         ratio = ratio * compat.tpu_reciprocal((2 * level).astype(jnp.float32))
-        return jnp.minimum(ratio.astype(jnp.int32), top), level
+        codes = ratio.astype(jnp.int32)
+        if plan.levels == "uniform":
+            return jnp.minimum(codes, top), level
+        upper = jnp.where(magnitude < 8 * level, top - 1, top)
+        codes = jnp.minimum(codes, codec.STRETCH_FROM)
+        return jnp.where(magnitude < 6 * level, codes, upper), level
     shift = level - 1
     half = 0 if plan.rounding == "truncate" else (1 << shift) >> 1
     return jnp.minimum(lax.shift_right_logical(magnitude + half, shift), top), level
+
+
+def _decode(codes: jax.Array, level: jax.Array, plan: _Plan) -> jax.Array:
+    """Return the 8-bit magnitudes of `_encode`'s codes and levels."""
+    if plan.step == "power":
+        return codes << (level - 1)
+    if plan.levels == "stretched":
+        codes = codes + jnp.maximum(codes - codec.STRETCH_FROM, 0)
+    return codes * level
 
 
 def _largest_of_group(level: jax.Array, same_group: jax.Array) -> jax.Array:

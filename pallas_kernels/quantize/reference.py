@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import codec
 from pallas_kernels.functions import Norm, Part, join, modulate
+from pallas_kernels.quantize.channels import rotate, scale_channels
 
 
 def quantize(
@@ -15,18 +17,41 @@ def quantize(
     range: str,
     step: str,
     rounding: str,
-    norm: tuple[jax.Array, jax.Array] | None = None,  # shift [k], scale [k]
+    levels: str = "uniform",
+    norm: Norm | None = None,  # of [k]
+    multiplier: jax.Array | None = None,  # [k]
+    rotation: int | None = None,  # channels of a block
+    wide: tuple[bool, ...] | None = None,  # [groups]
     packed: bool = False,
 ) -> tuple[jax.Array | None, ...]:
-    """Quantize each row; see `pallas_kernels.quantize.quantize`."""
+    """Quantize each row; see `pallas_kernels.quantize.quantize`.
+
+    Returns:
+      int8 values [m, k], or if packed codes and shifts; then scale and lo, float32 [m, 1].
+    """
     x = join(x)
     if norm is not None:
-        shift, scale = norm
-        x = modulate(x, Norm(shift=shift, scale=1 + scale.astype(jnp.float32)))
+        x = modulate(x, norm)
+    if multiplier is not None:
+        x = scale_channels(x, multiplier)
+    if rotation is not None:
+        x = rotate(x.astype(jnp.float32), rotation)
     values, scale, lo = codec.quantize_8bit(x, range=range)
     if bits == 4:
-        codes, shifts = codec.encode(values, group_size=group_size, step=step, rounding=rounding)
+        kind = {"step": step, "levels": levels}
+        codes, shifts = codec.encode(values, group_size=group_size, rounding=rounding, **kind)
         if packed:
             return codec.pack(codes), codec.pack(shifts), scale, lo
-        values = codec.decode(codes, shifts, step=step)[:, : x.shape[1]]
+        decoded = codec.decode(codes, shifts, **kind)[:, : x.shape[1]]
+        values = decoded if wide is None else _keep(values, decoded, wide, group_size)
     return codec.to_operand(values), scale, lo
+
+
+def _keep(
+    values: jax.Array,  # [m, k]
+    decoded: jax.Array,  # [m, k]
+    wide: tuple[bool, ...],  # [groups]
+    group_size: int,
+) -> jax.Array:
+    """Return the 8-bit values of wide groups, and what 4 bits left of the others."""
+    return jnp.where(np.repeat(wide, group_size)[: values.shape[1]], values, decoded)

@@ -58,7 +58,7 @@ class QuartzLinear(nnx.Module):
                 x = modulate(join(rows).reshape(*leading, -1), _norm(*modulation))
                 rows, leading = _rows(x)
             else:
-                norm = tuple(part.reshape(-1) for part in modulation)
+                norm = _norm(*(part.reshape(-1) for part in modulation))
         if weight_only:
             y = _weight_only(join(rows), weight, bias)
             y = y if activation is None else gelu(y.astype(jnp.float32)).astype(y.dtype)
@@ -124,24 +124,23 @@ def abstract_weight(
 def encode_activation(
     x: jax.Array | tuple[Part, ...],  # [m, k], floating
     format: Format,
-    norm: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [k]
+    norm: Norm | None = None,  # of [k]
 ) -> QuartzTensor | IntTensor:
     """Quantize the input of a layer; 4-bit codes come decoded, as the matmul wants them.
 
-    With a norm, layer_norm(x) * (1 + scale) + shift is quantized instead.
+    With a norm, layer_norm(x) * norm.scale + norm.shift is quantized instead.
     """
     config = format.config
     if format.kind == "int4" or (config and config.scale_block):
-        x = join(x) if norm is None else modulate(join(x), _norm(*norm))
+        x = join(x) if norm is None else modulate(join(x), norm)
     if format.kind == "int4":
         return quantize_int(x, bits=4)
-    value_bits = 4 if config and config.step == "power" else 8
     if config is None:
-        values, scale, lo = quantize_and_decode(x, bits=8, range=format.range, norm=norm)
+        rows = quantize_and_decode(x, bits=8, range=format.range, norm=norm)
     elif config.scale_block:
         return quantize(x, config)
     else:
-        values, scale, lo = quantize_and_decode(
+        rows = quantize_and_decode(
             x,
             bits=4,
             group_size=config.group_size,
@@ -150,7 +149,7 @@ def encode_activation(
             rounding=config.rounding,
             norm=norm,
         )
-    return IntTensor(values=values, scale=scale, lo=lo, value_bits=value_bits)
+    return IntTensor(values=rows.values, scale=rows.scale, lo=rows.lo, value_bits=rows.value_bits)
 
 
 def round_to_bf16(x: jax.Array) -> jax.Array:

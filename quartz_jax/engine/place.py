@@ -58,12 +58,20 @@ def _qk_norm_rope(
     *,
     heads: int,
 ) -> tuple[jax.Array, ...]:
-    scaled = (
-        Stream(
-            qkv=stream.qkv,
-            query_scale=stream.query_norm.scale.get_value(),
-            key_scale=stream.key_norm.scale.get_value(),
+    return qk_norm_rope(tuple(_scaled(stream) for stream in streams), rope, heads=heads)
+
+
+def _scaled(stream: Any) -> Stream:
+    """Return a model's stream as the kernel wants it."""
+    query_norm, key_norm = stream.query_norm, stream.key_norm
+    if query_norm.epsilon != key_norm.epsilon:
+        raise ValueError(
+            f"query_norm has epsilon {query_norm.epsilon} and key_norm {key_norm.epsilon}; "
+            "they must be the same"
         )
-        for stream in streams
+    return Stream(
+        qkv=stream.qkv,
+        query_scale=query_norm.scale.get_value(),
+        key_scale=key_norm.scale.get_value(),
+        epsilon=query_norm.epsilon,
     )
-    return qk_norm_rope(tuple(scaled), rope, heads=heads)

@@ -158,7 +158,7 @@ def qk_norm_rope_call(shape, **where):
     heads, d, tokens = 24, 128, (shape.m, 3 * shape.m)
 
     def run(text, image, scale, rope, **options):
-        scales = {"query_scale": scale, "key_scale": scale}
+        scales = {"query_scale": scale, "key_scale": scale, "epsilon": 1e-6}
         streams = tuple(Stream(qkv=x, **scales) for x in (text, image))
         return QK_NORM_ROPE(streams, rope, heads=heads, **options)
 

@@ -9,7 +9,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream, qk_norm_rope
-from pallas_kernels.qk_norm_rope.reference import EPSILON
 
 # Every shape compiles anew, so the examples are few and aren't shrunk.
 few_examples = settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
@@ -23,7 +22,9 @@ def random_call(rng, batch, tokens, heads, d, columns, dtype):
         x = rng.standard_normal((batch, count, columns)) * rng.choice([0, 1e-4, 1, 40], columns)
         x *= np.exp(rng.standard_normal((batch, count, 1)))
         scales = (rng.uniform(0.2, 3, d).astype(dtype) for _ in range(2))
-        return Stream(qkv=jnp.asarray(x, dtype), **dict(zip(SCALES, scales, strict=True)))
+        epsilon = float(10 ** rng.uniform(-7, 0))
+        scales = dict(zip(SCALES, scales, strict=True))
+        return Stream(qkv=jnp.asarray(x, dtype), **scales, epsilon=epsilon)
 
     angles = rng.uniform(-7, 7, (sum(tokens), d // 2))
     rope = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
@@ -35,9 +36,7 @@ SCALES = ("query_scale", "key_scale")
 
 def check(subject, streams, rope, heads):
     """Hold queries and keys within one rounding of float64, and values equal."""
-    found = jax.jit(lambda s, r: subject([Stream(**d) for d in s], r, heads=heads))(
-        [vars(stream) for stream in streams], rope
-    )
+    found = jax.jit(lambda s, r: subject(s, r, heads=heads))(streams, rope)
     parts = zip(*(exact(stream, heads) for stream in streams), strict=True)
     *normed, values = (np.concatenate(part, axis=1) for part in parts)
     dtype = streams[0].qkv.dtype
@@ -57,7 +56,7 @@ def exact(stream, heads):
     qkv = qkv[..., : 3 * heads * len(scales[0])]
     parts = np.moveaxis(qkv.reshape(*qkv.shape[:2], 3, heads, -1), 2, 0)
     normed = (
-        x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + EPSILON) * scale
+        x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + stream.epsilon) * scale
         for x, scale in zip(parts, scales, strict=False)
     )
     return *normed, parts[2]
@@ -100,7 +99,7 @@ class TestQKNormRope:
 
 def test_kernels_leave_float32_to_the_reference():
     streams, rope = random_call(np.random.default_rng(2), 2, (3, 5), 2, 16, 96, jnp.float32)
-    check(lambda *a, **k: qk_norm_rope(tuple(a[0]), *a[1:], **k), streams, rope, 2)
+    check(qk_norm_rope, streams, rope, 2)
 
 
 def call_with(**change):
@@ -122,6 +121,7 @@ def call_with(**change):
         ({"qkv": np.ones((1, 5, 96), np.float16)}, "only their tokens may differ"),
         ({"query_scale": np.ones(8, np.float32)}, "must have the same shape"),
         ({"heads": 3}, "qkv has 96 columns for 3 heads of 16"),
+        ({"epsilon": -1.0}, "epsilon is -1.0; it must be at least 0"),
         ({"heads": 0}, "heads is 0; it must be at least 1"),
         (
             {"rope": np.ones((2, 7, 8), np.float32)},

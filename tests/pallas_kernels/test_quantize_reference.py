@@ -11,7 +11,8 @@ X = np.random.default_rng(0).standard_normal((3, 37)).astype(np.float32)
 
 @pytest.mark.parametrize("range_", ["absmax", "minmax"])
 def test_eight_bits_are_stage_one(range_):
-    values, scale, lo = quantize.quantize(X, bits=8, range=range_)
+    rows = quantize.quantize(X, bits=8, range=range_)
+    values, scale, lo = rows.values, rows.scale, rows.lo
     wanted, wanted_scale, wanted_lo = codec.quantize_8bit(X, range=range_)
     np.testing.assert_array_equal(values, codec.to_operand(wanted))
     np.testing.assert_array_equal(scale, wanted_scale)
@@ -29,7 +30,7 @@ def test_eight_bits_are_stage_one(range_):
 )
 def test_four_bits_are_both_stages_decoded(range_, step, rounding):
     options = {"group_size": 8, "step": step, "rounding": rounding}
-    values, _, _ = quantize.quantize(X, bits=4, range=range_, **options)
+    values = quantize.quantize(X, bits=4, range=range_, **options).values
     codes, shifts = codec.encode(codec.quantize_8bit(X, range=range_)[0], **options)
     wanted = codec.decode_packed(
         codec.pack(codes),
@@ -47,7 +48,7 @@ def test_four_bits_are_both_stages_decoded(range_, step, rounding):
 def test_a_row_with_nan_has_scale_nan(bits, range_):
     x = X.copy()
     x[1, 3] = np.nan
-    _, scale, _ = quantize.quantize(x, bits=bits, range=range_)
+    scale = quantize.quantize(x, bits=bits, range=range_).scale
     np.testing.assert_array_equal(np.isnan(scale[:, 0]), [False, True, False])
 
 

@@ -115,12 +115,9 @@ def test_float8_holds_every_code_at_every_shift(asymmetric):
 @pytest.mark.parametrize("range_", ["absmax", "minmax"])
 def test_quantized_activations_give_the_same_integers_in_the_operand_of_v7x(range_):
     rng = np.random.default_rng(0)
-    values, _, lo = quantize.quantize(
-        rng.standard_normal((8, 100)).astype(np.float32), range=range_
-    )
-    x = Int8Rows(
-        values=values, scale=jnp.ones((8, 1)), lo=None if lo is None else jnp.zeros_like(lo)
-    )
+    rows = quantize.quantize(rng.standard_normal((8, 100)).astype(np.float32), range=range_)
+    lo = None if rows.lo is None else jnp.zeros_like(rows.lo)
+    x = Int8Rows(values=rows.values, scale=jnp.ones((8, 1)), lo=lo)
     _, w = operands(rng, 8, 20, 100, 16, {"step": "power"}, False)
     assert_equals_reference(run_with(tpu._best_operand(V7X, "power", 4)), x, w)
 

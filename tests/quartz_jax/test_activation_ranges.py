@@ -62,7 +62,8 @@ def taps() -> dict[str, list[Tap]]:
 
 def output_error(tap: Tap, bits: int, range_: str) -> float:
     x, kernel = jnp.concatenate(tap.inputs), tap.linear.kernel[...]
-    values, scale, lo = quantize(x, bits=bits, range=range_)
+    rows = quantize(x, bits=bits, range=range_)
+    values, scale, lo = rows.values, rows.scale, rows.lo
     back = values * scale if lo is None else (values.astype(jnp.float32) + 128) * scale + lo
     return float(jnp.linalg.norm((back - x) @ kernel) / jnp.linalg.norm(x @ kernel))
 

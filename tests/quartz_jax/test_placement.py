@@ -51,6 +51,19 @@ def test_a_placed_transformer_gives_the_same_output():
     np.testing.assert_array_equal(np.asarray(placed(*inputs()), np.float32), expected)
 
 
+def test_a_placed_transformer_keeps_the_epsilon_of_its_norms():
+    model, placed = build(), build()
+    expected = model(*inputs())
+    for m in (model, placed):
+        for _, module in nnx.iter_modules(m):
+            if isinstance(module, nnx.RMSNorm):
+                module.epsilon = 0.5
+    place(placed)
+    found = np.asarray(placed(*inputs()), np.float32)
+    np.testing.assert_array_equal(found, np.asarray(model(*inputs()), np.float32))
+    assert (found != np.asarray(expected, np.float32)).any()
+
+
 def test_norms_and_rotations_of_a_placed_transformer_are_a_kernel_on_gpus():
     """One of the block with two streams, one of that with one; without `place` none."""
     gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
