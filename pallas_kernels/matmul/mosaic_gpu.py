@@ -25,7 +25,8 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
 from pallas_kernels import codec, compat, device
-from pallas_kernels.matmul import reference, tuned
+from pallas_kernels.functions import gelu
+from pallas_kernels.matmul import tuned
 
 TILE_K = 128  # bytes of k in a tile: the widest swizzle of shared memory
 ROWS = 64  # weight rows of a warpgroup: the first extent of wgmma
@@ -457,7 +458,7 @@ def _kernel(
             if "bias" in vectors:
                 y = y + down(of_row["bias"])
             if activation == "gelu":
-                y = reference.gelu(y)
+                y = gelu(y)
             if "gate" in vectors:
                 y = y * down(of_row["gate"])
             slot = out_tiles.at[warpgroup, i % slots]

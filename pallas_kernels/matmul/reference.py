@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import codec
-
-SQRT_2_PI = 0.7978845608028654
+from pallas_kernels.functions import gelu
 
 
 def matmul(
@@ -81,12 +80,3 @@ def finish(
     if residual is not None:
         y = residual.astype(jnp.float32) + y
     return y.astype(out_dtype)
-
-
-def gelu(y: jax.Array) -> jax.Array:
-    """Return the tanh form of GELU (arXiv 1606.08415), y * (1 + tanh(z)) / 2, elementwise.
-
-    With z = sqrt(2 / pi) (y + 0.044715 y**3) it is written y / (1 + exp(-2 z)), which keeps its
-    relative precision for negative y and takes no tanh.
-    """
-    return y / (1 + jnp.exp(y * (-2 * SQRT_2_PI - 2 * SQRT_2_PI * 0.044715 * (y * y))))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.arguments import check_array, check_choices, check_k, check_tuple
 from pallas_kernels.dispatch import Backend, Implementation, Operation
+from pallas_kernels.functions import Part, join
 from pallas_kernels.quantize import mosaic_tpu, reference, triton
-from pallas_kernels.quantize.reference import Part, join
 
 __all__ = ["QUANTIZE", "Part", "quantize"]
 
@@ -51,7 +51,7 @@ def quantize(
       range: "absmax" or "minmax".
       step: "power" or "integer", for 4 bits.
       rounding: "nearest" or "truncate", for 4 bits.
-      norm: quantize layer_norm(x) * (1 + scale) + shift instead, which is `reference.modulate`:
+      norm: quantize layer_norm(x) * (1 + scale) + shift instead, which is `functions.modulate`:
         computed in float32 and rounded to the dtype of x. Backends sum a row in orders of their
         own, so that values at a rounding boundary may differ.
       packed: return the 4-bit form instead of the decoded values.

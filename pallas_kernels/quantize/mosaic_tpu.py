@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import codec, compat, device
-from pallas_kernels.quantize.reference import NORM_EPSILON
+from pallas_kernels.functions import NORM_EPSILON
 
 _LANES = 128
 _BLOCK_ELEMENTS = 3 * 2**18  # of x that one grid step takes

@@ -17,8 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
-from pallas_kernels.matmul.reference import SQRT_2_PI
-from pallas_kernels.quantize.reference import NORM_EPSILON, Part, join
+from pallas_kernels.functions import NORM_EPSILON, SQRT_2_PI, Part, join
 
 MAX_K = 32768  # elements of a row that registers hold
 ELEMENTS = 8  # of a thread in each part of a row: 16 bytes of bfloat16
@@ -208,7 +207,7 @@ def _load(x_ref, row, span: _Span, interpret: bool) -> jax.Array:
 
 
 def _gelu(y: jax.Array, interpret: bool) -> jax.Array:
-    """Return `reference.gelu(y)`, y / (1 + exp(-2 z)), from two approximate instructions.
+    """Return `functions.gelu(y)`, y / (1 + exp(-2 z)), from two approximate instructions.
 
     Each is within a few units in the last place (PTX ISA: ex2.approx 2**-22, rcp.approx 2**-23);
     with the accurate exponential and quotient, arithmetic takes longer than memory does.

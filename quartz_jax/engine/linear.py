@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.functions import Norm, Part, gelu, join, modulate
 from pallas_kernels.matmul import PreparedWeights
-from pallas_kernels.matmul.reference import gelu
-from pallas_kernels.quantize import Part
 from pallas_kernels.quantize import quantize as quantize_and_decode
-from pallas_kernels.quantize.reference import join, modulate
 from quartz_jax.engine.matmul import quartz_matmul
 from quartz_jax.formats.storage import check_finite, decode, dequantize, quantize, quantize_int
 from quartz_jax.formats.tensors import IntTensor, QuartzTensor
@@ -57,7 +55,7 @@ class QuartzLinear(nnx.Module):
         norm = None
         if modulation is not None:
             if weight_only or modulation[0].size != weight.shape[1]:
-                x = modulate(join(rows).reshape(*leading, -1), *modulation)
+                x = modulate(join(rows).reshape(*leading, -1), _norm(*modulation))
                 rows, leading = _rows(x)
             else:
                 norm = tuple(part.reshape(-1) for part in modulation)
@@ -91,6 +89,10 @@ def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int
         for part in x
     )
     return parts, x[0].array.shape[:-1]
+
+
+def _norm(shift: jax.Array, scale: jax.Array) -> Norm:
+    return Norm(shift=shift, scale=1 + scale.astype(jnp.float32))
 
 
 def _dtype(rows: jax.Array | tuple[Part, ...]) -> jnp.dtype:
@@ -130,7 +132,7 @@ def encode_activation(
     """
     config = format.config
     if format.kind == "int4" or (config and config.scale_block):
-        x = join(x) if norm is None else modulate(join(x), *norm)
+        x = join(x) if norm is None else modulate(join(x), _norm(*norm))
     if format.kind == "int4":
         return quantize_int(x, bits=4)
     value_bits = 4 if config and config.step == "power" else 8
