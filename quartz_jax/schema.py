@@ -102,7 +102,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return {key: _read(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and hint not in _PARTS.values():
         return _read_fields(hint, value, where)
-    if hint in _PARTS.values() or inspect.isabstract(hint) or getattr(hint, "_is_protocol", False):
+    if hint in _PARTS.values() or inspect.isabstract(hint):
         return _read_part(hint, value, where)
     return _read_plain(hint, value, where)
 
@@ -139,19 +139,12 @@ def _read_tuple(args: tuple, value: Any, where: str) -> tuple:
 def _read_part(kind: Any, value: Any, where: str) -> Any:
     _checked(value, isinstance(value, dict), where, "a JSON object")
     name = value.get("part")
-    known = [key for key, cls in _PARTS.items() if _is_a(cls, kind)]
+    known = [key for key, cls in _PARTS.items() if issubclass(cls, kind)]
     if name not in known:
         raise ValueError(
             f"{where}.part is {name!r}; it must be one of {', '.join(sorted(known))}"
         )
     return _read_fields(_PARTS[name], value, where, ignore={"part"})
-
-
-def _is_a(cls: type, kind: Any) -> bool:
-    """Whether a part is of a kind; of a protocol it is if it has what that asks for."""
-    if getattr(kind, "_is_protocol", False):
-        return all(hasattr(cls, name) for name in kind.__protocol_attrs__)
-    return issubclass(cls, kind)
 
 
 def _read_fields(cls: Any, value: Any, where: str, ignore: set[str] = frozenset()) -> Any:  # type: ignore[assignment]

@@ -7,10 +7,10 @@ from flax import nnx
 from pallas_kernels.functions import Norm, Part, gelu, join, modulate
 from pallas_kernels.matmul import PreparedWeights
 from pallas_kernels.quantize import quantize as quantize_and_decode
-from quartz_jax.engine.matmul import quartz_matmul
-from quartz_jax.formats.storage import check_finite, decode, dequantize, quantize, quantize_int
-from quartz_jax.formats.tensors import IntTensor, QuartzTensor
-from quartz_jax.recipes.recipe import Format
+from quartz_jax.codec import check_finite, decode, dequantize, quantize, quantize_int
+from quartz_jax.matmul import quartz_matmul
+from quartz_jax.recipe import Format
+from quartz_jax.tensor import IntTensor, QuartzTensor
 
 _BITS = {"int8": 8, "int4": 4}
 FEW_ROWS = 8  # rows of x up to which reading the weights is the whole cost of a weight-only layer
