@@ -141,13 +141,11 @@ def _read_part(kind: Any, value: Any, where: str) -> Any:
     name = value.get("part")
     known = [key for key, cls in _PARTS.items() if issubclass(cls, kind)]
     if name not in known:
-        raise ValueError(
-            f"{where}.part is {name!r}; it must be one of {', '.join(sorted(known))}"
-        )
-    return _read_fields(_PARTS[name], value, where, ignore={"part"})
+        raise ValueError(f"{where}.part is {name!r}; it must be one of {', '.join(sorted(known))}")
+    return _read_fields(_PARTS[name], value, where, ignore=frozenset({"part"}))
 
 
-def _read_fields(cls: Any, value: Any, where: str, ignore: set[str] = frozenset()) -> Any:  # type: ignore[assignment]
+def _read_fields(cls: Any, value: Any, where: str, ignore: frozenset[str] = frozenset()) -> Any:
     _checked(value, isinstance(value, dict), where, "a JSON object")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     required = {

@@ -2,7 +2,7 @@
 
 import abc
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,48 @@ class Format(abc.ABC):
     static under jax.jit.
     """
 
-    block: int | None  # elements along the row that share the inner scales; None: the whole row
-    scale_block: ClassVar[int | None] = None  # elements that count as a row of their own
-    code_bits: ClassVar[int] = 4  # of a stored code: 4, two to a byte, or 8
-    signed_codes: ClassVar[bool] = True  # codes are two's complement
-    rows_apart: ClassVar[bool] = True  # whether a row's values don't depend on other rows
-    padding_mode: ClassVar[str] = "edge"  # of a short last block: of `jnp.pad`
+    @property
+    @abc.abstractmethod
+    def block(self) -> int | None:
+        """Elements along the row that share the inner scales; None: the whole row."""
+
+    @property
+    def scale_block(self) -> int | None:
+        """Elements that count as a row of their own; None: the whole row."""
+        return None
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a stored code: 4, two to a byte, or 8."""
+        return 4
+
+    @property
+    def signed_codes(self) -> bool:
+        """Whether codes are two's complement."""
+        return True
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a row's values don't depend on other rows."""
+        return True
+
+    @property
+    def blocks_apart(self) -> bool:
+        """Whether what `inner` finds of a block depends on no other block of its row.
+
+        Where it doesn't hold, `inner` needs all blocks of a row, [..., blocks, block], at once.
+        """
+        return True
+
+    @property
+    def padding_mode(self) -> str:
+        """How a short last block is filled: a mode of `jnp.pad`."""
+        return "edge"
+
+    @property
+    def nibbles(self) -> tuple[str, ...]:
+        """Names of what is kept of blocks in 0..15, which is stored two to a byte."""
+        return ()
 
     @abc.abstractmethod
     def bits(self, k: int) -> float:
@@ -60,12 +96,20 @@ class Format(abc.ABC):
         """Return the stored values nearest to float32 [..., any number], as float32."""
         return self.decode(self.encode(values, outer, inner), self.keep(outer, inner))
 
+    def exact_8(self, codes: jax.Array, kept: Kept) -> tuple[jax.Array, jax.Array] | None:
+        """Return values that int8 holds exactly and their float32 row scale, or None.
+
+        Formats that have it are int8 operands of kernels, decoded.
+        """
+        return None
+
     def exact_16(self, codes: jax.Array, kept: Kept) -> tuple[jax.Array, jax.Array] | None:
         """Return values that bfloat16 holds exactly and their float32 row scale, or None.
 
         Formats that have it are multiplied in bfloat16, exact but for the order of sums.
         """
-        return None
+        found = self.exact_8(codes, kept)
+        return found and (found[0].astype(jnp.bfloat16), found[1])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return what x [..., k] is after storing it, float32 [..., k]."""
@@ -90,7 +134,7 @@ class Format(abc.ABC):
         else:
             stored = flat[..., :width].astype(jnp.int8 if self.signed_codes else jnp.uint8)
             padding = width - k
-        scales = {name: leaf[..., 0] for name, leaf in kept.items()}
+        scales = self.pack_scales({name: leaf[..., 0] for name, leaf in kept.items()})
         return BlockRows(codes=stored, scales=scales, format=self, padding=padding)
 
     def disassemble(self, stored: BlockRows) -> tuple[jax.Array, Kept]:
@@ -101,7 +145,17 @@ class Format(abc.ABC):
         block = self.block or stored.k
         width = stored.k + -stored.k % block
         codes = split(codes[..., :width].astype(jnp.int32), block)
-        return codes, {name: leaf[..., None] for name, leaf in stored.scales.items()}
+        scales = self.unpack_scales(stored.scales, codes.shape[-2])
+        return codes, {name: leaf[..., None] for name, leaf in scales.items()}
+
+    def pack_scales(self, scales: Kept) -> Kept:
+        """Return what is kept, leaves [..., blocks] or [..., 1], in the arrays that are stored."""
+        return scales | {name: codec.pack(scales[name]) for name in self.nibbles}
+
+    def unpack_scales(self, stored: Kept, blocks: int) -> Kept:
+        """Undo `pack_scales`."""
+        wide = {name: codec.unpack(stored[name], signed=False) for name in self.nibbles}
+        return stored | {name: leaf[..., :blocks] for name, leaf in wide.items()}
 
 
 def cut(x: jax.Array, format: Format) -> tuple[jax.Array, Scales, Scales]:
@@ -152,6 +206,11 @@ def absmax(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x), axis=-1, keepdims=True)
 
 
+def squared_error(stored: jax.Array, x: jax.Array) -> jax.Array:
+    """Return the sum of (stored - x)**2 over the last axis, [..., 1]."""
+    return jnp.sum((stored - x) ** 2, axis=-1, keepdims=True)
+
+
 def multiplier_and_scale(
     extent: jax.Array,  # float32: max|x|, or max - min
     levels: int,  # integer steps in it
@@ -168,7 +227,7 @@ def multiplier_and_scale(
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
     """Raise ValueError unless a field has one of the listed values."""
-    if isinstance(value, bool) and True not in choices or value not in choices:
+    if (isinstance(value, bool) and True not in choices) or value not in choices:
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{name} is {value!r}; it must be one of {listed}")
 

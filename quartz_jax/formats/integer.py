@@ -16,7 +16,7 @@ from quartz_jax.formats.base import (
     check_choice,
     multiplier_and_scale,
 )
-from quartz_jax.formats.tensors import BlockRows
+from quartz_jax.formats.tensors import Stored
 from quartz_jax.schema import part
 
 _SCALE_BITS = {"float32": 32, "float16": 16}
@@ -101,14 +101,20 @@ class Int(Format):
         y = codes.astype(jnp.float32) * kept["scale"].astype(jnp.float32)
         return y + kept["lo"].astype(jnp.float32) if "lo" in kept else y
 
-    def assemble(self, codes: jax.Array, kept: Kept, k: int) -> Int8Rows | BlockRows:
+    def exact_8(self, codes: jax.Array, kept: Kept) -> tuple[jax.Array, jax.Array] | None:
+        """Return symmetric integers under one scale a row, whatever their width."""
+        if self.block is not None or self.range != "absmax":
+            return None
+        return codes.astype(jnp.int8), kept["scale"].astype(jnp.float32)
+
+    def assemble(self, codes: jax.Array, kept: Kept, k: int) -> Stored:
         """Return int8 rows where kernels multiply them, else rows in blocks."""
         if not self.is_operand:
             return super().assemble(codes, kept, k)
         wide = codes.reshape(*codes.shape[:-2], -1)
         values = wide if self.range == "absmax" else wide - 128
         scales = {name: leaf[..., 0] for name, leaf in kept.items()}
-        return Int8Rows(values=values.astype(jnp.int8), **scales)
+        return Int8Rows(values=values.astype(jnp.int8), scale=scales["scale"], lo=scales.get("lo"))
 
     @property
     def _limits(self) -> tuple[int, int]:

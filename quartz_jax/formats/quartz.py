@@ -31,9 +31,7 @@ class Quartz(Format):
 
     def __post_init__(self):
         check_block("group_size", self.group_size)
-        check_choices(
-            rounding=self.rounding, range=self.range, step=self.step, levels=self.levels
-        )
+        check_choices(rounding=self.rounding, range=self.range, step=self.step, levels=self.levels)
         if self.search and self.step != "integer":
             raise ValueError("search is True; it needs step='integer'")
         block = self.scale_block
@@ -70,8 +68,13 @@ class Quartz(Format):
     def inner(self, blocks: jax.Array, outer: Scales) -> Scales:
         """Return what is stored of the step of each group, int32."""
         magnitude = jnp.abs(codec.to_8bit(blocks, outer).astype(jnp.int32))
-        kind = {"step": self.step, "levels": self.levels, "search": self.search}
-        return codec.group_step(magnitude, signed=self.signed_codes, **kind)
+        return codec.group_step(
+            magnitude,
+            step=self.step,
+            levels=self.levels,
+            signed=self.signed_codes,
+            search=self.search,
+        )
 
     def encode(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
         """Return 4-bit codes, int32."""

@@ -62,6 +62,22 @@ class SDR(Format):
         """Return mantissas times step and scale."""
         return (codes << kept["shifts"].astype(jnp.int32)) * kept["row_scale"]
 
+    def exact_8(self, codes: jax.Array, kept: Kept) -> tuple[jax.Array, jax.Array] | None:
+        """Return mantissas times step, -128 to 112, and the row's scale: of an 8-bit base."""
+        if self.base != 8:
+            return None
+        return (codes << kept["shifts"].astype(jnp.int32)).astype(jnp.int8), kept["row_scale"]
+
+    def exact_16(self, codes: jax.Array, kept: Kept) -> tuple[jax.Array, jax.Array]:
+        """Return mantissas times step, three significant bits, and the row's scale."""
+        wide = codes << kept["shifts"].astype(jnp.int32)
+        return wide.astype(jnp.bfloat16), kept["row_scale"]
+
+    @property
+    def nibbles(self) -> tuple[str, ...]:
+        """Flags are stored in four bits, of which a base of 8 bits needs three."""
+        return ("shifts",)
+
     @property
     def _limit(self) -> int:
         return 2 ** (self.base - 1) - 1

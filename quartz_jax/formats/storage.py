@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.operands import int8_values
 from quartz_jax.formats.base import Format
-from quartz_jax.formats.integer import Int
 from quartz_jax.formats.quartz import Quartz
 from quartz_jax.formats.tensors import BlockRows, Int8Rows, PackedRows, Stored
 
@@ -41,12 +40,10 @@ def quantize(
     if x.shape[axis] == 0:
         raise ValueError(f"x has shape {list(x.shape)}; axis {axis} must not be empty")
     axis = axis % x.ndim - x.ndim
-    if isinstance(format, Quartz):
-        stored = format.store(jnp.moveaxis(x, axis, -1))
-        return dataclasses.replace(stored, axis=axis)
-    if axis != -1:
+    if axis != -1 and not isinstance(format, Quartz):
         raise ValueError(f"axis is {axis} with {format}; only Quartz has other axes than the last")
-    return format.store(x)
+    stored = format.store(jnp.moveaxis(x, axis, -1))
+    return dataclasses.replace(stored, axis=axis) if isinstance(stored, PackedRows) else stored
 
 
 class WeightError(ValueError):
@@ -79,8 +76,7 @@ def dequantize(q: Stored, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     The result has q's shape. Rows with a NaN or infinite input are NaN.
     """
     if isinstance(q, BlockRows):
-        y = q.format.decode(*q.format.disassemble(q))
-        return y.reshape(*q.shape[:-1], -1)[..., : q.k].astype(dtype)
+        return _rows(q.format.decode(*q.format.disassemble(q)), q).astype(dtype)
     values = int8_values(q).astype(jnp.float32)
     scale = _per_element(q.scale, q)
     y = values * scale if q.lo is None else (values + 128) * scale + _per_element(q.lo, q)
@@ -90,16 +86,13 @@ def dequantize(q: Stored, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 def row_operand(stored: Stored) -> PackedRows | Int8Rows | None:
     """Return what kernels multiply of a stored tensor, or None where it has no such form.
 
-    Integers of up to 8 bits with one symmetric scale a row are int8 rows whatever their width.
+    Integers of up to 8 bits with one symmetric scale a row are int8 rows whatever their width;
+    other formats are if they decode to such integers, `Format.exact_8`.
     """
     if not isinstance(stored, BlockRows):
         return stored
-    plain = isinstance(stored.format, Int) and stored.format.block is None
-    if not plain or stored.format.range != "absmax":
-        return None
-    codes, kept = stored.format.disassemble(stored)
-    values = codes.reshape(*codes.shape[:-2], -1).astype(jnp.int8)
-    return Int8Rows(values=values, scale=kept["scale"][..., 0].astype(jnp.float32))
+    found = stored.format.exact_8(*stored.format.disassemble(stored))
+    return found and Int8Rows(values=_rows(found[0], stored), scale=found[1][..., 0])
 
 
 def exact_16(stored: BlockRows) -> tuple[jax.Array, jax.Array] | None:
@@ -111,11 +104,16 @@ def exact_16(stored: BlockRows) -> tuple[jax.Array, jax.Array] | None:
     if found is None:
         return None
     values, scale = found
-    return values.reshape(*values.shape[:-2], -1)[..., : stored.k], scale[..., 0]
+    return _rows(values, stored), scale[..., 0]
+
+
+def _rows(blocks: jax.Array, stored: BlockRows) -> jax.Array:
+    """Join blocks [..., blocks, block] to the rows of a tensor, [..., k]."""
+    return blocks.reshape(*blocks.shape[:-2], -1)[..., : stored.k]
 
 
 def _per_element(scale: jax.Array, q: PackedRows | Int8Rows) -> jax.Array:
     """Repeat one scale a block to one an element, [..., k]; one a row broadcasts as it is."""
-    if scale.shape[-1] == 1:
+    if scale.shape[-1] == 1 or isinstance(q, Int8Rows):
         return scale
     return jnp.repeat(scale, q.scale_block, axis=-1)[..., : q.k]
