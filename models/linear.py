@@ -10,18 +10,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_EPSILON = 1e-6  # of the layer norm
+EPSILON = 1e-6  # of the layer norm, in most models
 
 
 def modulate(
     x: jax.Array,  # [b, t, c]
     shift: jax.Array,  # [b, 1, c]
     scale: jax.Array,  # [b, 1, c]
+    epsilon: float = EPSILON,
 ) -> jax.Array:
     """Return layer_norm(x) * (1 + scale) + shift, computed in float32, in the dtype of x."""
     wide = x.astype(jnp.float32)
     wide = wide - wide.mean(axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + _EPSILON)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
     return (wide * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -43,6 +44,24 @@ class Part:
 class Linear(nnx.Linear):
     """y = x W + b, with what comes before and after it in a transformer block."""
 
+    quantizable = True  # a quantized linear can take its place: it computes what is said here
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        # what it is in its model: embed, modulation, attention_in, attention_out, mlp_in, mlp_out,
+        # mixed_in, mixed_out (attention and MLP in one), outlier_out (last of an MLP whose inputs
+        # are known to overflow 16-bit floats) or head
+        role: str | None = None,
+        norm_epsilon: float = EPSILON,  # of the layer norm before the modulation
+        **options,  # of nnx.Linear
+    ):
+        super().__init__(in_features, out_features, **options)
+        self.role = role
+        self.norm_epsilon = norm_epsilon
+
     def __call__(
         self,
         x: jax.Array | tuple[Part, ...],  # [..., k], or parts that lie side by side
@@ -55,7 +74,9 @@ class Linear(nnx.Linear):
         """Return residual + gate * activation(modulate(x) W + b), [..., n]; each optional."""
         if isinstance(x, tuple):
             x = jnp.concatenate([part.value() for part in x], axis=-1)
-        y = super().__call__(x if modulation is None else modulate(x, *modulation))
+        if modulation is not None:
+            x = modulate(x, *modulation, self.norm_epsilon)
+        y = super().__call__(x)
         if activation == "gelu":
             y = nnx.gelu(y, approximate=True)
         if gate is not None:

@@ -95,7 +95,8 @@ class JointAttention(nnx.Module):
 
     def __init__(self, heads: int):
         self.heads = heads
-        self.qk_norm_rope = qk_norm_rope  # `quartz_jax.place` puts a kernel here
+        self.qk_norm_rope = qk_norm_rope  # `quartz_jax.place` puts a kernel here, since
+        self.qk_norm_rope_kernel = True  # neighbouring channels are rotated, behind an RMSNorm
 
     def __call__(
         self,
@@ -111,8 +112,8 @@ class Embedder(nnx.Module):
     """Two linears that bring one condition (time, guidance, pooled text) to hidden_size."""
 
     def __init__(self, inputs: int, hidden: int, *, linear):
-        self.in_layer = linear(inputs, hidden)
-        self.out_layer = linear(hidden, hidden)
+        self.in_layer = linear(inputs, hidden, role="embed")
+        self.out_layer = linear(hidden, hidden, role="embed")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, inputs] to [b, c]."""
@@ -124,7 +125,8 @@ class Modulation(nnx.Module):
 
     def __init__(self, hidden: int, parts: int, *, linear):
         self.parts = parts
-        self.lin = linear(hidden, parts * hidden, kernel_init=nnx.initializers.zeros)
+        zeros = nnx.initializers.zeros
+        self.lin = linear(hidden, parts * hidden, kernel_init=zeros, role="modulation")
 
     def __call__(self, vec: jax.Array) -> list[jax.Array]:
         """[b, c] to `parts` arrays [b, 1, c]."""
@@ -136,8 +138,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: FluxConfig, *, linear, norm):
         hidden = config.hidden_size
-        self.qkv = linear(hidden, 3 * hidden)
-        self.proj = linear(hidden, hidden)
+        self.qkv = linear(hidden, 3 * hidden, role="attention_in")
+        self.proj = linear(hidden, hidden, role="attention_out")
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
 
@@ -155,8 +157,8 @@ class MLP(nnx.Module):
     """The feed-forward part of a double-stream block."""
 
     def __init__(self, hidden: int, *, linear):
-        self.up = linear(hidden, _MLP_RATIO * hidden)
-        self.down = linear(_MLP_RATIO * hidden, hidden)
+        self.up = linear(hidden, _MLP_RATIO * hidden, role="mlp_in")
+        self.down = linear(_MLP_RATIO * hidden, hidden, role="mlp_out")
 
     def __call__(
         self,
@@ -211,8 +213,10 @@ class SingleStreamBlock(nnx.Module):
     def __init__(self, config: FluxConfig, *, linear, norm):
         hidden = config.hidden_size
         self.modulation = Modulation(hidden, 3, linear=linear)
-        self.linear1 = linear(hidden, (3 + _MLP_RATIO) * hidden)  # q, k, v, mlp
-        self.linear2 = linear((1 + _MLP_RATIO) * hidden, hidden)  # of attention, mlp
+        # q, k, v, mlp
+        self.linear1 = linear(hidden, (3 + _MLP_RATIO) * hidden, role="mixed_in")
+        # of attention, mlp
+        self.linear2 = linear((1 + _MLP_RATIO) * hidden, hidden, role="mixed_out")
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
         self.attention = JointAttention(config.num_attention_heads)
@@ -240,13 +244,25 @@ class FinalLayer(nnx.Module):
 
     def __init__(self, hidden: int, outputs: int, *, linear):
         zeros = nnx.initializers.zeros
-        self.modulation = linear(hidden, 2 * hidden, kernel_init=zeros)
-        self.linear = linear(hidden, outputs, kernel_init=zeros)
+        self.modulation = linear(hidden, 2 * hidden, kernel_init=zeros, role="embed")
+        self.linear = linear(hidden, outputs, kernel_init=zeros, role="head")
 
     def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
         """[b, t, c] and the condition [b, c] to [b, t, outputs]."""
         shift, scale = jnp.split(self.modulation(nnx.silu(vec))[:, None], 2, axis=-1)
         return self.linear(x, modulation=(shift, scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Carry:
+    """What goes from block to block."""
+
+    img: jax.Array  # [b, image tokens, c]; all tokens, text first, behind the first single block
+    txt: jax.Array | None  # [b, text tokens, c]; None behind the first single block
+    vec: jax.Array  # [b, c]: time, guidance and pooled text
+    rope: jax.Array  # float32 [2, t, d / 2]
+    text_tokens: int = dataclasses.field(metadata={"static": True})
 
 
 class FluxTransformer(nnx.Module):
@@ -267,8 +283,8 @@ class FluxTransformer(nnx.Module):
         )
         hidden = config.hidden_size
         self.config = config
-        self.img_in = linear(config.in_channels, hidden)
-        self.txt_in = linear(config.joint_attention_dim, hidden)
+        self.img_in = linear(config.in_channels, hidden, role="embed")
+        self.txt_in = linear(config.joint_attention_dim, hidden, role="embed")
         self.time_in = Embedder(_TIME_CHANNELS, hidden, linear=linear)
         self.vector_in = Embedder(config.pooled_projection_dim, hidden, linear=linear)
         if config.guidance_embeds:
@@ -297,6 +313,32 @@ class FluxTransformer(nnx.Module):
         Raises:
           ValueError: guidance is given to a model without guidance embedding, or missing.
         """
+        inputs = {
+            "hidden_states": hidden_states,
+            "encoder_hidden_states": encoder_hidden_states,
+            "pooled_projections": pooled_projections,
+            "timestep": timestep,
+            "img_ids": img_ids,
+            "txt_ids": txt_ids,
+            "guidance": guidance,
+        }
+        carry = self.start(**inputs)
+        for _, block in self.blocks():
+            carry = self.advance(block, carry)
+        return self.finish(carry)
+
+    def start(
+        self,
+        *,
+        hidden_states: jax.Array,
+        encoder_hidden_states: jax.Array,
+        pooled_projections: jax.Array,
+        timestep: jax.Array,
+        img_ids: jax.Array,
+        txt_ids: jax.Array,
+        guidance: jax.Array | None = None,
+    ) -> Carry:
+        """Return what goes into the first block; arguments as the call's."""
         if (guidance is not None) != self.config.guidance_embeds:
             wanted = "needs guidance" if self.config.guidance_embeds else "takes no guidance"
             raise ValueError(f"guidance is {guidance}, but this model {wanted}")
@@ -307,9 +349,23 @@ class FluxTransformer(nnx.Module):
 
         img, txt = self.img_in(hidden_states), self.txt_in(encoder_hidden_states)
         rope = rope_table(jnp.concatenate([txt_ids, img_ids]), self.config.axes_dims_rope)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, rope)
-        x = jnp.concatenate([txt, img], axis=1)
-        for block in self.single_blocks:
-            x = block(x, vec, rope)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        return Carry(img=img, txt=txt, vec=vec, rope=rope, text_tokens=txt.shape[1])
+
+    def blocks(self) -> list[tuple[str, nnx.Module]]:
+        """Return the blocks by path, in the order in which they run."""
+        lists = ("double_blocks", "single_blocks")
+        return [(f"{name}.{i}", b) for name in lists for i, b in enumerate(getattr(self, name))]
+
+    @staticmethod
+    def advance(block: nnx.Module, carry: Carry) -> Carry:
+        """Return what a block makes of the tokens."""
+        if isinstance(block, DoubleStreamBlock):
+            img, txt = block(carry.img, carry.txt, carry.vec, carry.rope)
+            return dataclasses.replace(carry, img=img, txt=txt)
+        x = carry.img if carry.txt is None else jnp.concatenate([carry.txt, carry.img], axis=1)
+        return dataclasses.replace(carry, img=block(x, carry.vec, carry.rope), txt=None)
+
+    def finish(self, carry: Carry) -> jax.Array:
+        """Return the velocity, [b, image tokens, token_channels], from what the blocks made."""
+        x = carry.img if carry.txt is not None else carry.img[:, carry.text_tokens :]
+        return self.final_layer(x, carry.vec)

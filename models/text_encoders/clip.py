@@ -20,6 +20,7 @@ from models.checkpoint_io import (
     read_json,
     save_params,
 )
+from models.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,10 +130,10 @@ class _Attention(nnx.Module):
         width, stddev = config.hidden_size, config.hidden_size**-0.5
         self.num_heads = config.num_attention_heads
         in_stddev = stddev * (2 * config.num_hidden_layers) ** -0.5
-        self.q_proj = _linear(width, width, in_stddev, **options)
-        self.k_proj = _linear(width, width, in_stddev, **options)
-        self.v_proj = _linear(width, width, in_stddev, **options)
-        self.out_proj = _linear(width, width, stddev, **options)
+        self.q_proj = _linear(width, width, in_stddev, role="attention_in", **options)
+        self.k_proj = _linear(width, width, in_stddev, role="attention_in", **options)
+        self.v_proj = _linear(width, width, in_stddev, role="attention_in", **options)
+        self.out_proj = _linear(width, width, stddev, role="attention_out", **options)
 
     def __call__(self, x, mask):
         batch, tokens, _ = x.shape
@@ -148,8 +149,8 @@ class _MLP(nnx.Module):
         width, hidden = config.hidden_size, config.intermediate_size
         out_stddev = (2 * width * config.num_hidden_layers) ** -0.5
         self.hidden_act = config.hidden_act
-        self.fc1 = _linear(width, hidden, (2 * width) ** -0.5, **options)
-        self.fc2 = _linear(hidden, width, out_stddev, **options)
+        self.fc1 = _linear(width, hidden, (2 * width) ** -0.5, role="mlp_in", **options)
+        self.fc2 = _linear(hidden, width, out_stddev, role="mlp_out", **options)
 
     def __call__(self, x):
         return self.fc2(_ACTIVATIONS[self.hidden_act](self.fc1(x)))
@@ -166,8 +167,8 @@ def _gelu(x: jax.Array) -> jax.Array:
 _ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": _gelu}
 
 
-def _linear(inputs: int, outputs: int, stddev: float, **options) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.normal(stddev), **options)
+def _linear(inputs: int, outputs: int, stddev: float, **options) -> Linear:
+    return Linear(inputs, outputs, kernel_init=nnx.initializers.normal(stddev), **options)
 
 
 def _norm(config: CLIPTextConfig, **options) -> nnx.LayerNorm:

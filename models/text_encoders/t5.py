@@ -22,6 +22,7 @@ from models.checkpoint_io import (
     read_json,
     save_params,
 )
+from models.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,10 +148,12 @@ class _Attention(nnx.Module):
     def __init__(self, config: T5Config, **options):
         width, inner = config.d_model, config.num_heads * config.d_kv
         self.num_heads = config.num_heads
-        self.q = _linear(width, inner, (width * config.d_kv) ** -0.5, **options)
-        self.k = _linear(width, inner, width**-0.5, **options)
-        self.v = _linear(width, inner, width**-0.5, **options)
-        self.o = _linear(inner, width, inner**-0.5, **options)
+        self.q = _linear(
+            width, inner, (width * config.d_kv) ** -0.5, role="attention_in", **options
+        )
+        self.k = _linear(width, inner, width**-0.5, role="attention_in", **options)
+        self.v = _linear(width, inner, width**-0.5, role="attention_in", **options)
+        self.o = _linear(inner, width, inner**-0.5, role="attention_out", **options)
 
     def __call__(self, x, bias, mask):
         batch, tokens, _ = x.shape
@@ -164,8 +167,12 @@ class _Attention(nnx.Module):
 
 class _MLP(nnx.Module):
     def __init__(self, config: T5Config, **options):
-        self.wi = _linear(config.d_model, config.d_ff, config.d_model**-0.5, **options)
-        self.wo = _linear(config.d_ff, config.d_model, config.d_ff**-0.5, **options)
+        self.wi = _linear(
+            config.d_model, config.d_ff, config.d_model**-0.5, role="mlp_in", **options
+        )
+        self.wo = _linear(
+            config.d_ff, config.d_model, config.d_ff**-0.5, role="outlier_out", **options
+        )
 
     def __call__(self, x):
         return self.wo(jax.nn.relu(self.wi(x)))
@@ -173,17 +180,23 @@ class _MLP(nnx.Module):
 
 class _GatedMLP(nnx.Module):
     def __init__(self, config: T5Config, **options):
-        self.wi_0 = _linear(config.d_model, config.d_ff, config.d_model**-0.5, **options)
-        self.wi_1 = _linear(config.d_model, config.d_ff, config.d_model**-0.5, **options)
-        self.wo = _linear(config.d_ff, config.d_model, config.d_ff**-0.5, **options)
+        self.wi_0 = _linear(
+            config.d_model, config.d_ff, config.d_model**-0.5, role="mlp_in", **options
+        )
+        self.wi_1 = _linear(
+            config.d_model, config.d_ff, config.d_model**-0.5, role="mlp_in", **options
+        )
+        self.wo = _linear(
+            config.d_ff, config.d_model, config.d_ff**-0.5, role="outlier_out", **options
+        )
 
     def __call__(self, x):
         return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
 
 
-def _linear(inputs: int, outputs: int, stddev: float, **options) -> nnx.Linear:
+def _linear(inputs: int, outputs: int, stddev: float, **options) -> Linear:
     init = nnx.initializers.normal(stddev)
-    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, **options)
+    return Linear(inputs, outputs, use_bias=False, kernel_init=init, **options)
 
 
 def _embed(rows: int, width: int, stddev: float, **options) -> nnx.Embed:

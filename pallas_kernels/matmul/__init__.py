@@ -140,7 +140,7 @@ def matmul(
     _check_x(x)
     _check_w(w)
     _check_same_k(x, w)
-    _check_epilogue(epilogue, x.shape[0], w.shape[0])
+    check_epilogue(epilogue, x.shape[0], w.shape[0])
     if not isinstance(w, PreparedWeights):
         return _operation(w)(x, w, epilogue, implementation=implementation)
     if w.implementation not in w.operation.names(implementation):
@@ -258,7 +258,7 @@ def _check_same_k(x: Int8Rows, w: Int8Rows | PackedRows | PreparedWeights) -> No
         )
 
 
-def _check_epilogue(epilogue: Any, m: int, n: int) -> None:
+def check_epilogue(epilogue: Any, m: int, n: int) -> None:
     """Refuse what doesn't fit a result of [m, n]."""
     if not isinstance(epilogue, Epilogue):
         raise ValueError(f"epilogue is a {type(epilogue).__name__}; it must be an Epilogue")

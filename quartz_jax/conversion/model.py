@@ -1,9 +1,10 @@
 """Applying a recipe to a model, layer by layer: one in memory, or one that is read as it goes."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Container, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +13,54 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from quartz_jax.conversion.report import LayerReport, Report, measure_layer, squared_norms
-from quartz_jax.engine.linear import (
-    QuantizedWeight,
-    QuartzLinear,
-    abstract_weight,
-    encode_weight,
-    round_to_bf16,
-)
-from quartz_jax.formats.tensors import IntTensor, QuartzTensor
-from quartz_jax.recipes.recipe import Recipe, Rule
+from quartz_jax.conversion.report import LayerReport, Report, measure_layer
+from quartz_jax.engine.linear import QuantizedLinear
+from quartz_jax.engine.surgery import replace_linears
+from quartz_jax.formats import Stored
+from quartz_jax.formats.storage import WeightError, check_finite, dequantize
+from quartz_jax.recipes.recipe import LayerRecipe, Recipe
+from quartz_jax.recipes.sites import sites
+from quartz_jax.rounding import Nearest
+from quartz_jax.transforms import Layer, Op, Seen
+from quartz_jax.transforms.base import HIGHEST
 
 M = TypeVar("M", bound=nnx.Module)
 
-# Elements of a weight that are quantized at once: the codec's float32 and int32 intermediates then
-# stay in a CPU's cache, which is twice as fast, and small beside the model.
+# Elements of a weight that are quantized at once where its rows don't depend on each other: the
+# codec's float32 and int32 intermediates then stay in a CPU's cache, which is twice as fast, and
+# small beside the model.
 _ELEMENTS_AT_ONCE = 2**22
 # Part of a model that holds what lies in no list of blocks: embedders, the last layer.
-_OTHER = "other"
+OTHER = "other"
 
 
-def quantize_model(model: M, recipe: Recipe, *, progress: bool = False) -> tuple[M, Report]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What a layer becomes."""
+
+    weight: Stored  # [n, k]
+    ops: tuple[Op, ...]
+
+    def module(self, linear: nnx.Module, recipe: LayerRecipe) -> QuantizedLinear:
+        """Return the module that takes the place of a linear."""
+        return QuantizedLinear(
+            self.weight,
+            linear.bias,
+            recipe.activation,
+            self.ops,
+            dtype=linear.dtype,
+            role=getattr(linear, "role", None),
+            **{name: getattr(linear, name) for name in ("norm_epsilon",) if hasattr(linear, name)},
+        )
+
+
+def quantize_model(
+    model: M,
+    recipe: Recipe,
+    seen: Mapping[str, Seen] | None = None,
+    *,
+    progress: bool = False,
+) -> tuple[M, Report]:
     """Return a copy of a model whose linears are quantized by a recipe, and a report.
 
     The given model is untouched; the copy shares its arrays. Everything that stays 16-bit is
@@ -41,47 +69,129 @@ def quantize_model(model: M, recipe: Recipe, *, progress: bool = False) -> tuple
 
     Args:
       model: any NNX model with nnx.Linear layers.
-      recipe: its rules decide by the linears' paths, such as "double_blocks.0.img_attn.qkv".
+      recipe: its rules decide by the linears' roles or paths; models that state no roles have
+        linears of the role "linear".
+      seen: what `engine.observe.observe` found of the linears' inputs, by path; needed by recipes
+        that are calibrated.
       progress: show a bar over the layers on stderr.
 
     Raises:
-      ValueError: a rule matches nothing, or a weight holds a NaN or an infinity; it is named.
+      ValueError: a rule matches nothing, or a layer that can't be quantized; a weight holds a NaN
+        or an infinity; statistics are missing; or the model is being traced. The layer is named.
     """
+    assigned = recipe.assign(sites(model))
+    check_seen(recipe, assigned, seen)
     elements = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
-    model, layers = nnx.clone(model), []
-    for path, parent, name, rule in tqdm(_plan(model, recipe), "quantizing", disable=not progress):
-        linear = _child(parent, name)
-        weight, report = quantize_layer(path, linear.kernel.get_value(), linear.bias, rule)
+    layers: list[LayerReport] = []
+    bar = tqdm(total=len(assigned), desc="quantizing", disable=not progress)
+
+    def replace(path: str, linear: nnx.Module) -> nnx.Module:
+        kernel = linear.kernel.get_value()
+        if isinstance(kernel, jax.core.Tracer):
+            raise ValueError(
+                f"weight of {path} is traced, as under jax.jit or eval_shape; quantize_model works "
+                "on arrays, abstract_quantized gives shapes"
+            )
+        fitted, report = quantize_layer(
+            path, np.asarray(kernel).T, linear.bias, assigned[path], (seen or {}).get(path)
+        )
         layers.append(report)
-        _set_child(parent, name, QuartzLinear(weight, linear.bias, rule.activation))
-    nnx.update(model, jax.tree.map(round_to_bf16, nnx.state(model, nnx.Param)))
+        bar.update()
+        return fitted.module(linear, assigned[path])
+
+    with bar:
+        quantized = replace_linears(model, replace, only=assigned)
+    nnx.update(quantized, jax.tree.map(round_to_bf16, nnx.state(quantized, nnx.Param)))
     other = 2 * elements - sum(layer.bytes_bf16 for layer in layers)
-    return model, Report(recipe=recipe.name, layers=tuple(layers), other_bytes=other)
+    roles = {site.path: site.role for site in sites(model)}
+    layers = [dataclasses.replace(layer, role=roles[layer.path]) for layer in layers]
+    return quantized, Report(recipe=recipe.name, layers=tuple(layers), other_bytes=other)
+
+
+def check_seen(
+    recipe: Recipe, assigned: Mapping[str, LayerRecipe], seen: Mapping[str, Seen] | None
+) -> None:
+    """Raise ValueError unless the statistics are there that a recipe's layers read."""
+    for path, layer in assigned.items():
+        found = seen[path].needs if seen and path in seen else frozenset()
+        if missing := layer.needs - found:
+            raise ValueError(
+                f"recipe {recipe.name!r} is calibrated: {path} needs "
+                f"{', '.join(sorted(missing))} of its inputs; give what observe found, or convert "
+                "with calibration prompts"
+            )
 
 
 def quantize_layer(
     path: str,
-    kernel: jax.Array | np.ndarray,  # [k, n]; fastest as the transposed view of a numpy [n, k]
-    bias: nnx.Param | None,  # [n]: only counted
-    rule: Rule,
-) -> tuple[QuartzTensor | IntTensor, LayerReport]:
-    """Quantize the weight of one linear, some outputs at a time, and measure what it did.
+    weight: jax.Array | np.ndarray,  # [n, k]
+    bias: Any,  # [n] or None: only counted
+    recipe: LayerRecipe,
+    seen: Seen | None = None,
+) -> tuple[Fitted, LayerReport]:
+    """Quantize the weight of one linear, and measure what it did.
+
+    Weights whose rows don't depend on each other go some rows at a time.
 
     Raises:
-      WeightError: it holds a NaN or an infinity; names the layer.
+      WeightError: it holds a NaN or an infinity, or would in bfloat16; names the layer.
     """
-    k, n = kernel.shape
-    rows = 2 ** int(math.log2(max(_ELEMENTS_AT_ONCE // k, 1)))
-    slices, squares = [], np.zeros(2)
+    n, k = weight.shape
+    assert recipe.weight is not None
+    rows = n
+    if recipe.weight.rows_apart and not recipe.transforms and recipe.rounding == Nearest():
+        rows = 2 ** int(math.log2(max(_ELEMENTS_AT_ONCE // k, 1)))
+    slices, squares = [], np.zeros(4)
     for start in range(0, n, rows):
-        if isinstance(kernel, np.ndarray):  # copied where it is contiguous, transposed after
-            part = jnp.asarray(kernel.T[start : start + rows]).T
-        else:
-            part = kernel[:, start : start + rows]
-        slices.append(encode_weight(path, part, rule.weight))
-        squares += np.asarray(squared_norms(part, slices[-1]), np.float64)
-    weight = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *slices)
-    return weight, measure_layer(path, weight, bias, rule, *squares)
+        part = jnp.asarray(weight[start : start + rows])
+        check_finite(path, part.astype(jnp.bfloat16))
+        try:
+            *made, measured = _fit_and_store(part, recipe, seen or Seen())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        slices.append(made)
+        squares += np.asarray(measured, np.float64)
+    stored, ops = jax.tree.map(lambda *leaves: _joined(leaves), *slices)
+    fitted = Fitted(weight=stored, ops=ops)
+    return fitted, measure_layer(path, stored, ops, bias, recipe, squares)
+
+
+def _joined(leaves: tuple[jax.Array, ...]) -> jax.Array:
+    return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _fit_and_store(
+    weight: jax.Array,  # [n, k]
+    recipe: LayerRecipe,
+    seen: Seen,
+) -> tuple[Stored, tuple[Op, ...], jax.Array]:
+    """Return the stored weight, the ops, and squared norms of what rounding did.
+
+    These are float32 [4]: of the error and of the weight itself, then of the error's and the
+    weight's output on what the layer has seen, 0 where there is no Gram matrix.
+    """
+    exact = round_to_bf16(weight).astype(jnp.float32)
+    layer = recipe.fit(Layer(weight=exact, seen=seen))
+    stored = recipe.store(layer)
+    error = dequantize(stored) - layer.weight
+    outputs = [jnp.float32(0)] * 2
+    if layer.seen.gram is not None:
+        outputs = [_output_norm(x, layer.seen.gram) for x in (error, layer.weight)]
+    for op in reversed(layer.ops):
+        error = op.back(error)
+    norms = [jnp.sum(x**2) for x in (error, exact)]
+    return stored, layer.ops, jnp.stack([*norms, *outputs])
+
+
+def _output_norm(weight: jax.Array, gram: jax.Array) -> jax.Array:
+    """Return the mean squared norm of x w^T over the inputs whose Gram matrix is given."""
+    return jnp.sum(jnp.matmul(weight, gram, precision=HIGHEST) * weight)
+
+
+def round_to_bf16(x: jax.Array) -> jax.Array:
+    """Return floating values rounded to bfloat16, in the dtype they have."""
+    return x.astype(jnp.bfloat16).astype(x.dtype)
 
 
 def abstract_quantized(build: Callable[[], M], recipe: Recipe) -> M:
@@ -94,52 +204,39 @@ def abstract_quantized(build: Callable[[], M], recipe: Recipe) -> M:
     Raises:
       ValueError: a rule matches nothing; it is named.
     """
-    return _quantize_shapes(nnx.eval_shape(build), recipe)
+    return quantize_shapes(nnx.eval_shape(build), recipe)
 
 
-def _quantize_shapes(model: M, recipe: Recipe) -> M:
-    """Do what `quantize_model` does, in place, to a model with shapes in place of arrays."""
-    for _, parent, name, rule in _plan(model, recipe):
-        linear = _child(parent, name)
-        weight = abstract_weight(linear.kernel.get_value(), rule.weight)
-        _set_child(parent, name, QuartzLinear(weight, linear.bias, rule.activation))
-    return model
+def quantize_shapes(model: M, recipe: Recipe) -> M:
+    """Do what `quantize_model` does to a model with shapes in place of arrays."""
+    assigned = recipe.assign(sites(model))
+
+    def replace(path: str, linear: nnx.Module) -> nnx.Module:
+        fitted = _abstract_layer(assigned[path], linear.out_features, linear.in_features)
+        return fitted.module(linear, assigned[path])
+
+    return replace_linears(model, replace, only=assigned)
 
 
-def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
-    """Return the linears of a model by path, such as "double_blocks.0.img_attn.qkv"."""
-    return {
-        ".".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.Linear) and path
+@functools.lru_cache(maxsize=256)
+def _abstract_layer(recipe: LayerRecipe, n: int, k: int) -> Fitted:
+    shapes: dict[str, tuple[int, ...]] = {
+        "rows": (1, 1, k),
+        "absmax": (k,),
+        "mean": (k,),
+        "gram": (k, k),
     }
+    seen = Seen(
+        **{name: jax.ShapeDtypeStruct(shapes[name], jnp.float32) for name in recipe.needs}  # type: ignore[arg-type]
+    )
+    weight = jax.ShapeDtypeStruct((n, k), jnp.bfloat16)
 
+    def fit(weight, seen):
+        layer = recipe.fit(Layer(weight=weight.astype(jnp.float32), seen=seen))
+        return recipe.store(layer), layer.ops
 
-def replace_linears(
-    model: M,
-    replace: Callable[[str, nnx.Linear], nnx.Module],
-    only: Container[str] | None = None,
-) -> M:
-    """Return a copy of a model with replace(path, linear) in the place of each linear.
-
-    Args:
-      model: is untouched; the copy shares its arrays.
-      replace: is called in the order of the paths that `linears` gives.
-      only: paths to replace; None for all.
-    """
-    model = nnx.clone(model)
-    modules = dict(nnx.iter_modules(model))
-    for path, linear in modules.items():
-        name = ".".join(map(str, path))
-        if isinstance(linear, nnx.Linear) and path and (only is None or name in only):
-            _set_child(modules[path[:-1]], path[-1], replace(name, linear))
-    return model
-
-
-def round_parameters(model: M) -> M:
-    """Round the parameters that a model still has to bfloat16 values, in place; return it."""
-    nnx.update(model, jax.tree.map(round_to_bf16, nnx.state(model, nnx.Param)))
-    return model
+    stored, ops = jax.eval_shape(fit, weight, seen)
+    return Fitted(weight=stored, ops=ops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +245,7 @@ class Part:
 
     name: str  # such as "double_blocks.0"
     params: dict[str, jax.ShapeDtypeStruct]  # of the 16-bit model, by dotted path
-    layers: dict[str, Rule]  # the linears to quantize, by dotted path
+    layers: dict[str, LayerRecipe]  # the linears to quantize, by dotted path
     arrays: dict[str, jax.ShapeDtypeStruct]  # as stored, by dotted path
 
     @property
@@ -162,26 +259,41 @@ class Part:
         return 2 * sum(math.prod(x.shape) for x in self.params.values())
 
     def quantize(
-        self, params: Mapping[str, np.ndarray]
+        self, params: Mapping[str, np.ndarray], seen: Mapping[str, Seen] | None = None
     ) -> tuple[dict[str, np.ndarray], list[LayerReport]]:
         """Return the arrays as stored, and a report of each layer.
 
         Args:
           params: of the 16-bit model, by dotted path, kernels [k, n].
+          seen: statistics of the layers' inputs, by path; for calibrated recipes.
 
         Raises:
-          WeightError: a weight holds a NaN or an infinity; its layer is named.
+          WeightError: a parameter holds a NaN or an infinity; it is named.
         """
         arrays, reports = {}, []
-        for path, rule in self.layers.items():
-            bias = params.get(f"{path}.bias")
-            weight, report = quantize_layer(path, params[f"{path}.kernel"], bias, rule)
+        for path, recipe in self.layers.items():
+            fitted, report = quantize_layer(
+                path,
+                params[f"{path}.kernel"].T,
+                params.get(f"{path}.bias"),
+                recipe,
+                (seen or {}).get(path),
+            )
             reports.append(report)
-            for leaf, value in jax.tree_util.tree_leaves_with_path(weight):
-                arrays[f"{path}.weight.{_name(leaf)}"] = np.asarray(value)
+            for prefix, tree in (("weight", fitted.weight), ("ops", fitted.ops)):
+                for leaf, value in jax.tree_util.tree_leaves_with_path(tree):
+                    arrays[f"{path}.{prefix}.{leaf_name(leaf)}"] = np.asarray(value)
         for name in self.arrays.keys() - arrays.keys():
-            arrays[name] = np.asarray(params[name]).astype(ml_dtypes.bfloat16)
+            arrays[name] = _as_stored(name, np.asarray(params[name]), self.arrays[name].dtype)
         return arrays, reports
+
+
+def _as_stored(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return a parameter that isn't quantized in the dtype that is stored."""
+    stored = array.astype(dtype)
+    if dtype == ml_dtypes.bfloat16 and not np.isfinite(stored.astype(np.float32)).all():
+        raise WeightError(f"{name} holds NaN or infinity in bfloat16; check the checkpoint")
+    return stored
 
 
 def plan_parts(model: nnx.Module, recipe: Recipe) -> list[Part]:
@@ -194,13 +306,13 @@ def plan_parts(model: nnx.Module, recipe: Recipe) -> list[Part]:
     Raises:
       ValueError: a rule matches nothing; it is named.
     """
-    tables = {
+    tables: dict[str, dict[str, Any]] = {
         "params": stored_arrays(nnx.state(model)),
-        "layers": {path: rule for path, _, _, rule in _plan(model, recipe)},
-        "arrays": stored_arrays(nnx.state(_quantize_shapes(nnx.clone(model), recipe))),
+        "layers": recipe.assign(sites(model)),
+        "arrays": stored_arrays(nnx.state(quantize_shapes(model, recipe))),
     }
     names = sorted(set(map(part_of, tables["params"])), key=_natural_order)
-    parts = {name: {key: {} for key in tables} for name in names}
+    parts: dict[str, dict[str, Any]] = {name: {key: {} for key in tables} for name in names}
     for key, table in tables.items():
         for path, value in table.items():
             parts[part_of(path)][key][path] = value
@@ -211,52 +323,31 @@ def part_of(path: str) -> str:
     """Return the part that a parameter or layer belongs to: its block, or "other"."""
     first, _, rest = path.partition(".")
     index = rest.partition(".")[0]
-    return f"{first}.{index}" if index.isdigit() else _OTHER
+    return f"{first}.{index}" if index.isdigit() else OTHER
 
 
 def stored_arrays(state: nnx.State) -> dict[str, jax.Array]:
-    """Return arrays by dotted path as stored: parameters in bfloat16, quantized weights as are."""
+    """Return arrays by dotted path as stored: float parameters in bfloat16, all else as it is."""
 
     def stored(state: nnx.State) -> dict[str, jax.Array]:
-        packed, rest = nnx.split_state(state, QuantizedWeight, ...)
-        rest = jax.tree.map(lambda x: x.astype(jnp.bfloat16), rest)
-        tree = nnx.to_pure_dict(nnx.merge_state(packed, rest))
-        return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        params, rest = nnx.split_state(state, nnx.Param, ...)
+        params = jax.tree.map(_param_as_stored, params)
+        tree = nnx.to_pure_dict(nnx.merge_state(params, rest))
+        return {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
     return jax.eval_shape(stored, state) if abstract else stored(state)
 
 
-def _name(path: tuple) -> str:
+def _param_as_stored(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def leaf_name(path: tuple) -> str:
+    """Return a path of a pytree as dotted names."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _natural_order(name: str) -> tuple[str, int]:
     first, _, index = name.partition(".")
     return first, int(index or 0)
-
-
-def _plan(model: nnx.Module, recipe: Recipe) -> list[tuple[str, nnx.Module, str | int, Rule]]:
-    """Path, parent, name in the parent and rule of every linear to quantize."""
-    modules = dict(nnx.iter_modules(model))
-    paths = {
-        ".".join(map(str, path)): path
-        for path, module in modules.items()
-        if isinstance(module, nnx.Linear) and path
-    }
-    return [
-        (path, modules[paths[path][:-1]], paths[path][-1], rule)
-        for path, rule in recipe.assign(paths).items()
-        if rule.weight.kind != "bf16"
-    ]
-
-
-def _child(parent: nnx.Module, name: str | int) -> nnx.Module:
-    return parent[name] if isinstance(name, int) else getattr(parent, name)
-
-
-def _set_child(parent: nnx.Module, name: str | int, child: nnx.Module) -> None:
-    if isinstance(name, int):
-        parent[name] = child
-    else:
-        setattr(parent, name, child)

@@ -4,14 +4,14 @@ import dataclasses
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from pallas_kernels import codec
-from quartz_jax.formats.storage import dequantize
-from quartz_jax.formats.tensors import IntTensor, QuartzTensor
-from quartz_jax.recipes.recipe import Rule
+from quartz_jax import schema
+from quartz_jax.engine.linear import how_it_runs
+from quartz_jax.formats import PackedRows, Stored
+from quartz_jax.recipes.recipe import LayerRecipe
+from quartz_jax.transforms import Op
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,19 +19,19 @@ class LayerReport:
     """One quantized linear."""
 
     path: str  # of the layer in the model
-    weight: str  # format of the weight, in words
+    weight: str  # transforms, rounding and format of the weight, in words
     activation: str  # format of the input, in words
     relative_error: float  # norm(weight - dequantized) / norm(weight), of the 16-bit weight
     elements: int  # of the weight
-    weight_bytes: int  # as stored: codes, shifts and scales
+    weight_bytes: int  # as stored: codes, steps, scales, and what ops hold
     bias_bytes: int  # 16-bit
     # groups a stored shift (or integer step less one), from 0 up; None where there are no groups
-    shifts: tuple[int, ...] | None
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """Inverse of `dataclasses.asdict`, after JSON."""
-        return cls(**value | {"shifts": value["shifts"] and tuple(value["shifts"])})
+    shifts: tuple[int, ...] | None = None
+    role: str = "linear"  # of the layer in its model
+    execution: str = "int8"  # how it computes: `engine.linear.how_it_runs`
+    input_bits: float = 16.0  # stored bits an element of the input, scales included
+    # the same error of the output on calibration inputs; None where none were seen
+    output_error: float | None = None
 
     @property
     def bytes(self) -> int:
@@ -94,16 +94,25 @@ class Report:
 
     def table(self) -> str:
         """Return the report as aligned text, a line a layer and three lines of totals."""
-        rows = [("layer", "weight", "input", "error", "bytes", "of bf16", "shifts, %")]
+        rows = [("layer", "weight", "input", "error", "bytes", "of bf16", "runs", "shifts, %")]
         for x in self.layers:
             numbers = (f"{x.relative_error:.4f}", f"{x.bytes:,}", f"{x.bytes / x.bytes_bf16:.3f}")
-            rows.append((x.path, x.weight, x.activation, *numbers, _shares(x.shifts)))
+            rows.append((x.path, x.weight, x.activation, *numbers, x.execution, _shares(x.shifts)))
         other, total = f"{self.other_bytes:,}", f"{self.bytes:,}"
         ratio = f"{self.bytes / max(self.bytes_bf16, 1):.3f}"
-        rows.append(("everything else", "bf16", "bf16", "", other, "1.000", ""))
-        rows.append(("total", "", "", f"{self.relative_error:.4f}", total, ratio, ""))
+        rows.append(("everything else", "bf16", "bf16", "", other, "1.000", "", ""))
+        rows.append(("total", "", "", f"{self.relative_error:.4f}", total, ratio, "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        right = (False, False, False, True, True, True, False)  # numbers are aligned to the right
+        right = (
+            False,
+            False,
+            False,
+            True,
+            True,
+            True,
+            False,
+            False,
+        )  # numbers are aligned to the right
         return "\n".join(
             "  ".join(
                 cell.rjust(width) if flush else cell.ljust(width)
@@ -112,64 +121,66 @@ class Report:
             for row in rows
         )
 
+    @property
+    def input_bits(self) -> float:
+        """Stored bits an element of the quantized inputs, mean over layers; 16 without any."""
+        bits = [layer.input_bits for layer in self.layers if layer.execution != "weight-only"]
+        return sum(bits) / len(bits) if bits else 16.0
+
+    @property
+    def execution(self) -> str:
+        """How the layers compute: the ways, without weight-only ones unless all are."""
+        ways = dict.fromkeys(layer.execution for layer in self.layers)
+        found = [way for way in ways if way != "weight-only"] or list(ways)
+        return ", ".join(found) or "bf16"
+
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Inverse of `to_json`; raises ValueError for anything else."""
-        try:
-            layers = [LayerReport.from_json(layer) for layer in value["layers"]]
-            report = cls(
-                recipe=value["recipe"], layers=tuple(layers), other_bytes=value["other_bytes"]
-            )
-            if report.bytes != value["bytes"]:
-                raise ValueError("report: the layers' bytes don't add up to the total")
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"report is malformed: {error!r}") from None
+        """Undo `to_json`, of earlier versions too; raises ValueError for anything else."""
+        if not isinstance(value, dict) or "bytes" not in value:
+            raise ValueError("report is malformed; it must be a JSON object with its totals")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        report = schema.from_json(cls, {key: value[key] for key in fields if key in value})
+        if report.bytes != value["bytes"]:
+            raise ValueError("report: the layers' bytes don't add up to the total")
         return report
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object with every field and the totals."""
-        totals = {
-            name: getattr(self, name)
-            for name in ("bytes", "bytes_bf16", "relative_error", "weight_bits")
-        }
-        return dataclasses.asdict(self) | totals
+        names = ("bytes", "bytes_bf16", "relative_error", "weight_bits", "input_bits", "execution")
+        return schema.to_json(self) | {name: getattr(self, name) for name in names}
 
 
 def measure_layer(
     path: str,
-    weight: QuartzTensor | IntTensor,  # [n, k]
-    bias: jax.Array | nnx.Param | None,  # [n]
-    rule: Rule,
-    squared_error: float,  # sums over the weight, see `squared_norms`
-    squared_weight: float,
+    weight: Stored,  # [n, k]
+    ops: tuple[Op, ...],
+    bias: Any,  # [n] or None
+    recipe: LayerRecipe,
+    squares: np.ndarray,  # [4]: see `conversion.model`
 ) -> LayerReport:
     """Describe a quantized layer."""
+    error, exact, output_error, output = squares
+    activation = recipe.activation
     return LayerReport(
         path=path,
-        weight=str(rule.weight),
-        activation=str(rule.activation),
-        relative_error=float(np.sqrt(squared_error / (squared_weight or 1))),
+        weight=recipe.words(),
+        activation=str(activation or "bf16"),
+        relative_error=float(np.sqrt(error / (exact or 1))),
         elements=weight.size,
-        weight_bytes=weight.nbytes,
+        weight_bytes=weight.nbytes + sum(x.nbytes for x in jax.tree.leaves(ops)),
         bias_bytes=0 if bias is None else 2 * bias.size,
-        shifts=_count_shifts(weight) if isinstance(weight, QuartzTensor) else None,
+        shifts=_count_shifts(weight) if isinstance(weight, PackedRows) else None,
+        execution=how_it_runs(weight, activation),
+        input_bits=16.0 if activation is None else activation.bits(weight.k),
+        output_error=float(np.sqrt(output_error / output)) if output else None,
     )
 
 
-@jax.jit
-def squared_norms(
-    kernel: jax.Array,  # [k, n]
-    weight: QuartzTensor | IntTensor,  # [n, k]
-) -> tuple[jax.Array, jax.Array]:
-    """Return the squared norms of what quantizing changed and of the bfloat16 kernel itself."""
-    exact = kernel.T.astype(jnp.bfloat16).astype(jnp.float32)
-    return jnp.sum((dequantize(weight) - exact) ** 2), jnp.sum(exact**2)
-
-
-def _count_shifts(weight: QuartzTensor) -> tuple[int, ...]:
-    groups = -(-weight.k // weight.config.group_size)
+def _count_shifts(weight: PackedRows) -> tuple[int, ...]:
+    groups = -(-weight.k // weight.group_size)
     shifts = np.asarray(codec.unpack(weight.shifts, signed=False))[..., :groups]
-    kinds = 5 if weight.config.step == "power" else 16
+    kinds = 5 if weight.step == "power" else 16
     return tuple(np.bincount(shifts.ravel(), minlength=kinds).tolist())
 
 

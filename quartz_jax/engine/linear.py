@@ -1,38 +1,70 @@
-"""The quantized drop-in for nnx.Linear, and how its two operands are made."""
+"""The quantized drop-in for a linear, and how its input is made ready."""
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.functions import Norm, Part, gelu, join, modulate
-from pallas_kernels.matmul import PreparedWeights
+from pallas_kernels import functions
+from pallas_kernels.functions import Norm, Part
+from pallas_kernels.matmul import PreparedWeights, reference
+from pallas_kernels.operands import Branch, Epilogue, Int8Rows, int8_values
+from pallas_kernels.quantize import channels
 from pallas_kernels.quantize import quantize as quantize_and_decode
-from quartz_jax.codec import check_finite, decode, dequantize, quantize, quantize_int
-from quartz_jax.matmul import quartz_matmul
-from quartz_jax.recipe import Format
-from quartz_jax.tensor import IntTensor, QuartzTensor
+from quartz_jax.engine.matmul import execution, multiply, simulated_dot
+from quartz_jax.formats import BlockRows, Format, Int, Quartz, Stored
+from quartz_jax.formats.storage import dequantize, row_operand
+from quartz_jax.transforms import BlockRotation, Offset, Op, Product, Scale, TakeOut
 
-_BITS = {"int8": 8, "int4": 4}
 FEW_ROWS = 8  # rows of x up to which reading the weights is the whole cost of a weight-only layer
 _FEW_ROWS_BACKENDS = ("triton_few_rows", "xla")  # those that read the packed order
 
 
 class QuantizedWeight(nnx.Variable):
-    """Holds a quantized tensor or PreparedWeights; no nnx.Param: optimizers leave it alone."""
+    """Holds a stored tensor or PreparedWeights; no nnx.Param: optimizers leave it alone."""
 
 
-class QuartzLinear(nnx.Module):
-    """y = x W^T + b with a quantized W and, unless the layer is weight-only, a quantized x."""
+class LayerOps(nnx.Variable):
+    """Holds the ops of a layer, a tuple of pytrees; no nnx.Param."""
+
+
+class QuantizedLinear(nnx.Module):
+    """y = x' W^T + b + what the ops add: W quantized, and x' unless the layer is weight-only.
+
+    x' is x through the ops, see `transforms.base`. Ops that the pass over the input or the
+    epilogue of the product can take in run there; the others run before, by XLA.
+    """
 
     def __init__(
         self,
-        weight: QuartzTensor | IntTensor | PreparedWeights,  # [n, k], symmetric
+        weight: Stored | PreparedWeights,  # [n, k], symmetric
         bias: nnx.Param | None,  # [n]
-        activation: Format,  # of the input; bf16 makes the layer weight-only
+        activation: Format | None,  # of the input; None makes the layer weight-only
+        ops: tuple[Op, ...] = (),
+        *,
+        norm_epsilon: float = functions.NORM_EPSILON,  # of the norm before the modulation
+        dtype: Any = None,  # that the input is brought to; None leaves it
+        role: str | None = None,  # of the linear that it replaces
     ):
         self.weight = QuantizedWeight(weight)
         self.bias = bias
         self.activation = activation
+        self.ops = LayerOps(ops) if ops else None
+        self.norm_epsilon = norm_epsilon
+        self.dtype = dtype
+        self.role = role
+
+    @property
+    def out_features(self) -> int:
+        """Outputs, n."""
+        return self.weight.get_value().shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Inputs, k."""
+        return self.weight.get_value().shape[1]
 
     def __call__(
         self,
@@ -48,31 +80,163 @@ class QuartzLinear(nnx.Module):
         One batch element does all of it in the kernels; of several, each has a modulation and a
         gate of its own, which are left to XLA.
         """
-        weight = self.weight.get_value()
-        bias = None if self.bias is None else self.bias.get_value()
-        weight_only = self.activation.kind == "bf16"
+        given, leading = self._given(x, modulation)
+        n, dtype = self.out_features, given.dtype
+        outside = gate is not None and gate.size != n  # of several images: left to XLA
+        epilogue = Epilogue(
+            bias=None if self.bias is None else self.bias.get_value(),
+            activation=activation,
+            gate=None if gate is None or outside else gate.reshape(-1),
+            residual=None if residual is None or outside else residual.reshape(-1, n).astype(dtype),
+            out_dtype=dtype,
+        )
+        given, epilogue = through(self.ops.get_value() if self.ops else (), given, epilogue)
+        y = product(given, self.weight.get_value(), self.activation, epilogue)
+        y = y.reshape(*leading, n)
+        y = gate * y if outside and gate is not None else y
+        return residual + y if outside and residual is not None else y
+
+    def _given(self, x: jax.Array | tuple, modulation: tuple | None) -> tuple["Given", tuple]:
+        """Return the input as rows, and its leading axes."""
+        if self.dtype is not None and not isinstance(x, tuple):
+            x = x.astype(self.dtype)
         rows, leading = _rows(x)
-        norm = None
-        if modulation is not None:
-            if weight_only or modulation[0].size != weight.shape[1]:
-                x = modulate(join(rows).reshape(*leading, -1), _norm(*modulation))
-                rows, leading = _rows(x)
-            else:
-                norm = _norm(*(part.reshape(-1) for part in modulation))
-        if weight_only:
-            y = _weight_only(join(rows), weight, bias)
-            y = y if activation is None else gelu(y.astype(jnp.float32)).astype(y.dtype)
+        if modulation is None:
+            return Given(rows=rows), leading
+        shift, scale = (part.astype(jnp.float32) for part in modulation)
+        norm = Norm(shift=shift, scale=1 + scale, epsilon=self.norm_epsilon)
+        if shift.size == self.in_features:
+            norm = dataclasses.replace(norm, shift=shift.reshape(-1), scale=norm.scale.reshape(-1))
+            return Given(rows=rows, norm=norm), leading
+        whole = functions.modulate(functions.join(rows).reshape(*leading, -1), norm)
+        return Given(rows=whole.reshape(-1, whole.shape[-1])), leading
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given:
+    """The input of a product as it is handed to the quantize pass: what is still to be done."""
+
+    rows: jax.Array | tuple[Part, ...]  # [m, k], or parts of it
+    norm: Norm | None = None  # of [k]
+    multiplier: jax.Array | None = None  # float32 [k]
+    rotation: int | None = None  # channels of a block
+
+    @property
+    def dtype(self) -> Any:
+        """That of the rows."""
+        return self.rows[0].dtype if isinstance(self.rows, tuple) else self.rows.dtype
+
+    def value(self) -> jax.Array:
+        """Return the input itself, [m, k]: float32 behind a multiplier or a rotation."""
+        x = functions.join(self.rows)
+        x = x if self.norm is None else functions.modulate(x, self.norm)
+        if self.multiplier is not None:
+            x = channels.scale_channels(x, self.multiplier)
+        if self.rotation is not None:
+            x = channels.rotate(x.astype(jnp.float32), self.rotation)
+        return x
+
+    def quantized(self, format: Format) -> Stored:
+        """Return the input in a format; 4-bit codes come decoded, as matmuls want them."""
+        if isinstance(format, Quartz) and format.scale_block is None:
+            kind = {"bits": 4, "group_size": format.group_size, "rounding": format.rounding}
+            kind |= {"range": format.range, "step": format.step, "levels": format.levels}
+        elif isinstance(format, Int) and format.is_operand:
+            kind = {"bits": 8, "range": format.range}
         else:
-            n, dtype = weight.shape[0], _dtype(rows)
-            inside = {"bias": bias, "activation": activation, "out_dtype": dtype}
-            if residual is not None and (gate is None or gate.size == n):
-                inside["residual"] = residual.reshape(-1, n).astype(dtype)
-                inside["gate"] = None if gate is None else gate.reshape(-1)
-                gate = residual = None
-            y = quartz_matmul(encode_activation(rows, self.activation, norm), weight, **inside)
-        y = y.reshape(*leading, -1)
-        y = y if gate is None else gate * y
-        return y if residual is None else residual + y
+            # The scale, a block's step and the rounding must see the same numbers. Without the
+            # barrier QuaRTZ's error grew by a quarter on an H100 (JAX 0.11.2), presumably since
+            # XLA computes what comes before anew for each, in other roundings.
+            return format.store(jax.lax.optimization_barrier(self.value()))
+        return quantize_and_decode(
+            self.rows,
+            norm=self.norm,
+            multiplier=self.multiplier,
+            rotation=self.rotation,
+            **kind,
+        )
+
+    def scaled(self, factor: jax.Array) -> "Given":
+        """Return it with channels multiplied by factors [k]: in the norm, where there is one."""
+        if self.rotation is not None:
+            return Given(rows=channels.scale_channels(self.value(), factor))
+        if self.multiplier is not None:
+            return dataclasses.replace(self, multiplier=self.multiplier * factor)
+        if self.norm is None:
+            return dataclasses.replace(self, multiplier=factor)
+        norm = dataclasses.replace(
+            self.norm, shift=self.norm.shift * factor, scale=self.norm.scale * factor
+        )
+        return dataclasses.replace(self, norm=norm)
+
+    def rotated(self, size: int) -> "Given":
+        """Return it with blocks of channels rotated, in the pass if that has the size."""
+        if self.rotation is None and size in channels.SIZES:
+            return dataclasses.replace(self, rotation=size)
+        return Given(rows=channels.rotate(self.value().astype(jnp.float32), size))
+
+
+def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Given, Epilogue]:
+    """Return the input behind all ops, and the epilogue with what they add."""
+    dtype = given.dtype
+    for op in ops:
+        if isinstance(op, Scale):
+            given = given.scaled(op.factor)
+        elif isinstance(op, BlockRotation):
+            given = given.rotated(op.size)
+        elif isinstance(op, Product):
+            inner = op.inner(given.value().astype(dtype))
+            epilogue = _with_branch(epilogue, inner, op.up.astype(dtype))
+        elif isinstance(op, TakeOut):
+            whole = given.value()
+            taken = whole[:, op.index].astype(dtype)
+            epilogue = _with_branch(epilogue, taken, op.weight.astype(dtype))
+            given = Given(rows=whole.at[:, op.index].set(0))
+        elif isinstance(op, Offset):
+            bias = op.back if epilogue.bias is None else epilogue.bias.astype(jnp.float32) + op.back
+            given = Given(rows=given.value().astype(jnp.float32) + op.amount)
+            epilogue = dataclasses.replace(epilogue, bias=bias)
+        else:
+            x, added = op(given.value().astype(jnp.float32))
+            if added is not None:
+                raise ValueError(f"{type(op).__name__} adds to the output, and nothing runs that")
+            given = Given(rows=x)
+    return given, epilogue
+
+
+def _with_branch(epilogue: Epilogue, inner: jax.Array, up: jax.Array) -> Epilogue:
+    """Return the epilogue with one more branch: several are one of the sum of their ranks."""
+    if epilogue.branch is not None:
+        inner = jnp.concatenate([epilogue.branch.input, inner], axis=1)
+        up = jnp.concatenate([epilogue.branch.up, up], axis=1)
+    return dataclasses.replace(epilogue, branch=Branch(input=inner, up=up))
+
+
+def product(
+    given: Given,  # [m, k]
+    weight: Stored | PreparedWeights,  # [n, k]
+    activation: Format | None,
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Return the product [m, n], its input quantized unless activation is None."""
+    if activation is None:
+        return _weight_only(given.value().astype(given.dtype), weight, epilogue)
+    if how_it_runs(weight, activation) == "simulated":
+        # A format without an operand: what it makes of the input, in float32, and never packed.
+        x = activation(jax.lax.optimization_barrier(given.value()))
+        return reference.finish(simulated_dot(x, dequantize(weight)), epilogue)
+    return multiply(given.quantized(activation), weight, epilogue)
+
+
+def how_it_runs(weight: Stored | PreparedWeights, activation: Format | None) -> str:
+    """Return how a layer computes: what `execution` says, or "weight-only"."""
+    return "weight-only" if activation is None else _execution(weight, activation)
+
+
+def _execution(weight: Stored | PreparedWeights, activation: Format) -> str:
+    k = weight.shape[1]
+    x = jax.eval_shape(activation.store, jax.ShapeDtypeStruct((1, k), jnp.float32))
+    return execution(x, weight)
 
 
 def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
@@ -91,83 +255,10 @@ def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int
     return parts, x[0].array.shape[:-1]
 
 
-def _norm(shift: jax.Array, scale: jax.Array) -> Norm:
-    return Norm(shift=shift, scale=1 + scale.astype(jnp.float32))
-
-
-def _dtype(rows: jax.Array | tuple[Part, ...]) -> jnp.dtype:
-    return rows[0].dtype if isinstance(rows, tuple) else rows.dtype
-
-
-def encode_weight(
-    path: str,
-    kernel: jax.Array,  # [k, n]: an nnx.Linear's, transposed here
-    format: Format,
-) -> QuartzTensor | IntTensor:
-    """Quantize the weight of a layer from its bfloat16 values.
-
-    Raises:
-      WeightError: it holds a NaN or an infinity; names the layer.
-    """
-    check_finite(path, kernel)
-    return _encode_weight(kernel, format)
-
-
-def abstract_weight(
-    kernel: jax.ShapeDtypeStruct,  # [k, n]
-    format: Format,
-) -> QuartzTensor | IntTensor:
-    """Return what `encode_weight` would, with shapes in place of arrays."""
-    return jax.eval_shape(lambda kernel: _encode_weight(kernel, format), kernel)
-
-
-def encode_activation(
-    x: jax.Array | tuple[Part, ...],  # [m, k], floating
-    format: Format,
-    norm: Norm | None = None,  # of [k]
-) -> QuartzTensor | IntTensor:
-    """Quantize the input of a layer; 4-bit codes come decoded, as the matmul wants them.
-
-    With a norm, layer_norm(x) * norm.scale + norm.shift is quantized instead.
-    """
-    config = format.config
-    if format.kind == "int4" or (config and config.scale_block):
-        x = join(x) if norm is None else modulate(join(x), norm)
-    if format.kind == "int4":
-        return quantize_int(x, bits=4)
-    if config is None:
-        rows = quantize_and_decode(x, bits=8, range=format.range, norm=norm)
-    elif config.scale_block:
-        return quantize(x, config)
-    else:
-        rows = quantize_and_decode(
-            x,
-            bits=4,
-            group_size=config.group_size,
-            range=config.range,
-            step=config.step,
-            rounding=config.rounding,
-            norm=norm,
-        )
-    return IntTensor(values=rows.values, scale=rows.scale, lo=rows.lo, value_bits=rows.value_bits)
-
-
-def round_to_bf16(x: jax.Array) -> jax.Array:
-    """Return floating values rounded to bfloat16, in the dtype they have."""
-    return x.astype(jnp.bfloat16).astype(x.dtype)
-
-
-def _encode_weight(kernel: jax.Array, format: Format) -> QuartzTensor | IntTensor:
-    weight = round_to_bf16(kernel).T
-    if format.config:
-        return quantize(weight, format.config, search=format.search)
-    return quantize_int(weight, bits=_BITS[format.kind])
-
-
 def _weight_only(
     x: jax.Array,  # [m, k]
-    weight: QuartzTensor | IntTensor,  # [n, k]
-    bias: jax.Array | None,  # [n]
+    weight: Stored | PreparedWeights,  # [n, k]
+    epilogue: Epilogue,
 ) -> jax.Array:
     """Multiply 16-bit x by quantized weights, [m, n].
 
@@ -175,21 +266,21 @@ def _weight_only(
     int8 rows each. Many rows multiply in the dtype of x; with one scale a row the codes go in
     exact, the scale after.
     """
-    row_scale = weight.scale.shape[-1] == 1
-    if row_scale and x.shape[0] <= FEW_ROWS and getattr(weight, "bits", 8) == 8:
-        high, low = _split_16_bits(x)
-        both = jax.tree.map(lambda *parts: jnp.concatenate(parts), high, low)
-        backends = "xla" if isinstance(weight, IntTensor) else _FEW_ROWS_BACKENDS
-        y = quartz_matmul(both, weight, out_dtype=jnp.float32, implementation=backends)
+    rows = weight if isinstance(weight, PreparedWeights) else row_operand(weight)
+    by_row = rows is not None and getattr(rows, "scale_block", None) is None
+    if by_row and x.shape[0] <= FEW_ROWS and not isinstance(weight, BlockRows):
+        both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_split_16_bits(x))
+        backends = "xla" if isinstance(weight, Int8Rows) else _FEW_ROWS_BACKENDS
+        y = multiply(both, weight, Epilogue(out_dtype=jnp.float32), backends)
         y = y[: x.shape[0]] + y[x.shape[0] :]
     else:
-        operand = decode(weight).astype(x.dtype) if row_scale else dequantize(weight, x.dtype)
+        operand = int8_values(rows).astype(x.dtype) if by_row else dequantize(weight, x.dtype)
         y = jnp.einsum("mk,nk->mn", x, operand, preferred_element_type=jnp.float32)
-        y = y * weight.scale[:, 0] if row_scale else y
-    return (y if bias is None else y + bias).astype(x.dtype)
+        y = y * rows.scale[:, 0] if by_row else y
+    return reference.finish(y, epilogue)
 
 
-def _split_16_bits(x: jax.Array) -> tuple[IntTensor, IntTensor]:
+def _split_16_bits(x: jax.Array) -> tuple[Int8Rows, Int8Rows]:
     """Return two int8 tensors that add up to x within 2**-16 of each row's largest magnitude.
 
     round(x * (32639 / a)) = 256 high + low, with a = max|x|: high in -127..127, low in -128..127.
@@ -200,4 +291,5 @@ def _split_16_bits(x: jax.Array) -> tuple[IntTensor, IntTensor]:
     levels = jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int32)
     high = (levels + 128) >> 8
     parts = (high, 256 * scale), (levels - 256 * high, scale)
-    return tuple(IntTensor(values=v.astype(jnp.int8), scale=s) for v, s in parts)
+    first, second = (Int8Rows(values=v.astype(jnp.int8), scale=s) for v, s in parts)
+    return first, second

@@ -1,36 +1,41 @@
-"""Matmul of quantized tensors."""
+"""Matmul of quantized tensors, whatever their formats."""
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import codec, matmul
+from pallas_kernels import codec, device, matmul
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.matmul import PreparedWeights, reference
-from quartz_jax.formats.storage import decode_rows
-from quartz_jax.formats.tensors import IntTensor, QuartzTensor
+from pallas_kernels.matmul import PreparedWeights, check_epilogue, reference
+from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows, int8_values
+from quartz_jax.formats import BlockRows, Stored
+from quartz_jax.formats.storage import dequantize, exact_16, row_operand
 
 
 def quartz_matmul(
-    x: QuartzTensor | IntTensor,  # [..., k]
-    w: QuartzTensor | IntTensor | PreparedWeights,  # [n, k]
+    x: Stored,  # [..., k]
+    w: Stored | PreparedWeights,  # [n, k]
     *,
     bias: jax.Array | None = None,  # [n], any float
     activation: str | None = None,
     gate: jax.Array | None = None,  # [n], any float
     residual: jax.Array | None = None,  # [..., n], any float
-    out_dtype: jnp.dtype = jnp.bfloat16,
+    branch: Branch | None = None,  # input [m, r] and up [n, r], m rows of x
+    out_dtype: Any = jnp.bfloat16,
     implementation: Implementation = None,
 ) -> jax.Array:
     """Multiply quantized activations by quantized weights: y = x w^T + bias.
 
     With one scale a row the dot over k is one exact int32, acc; then in float32 and in this order
-    y = acc * s_x * s_w + bias, or for an asymmetric x (held minus 128), with c = sum over k of w,
-    y = (acc + 128 c) * s_x * s_w + (lo_x * s_w) * c + bias; then activation, gate, residual, each
-    where given, and the cast to `out_dtype`. With a scale block the blocks' results are added in
-    order in float32 before the bias.
+    y = acc * s_x * s_w + branch + bias, or for an asymmetric x (held minus 128), with c = sum over
+    k of w, y = (acc + 128 c) * s_x * s_w + (lo_x * s_w) * c + branch + bias; then activation,
+    gate, residual, each where given, and the cast to `out_dtype`. With a scale block the blocks'
+    results are added in order in float32 before the rest. Formats that no int8 dot holds are
+    multiplied as `execution` says.
 
     Args:
       x: symmetric or asymmetric. Its contraction axis may be any; the result has the others.
@@ -40,6 +45,7 @@ def quartz_matmul(
       activation: "gelu" applies its tanh form, or None.
       gate: multiplies every row.
       residual: added last.
+      branch: a product in 16 bits, added before the bias.
       out_dtype: of the result.
       implementation: a backend of `pallas_kernels.matmul`, several in order of preference, or
         None for the best on this device. Prepared weights run on their own, which must be among
@@ -49,68 +55,134 @@ def quartz_matmul(
       [..., n] of out_dtype; NaN in rows where x's or columns where w's scale is NaN.
 
     Raises:
-      ValueError: shapes or scale blocks that don't agree, an asymmetric w, or a named
-        implementation that can't run here or isn't that of prepared weights.
+      ValueError: shapes or scale blocks that don't agree, an asymmetric w, an argument of another
+        shape or dtype, or a named implementation that can't run here, isn't that of prepared
+        weights, or has no part in formats like these.
     """
-    _check(x, w, bias)
-    values = decode_rows(x)
-    x2, x_scale, x_lo = jax.tree.map(_flatten, (values, x.scale, x.lo))
-    if residual is not None:
-        residual = _flatten(residual)
-    options = {"bias": bias, "activation": activation, "gate": gate, "residual": residual}
-    options |= {"out_dtype": out_dtype, "implementation": implementation}
-    if isinstance(w, PreparedWeights):
-        y = matmul.matmul_prepared(x2, w, x_scale, x_lo=x_lo, x_bits=_value_bits(x), **options)
-    elif _block(x) or _block(w):
-        y = _matmul_blocks(x2, w, x_scale, x_lo, block=_block(x) or _block(w), **options)
-    elif isinstance(w, IntTensor):
-        y = matmul.matmul_int8(x2, decode_rows(w), x_scale, w.scale, x_lo=x_lo, **options)
-    else:
-        y = matmul.matmul(
-            x2,
-            w.codes,
-            w.shifts,
-            x_scale,
-            w.scale,
-            x_lo=x_lo,
-            group_size=w.config.group_size,
-            step=w.config.step,
-            x_bits=_value_bits(x),
-            **options,
+    _check(x, w)
+    residual = None if residual is None else _flatten(residual)
+    epilogue = Epilogue(
+        bias=bias,
+        gate=gate,
+        residual=residual,
+        branch=branch,
+        activation=activation,
+        out_dtype=out_dtype,
+    )
+    n = w.n if isinstance(w, PreparedWeights) else w.shape[0]
+    leading = _leading(x)
+    check_epilogue(epilogue, math.prod(leading), n)
+    return multiply(x, w, epilogue, implementation).reshape(*leading, n)
+
+
+def execution(x: Stored, w: Stored | PreparedWeights) -> str:
+    """Return how a product of formats is computed.
+
+    "int8": one int8 dot, by kernels. "int8 blocks": one for each scale block, by kernels.
+    "bf16": decoded to bfloat16, which holds both exactly, and multiplied there. "simulated":
+    decoded to float32 and multiplied there; nothing is gained but the format's error.
+    """
+    operands = [_row_kind(t) for t in (x, w)]
+    if all(kind == "row" for kind in operands):
+        return "int8"
+    if all(kind in ("row", "blocks") for kind in operands):
+        return "int8 blocks"
+    exact = (isinstance(t, BlockRows) and _has_exact_16(t) for t in (x, w))
+    return "bf16" if all(exact) else "simulated"
+
+
+def multiply(
+    x: Stored,  # [..., k]
+    w: Stored | PreparedWeights,  # [n, k]
+    epilogue: Epilogue,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Multiply what was checked; [m, n], m all rows of x."""
+    how = execution(x, w)
+    if how == "int8":
+        rows = jax.tree.map(_flatten, _int8_rows(x))
+        weights = w if isinstance(w, PreparedWeights) else row_operand(w)
+        if isinstance(weights, PackedRows) and weights.axis != -1:
+            weights = dataclasses.replace(weights, axis=-1)
+        return matmul.matmul(rows, weights, epilogue, implementation=implementation)
+    if how == "int8 blocks":
+        return _multiply_blocks(x, w, epilogue, implementation)
+    if implementation is not None:
+        raise ValueError(
+            f"implementation is {implementation!r}, but {how!r} products of these formats have no "
+            "kernels; pass None"
         )
-    return y.reshape(*values.shape[:-1], y.shape[-1])
+    y = _in_bf16(x, w) if how == "bf16" else simulated_dot(dequantize(x), dequantize(w))
+    return reference.finish(y.reshape(-1, y.shape[-1]), epilogue)
 
 
-def _matmul_blocks(x, w, x_scale, x_lo, *, block, implementation, **epilogue) -> jax.Array:
+def simulated_dot(
+    x: jax.Array,  # [..., k], float32
+    w: jax.Array,  # [n, k], float32
+) -> jax.Array:
+    """Return x w^T, float32 [..., n], with float32 products on every device."""
+    return jnp.einsum("...k,nk->...n", x, w, precision=lax.Precision.HIGHEST)
+
+
+def _row_kind(tensor: Stored | PreparedWeights) -> str | None:
+    """Return "row" for int8 under one scale a row, "blocks" for scale blocks, None for others."""
+    if isinstance(tensor, PreparedWeights | Int8Rows):
+        return "row"
+    if isinstance(tensor, PackedRows):
+        return "blocks" if tensor.scale_block else "row"
+    return "row" if jax.eval_shape(row_operand, tensor) is not None else None
+
+
+def _has_exact_16(tensor: BlockRows) -> bool:
+    return jax.eval_shape(exact_16, tensor) is not None
+
+
+def _int8_rows(x: Stored) -> Int8Rows:
+    rows = row_operand(x)
+    assert rows is not None
+    if isinstance(rows, Int8Rows):
+        return rows
+    bits = 4 if rows.step == "power" else 8
+    return Int8Rows(values=int8_values(rows), scale=rows.scale, lo=rows.lo, value_bits=bits)
+
+
+def _in_bf16(x: BlockRows, w: BlockRows) -> jax.Array:
+    """Multiply in bfloat16, exact but for the order of float32 sums; [..., n]."""
+    (a, a_scale), (b, b_scale) = exact_16(x), exact_16(w)  # type: ignore[misc]
+    if device.current().platform == "cpu":  # as exact in float32, and faster
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    y = jnp.einsum("...k,nk->...n", a, b, preferred_element_type=jnp.float32)
+    return y * a_scale * b_scale[:, 0]
+
+
+def _multiply_blocks(
+    x: Int8Rows | PackedRows,
+    w: Int8Rows | PackedRows,
+    epilogue: Epilogue,
+    implementation: Implementation,
+) -> jax.Array:
     """Add up one matmul for each scale block, x [m, k], scales [m, 1 or blocks]."""
+    block = _block(x) or _block(w)
+    values, x_scale, x_lo = jax.tree.map(_flatten, (int8_values(x), x.scale, x.lo))
+    blocks = -(-values.shape[1] // block)
 
     def cut(values):  # [rows, k] to [blocks, rows, block], zeros after the end of k
         values = codec.pad(values, block)
         return jnp.moveaxis(values.reshape(values.shape[0], blocks, block), 1, 0)
 
-    blocks = -(-x.shape[1] // block)
-
     def spread(scale):  # [rows, 1 or blocks] to [blocks, rows, 1]
         return jnp.broadcast_to(scale, (scale.shape[0], blocks)).T[..., None]
 
     def add(total, part):
-        x, w, x_scale, w_scale, *x_lo = part
-        y = matmul.matmul_int8(
-            x,
-            w,
-            x_scale,
-            w_scale,
-            x_lo=x_lo[0] if x_lo else None,
-            out_dtype=jnp.float32,
-            implementation=implementation,
-        )
-        return total + y, None
+        whole = Epilogue(out_dtype=jnp.float32)
+        return total + matmul.matmul(*part, whole, implementation=implementation), None
 
-    parts = (cut(x), cut(decode_rows(w)), spread(x_scale), spread(w.scale))
-    parts += () if x_lo is None else (spread(x_lo),)
+    lo = None if x_lo is None else spread(x_lo)
+    rows = Int8Rows(values=cut(values), scale=spread(x_scale), lo=lo)
+    parts = rows, Int8Rows(values=cut(int8_values(w)), scale=spread(w.scale))
     first, _ = add(jnp.float32(0), jax.tree.map(lambda part: part[0], parts))
     total, _ = lax.scan(add, first, jax.tree.map(lambda part: part[1:], parts))
-    return reference.finish(total, **epilogue)
+    return reference.finish(total, epilogue)
 
 
 def _flatten(array: jax.Array) -> jax.Array:
@@ -118,27 +190,24 @@ def _flatten(array: jax.Array) -> jax.Array:
     return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
 
 
-def _block(tensor: QuartzTensor | IntTensor) -> int | None:
-    return tensor.config.scale_block if isinstance(tensor, QuartzTensor) else None
+def _block(tensor: Stored) -> int | None:
+    return tensor.scale_block if isinstance(tensor, PackedRows) else None
 
 
-def _value_bits(x: QuartzTensor | IntTensor) -> int:
-    """Return 4 if the values of x are 4-bit codes times powers of two, else 8."""
-    if isinstance(x, QuartzTensor):
-        return 4 if x.config.step == "power" else 8
-    return min(x.bits, x.value_bits)
+def _leading(x: Stored) -> tuple[int, ...]:
+    """Return the axes of x but the contraction axis."""
+    axis = x.axis if isinstance(x, PackedRows) else -1
+    return tuple(size for i, size in enumerate(x.shape) if i != x.ndim + axis)
 
 
-def _check(x, w, bias) -> None:
-    kinds = {"x": (x, QuartzTensor | IntTensor)}
-    kinds["w"] = w, QuartzTensor | IntTensor | PreparedWeights
-    for name, (tensor, kind) in kinds.items():
-        if not isinstance(tensor, kind):
+def _check(x: Any, w: Any) -> None:
+    for name, tensor, kinds in (("x", x, Stored), ("w", w, Stored | PreparedWeights)):
+        if not isinstance(tensor, kinds):
             raise ValueError(f"{name} is a {type(tensor).__name__}; quantize it first")
     prepared = isinstance(w, PreparedWeights)
     if not prepared and w.ndim != 2:
         raise ValueError(f"w has shape {list(w.shape)}; it must have two axes, [n, k]")
-    if not prepared and w.lo is not None:
+    if not prepared and getattr(w, "lo", None) is not None:
         raise ValueError("w is asymmetric; quantize weights with range='absmax'")
     if x.k != w.k:
         raise ValueError(
@@ -150,6 +219,3 @@ def _check(x, w, bias) -> None:
         raise ValueError(
             f"x has scale_block={_block(x)} and w {other}; they must agree, or one be None"
         )
-    rows = w.n if prepared else w.scale.shape[0]
-    if bias is not None and bias.shape != (rows,):
-        raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{rows}]")

@@ -1,104 +1,188 @@
-"""What the linears of a model get to see while it runs: a sample of rows, and channel maxima."""
+"""What the linears of a model get to see while it runs, gathered on the device."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import io_callback
 
-from quartz_jax.conversion.model import linears, replace_linears
-from quartz_jax.engine.linear import modulate
+from pallas_kernels import functions
+from quartz_jax.engine.surgery import replace_linears
 from quartz_jax.io.files import atomic_file
+from quartz_jax.recipes.sites import linears
+from quartz_jax.transforms.base import HIGHEST, Need, Seen
+
+M = TypeVar("M", bound=nnx.Module)
+
+ROWS = 8192  # tokens kept of all calls of a layer, for methods that ask for rows
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerStatistics:
-    """Inputs of one linear."""
-
-    rows: np.ndarray  # float32 [calls, rows a call, k]: tokens, evenly spaced over each call's
-    absmax: np.ndarray  # float32 [k]: over every token of every call
-
-    @property
-    def flat(self) -> np.ndarray:
-        """All sampled rows, float32 [samples, k]."""
-        return self.rows.reshape(-1, self.rows.shape[-1])
+class Statistic(nnx.Variable):
+    """A sum, maximum or sample of what a layer was given."""
 
 
-class _Recorder(nnx.Module):
-    """A linear that hands its input to a callback, under jax.jit too."""
+class Observed(nnx.Module):
+    """A linear that gathers statistics of its inputs; nothing grows with the number of calls."""
 
-    def __init__(self, linear: nnx.Module, rows: int, seen: Callable):
+    def __init__(
+        self,
+        linear: nnx.Module,
+        needs: Container[Need],
+        calls: int,  # to come, at most
+        rows: int,  # kept of each call, evenly spaced over its tokens; fewer if it has fewer
+    ):
+        k = linear.in_features
         self.linear = linear
-        self.rows = rows
-        self.seen = seen
+        self.calls = Statistic(jnp.int32(0))
+        self.tokens = Statistic(jnp.float32(0))
+        shapes = {"absmax": (k,), "mean": (k,), "gram": (k, k), "rows": (calls, rows, k)}
+        for name, shape in shapes.items():
+            setattr(self, name, Statistic(jnp.zeros(shape)) if name in needs else None)
 
     def __call__(self, x: jax.Array | tuple, *, modulation=None, **rest) -> jax.Array:
-        given = whole_input(x, modulation)
-        flat = given.astype(jnp.float32).reshape(-1, given.shape[-1])
-        picks = np.linspace(0, flat.shape[0] - 1, min(self.rows, flat.shape[0])).astype(int)
-        largest = jnp.max(jnp.abs(flat), axis=0)
-        io_callback(self.seen, None, flat[picks], largest, ordered=False)
-        return self.linear(given, **rest)
+        """Do what the linear does, and take note of its input."""
+        self._see(whole_input(x, modulation, getattr(self.linear, "norm_epsilon", 1e-6)))
+        if modulation is not None:
+            rest["modulation"] = modulation
+        return self.linear(x, **rest)
+
+    def _see(self, given: jax.Array) -> None:
+        flat = given.reshape(-1, given.shape[-1])
+        wide = flat.astype(jnp.float32)
+        if self.absmax is not None:
+            largest = jnp.max(jnp.abs(wide), axis=0)
+            self.absmax.set_value(jnp.maximum(self.absmax.get_value(), largest))
+        if self.mean is not None:
+            self.mean.set_value(self.mean.get_value() + jnp.sum(wide, axis=0))
+        if self.gram is not None:
+            # Products of 16-bit inputs are exact in float32, so that fast units may make them.
+            product = jnp.matmul(
+                flat.T, flat, precision=HIGHEST, preferred_element_type=jnp.float32
+            )
+            self.gram.set_value(self.gram.get_value() + product)
+        if self.rows is not None:
+            kept = self.rows.get_value()
+            picks = np.linspace(0, len(flat) - 1, kept.shape[1]).astype(int)
+            at = (self.calls.get_value(), 0, 0)
+            self.rows.set_value(jax.lax.dynamic_update_slice(kept, wide[picks][None], at))
+        self.calls.set_value(self.calls.get_value() + 1)
+        self.tokens.set_value(self.tokens.get_value() + len(flat))
+
+    def seen(self) -> Seen:
+        """Return the statistics, on the device."""
+        calls = int(self.calls.get_value())
+        tokens = jnp.maximum(self.tokens.get_value(), 1)
+
+        def value(name: str) -> jax.Array | None:
+            variable = getattr(self, name)
+            return None if variable is None else variable.get_value()
+
+        rows, mean, gram = value("rows"), value("mean"), value("gram")
+        return Seen(
+            rows=None if rows is None else rows[:calls],
+            absmax=value("absmax"),
+            mean=None if mean is None else mean / tokens,
+            gram=None if gram is None else gram / tokens,
+        )
 
 
 def whole_input(
     x: jax.Array | tuple,  # [..., k], or parts of it, as `models.linear.Part` has them
     modulation: tuple[jax.Array, jax.Array] | None,  # shift and scale, [b, 1, k]
+    epsilon: float,  # of the norm before the modulation
 ) -> jax.Array:
     """Return what a linear multiplies, [..., k]: parts joined, and normed if there's modulation."""
     if isinstance(x, tuple):
         x = jnp.concatenate([part.value() for part in x], axis=-1)
-    return x if modulation is None else modulate(x, *modulation)
+    if modulation is None:
+        return x
+    shift, scale = (part.astype(jnp.float32) for part in modulation)
+    return functions.modulate(x, functions.Norm(shift=shift, scale=1 + scale, epsilon=epsilon))
 
 
-def record(
+def watch(
+    model: M,
+    needs: Mapping[str, frozenset[Need]],  # by path of a linear
+    calls: int,  # of the model, at most
+    rows: int = ROWS,
+) -> M:
+    """Return a copy of a model whose linears gather what is needed of them; shares its arrays."""
+    per_call = max(1, rows // max(calls, 1))
+
+    def observed(path: str, linear: nnx.Module) -> nnx.Module:
+        return Observed(linear, needs[path], calls, per_call)
+
+    return replace_linears(model, observed, only=needs)
+
+
+def statistics(model: nnx.Module) -> dict[str, Seen]:
+    """Return what the linears of a watched model saw, by path."""
+    return {
+        ".".join(map(str, path)): module.seen()
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Observed)
+    }
+
+
+def observe(
     model: nnx.Module,
-    run: Callable[[nnx.Module], object],
+    samples: Iterable[Mapping[str, Any]],
+    needs: Mapping[str, frozenset[Need]] | None = None,
     *,
-    rows_per_call: int = 64,
-) -> dict[str, LayerStatistics]:
-    """Run a model and return what each of its linears was given, by path.
+    rows: int = ROWS,
+    call: Callable[..., Any] | None = None,
+) -> dict[str, Seen]:
+    """Run a model on samples and return what its linears were given, by path.
 
     Args:
       model: any NNX model with nnx.Linear layers; it isn't changed.
-      run: calls a model that takes its place, any number of times, jitted or not.
-      rows_per_call: tokens kept of each call of a linear, evenly spaced over batch and sequence.
+      samples: keyword arguments of calls of the model, all of one shape to compile once.
+      needs: statistics by path, as `Recipe.needs` gives them; None for rows and maxima of all.
+      rows: tokens kept of a layer over all calls, for "rows".
+      call: runs the model on a sample's arguments; None to call the model itself.
 
     Raises:
       ValueError: a linear was never called; it is named.
     """
-    found: dict[str, tuple[list, list]] = {path: ([], []) for path in linears(model)}
+    samples = list(samples)
+    if needs is None:
+        needs = {path: frozenset({"rows", "absmax"}) for path, _ in linears(model)}
+    watched = watch(model, needs, len(samples), rows)
 
-    def wrap(path: str, linear: nnx.Linear) -> nnx.Module:
-        def seen(rows, largest):
-            found[path][0].append(np.asarray(rows))
-            found[path][1].append(np.asarray(largest))
+    @nnx.jit
+    def run(model: nnx.Module, sample: Mapping[str, Any]) -> None:
+        (call or type(model).__call__)(model, **sample)
 
-        return _Recorder(linear, rows_per_call, seen)
-
-    run(replace_linears(model, wrap))
-    jax.effects_barrier()
-    if idle := [path for path, (rows, _) in found.items() if not rows]:
+    for sample in samples:
+        run(watched, sample)
+    found = statistics(watched)
+    idle = [
+        ".".join(map(str, path))
+        for path, module in nnx.iter_modules(watched)
+        if isinstance(module, Observed) and not int(module.calls.get_value())
+    ]
+    if idle:
         raise ValueError(f"no input was recorded for {', '.join(idle)}; the run must call them")
-    return {
-        path: LayerStatistics(rows=np.stack(rows), absmax=np.max(largest, axis=0))
-        for path, (rows, largest) in found.items()
-    }
+    return found
 
 
-def save_statistics(path: Path, statistics: dict[str, LayerStatistics]) -> None:
+def save_statistics(path: Path, found: Mapping[str, Seen]) -> None:
     """Write statistics as one .npz; the file appears complete or not at all."""
-    arrays = {f"{name}/rows": s.rows for name, s in statistics.items()}
-    arrays |= {f"{name}/absmax": s.absmax for name, s in statistics.items()}
+    arrays = {
+        f"{name}/{field.name}": np.asarray(value)
+        for name, seen in found.items()
+        for field in dataclasses.fields(seen)
+        if (value := getattr(seen, field.name)) is not None
+    }
     with atomic_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def load_statistics(path: Path) -> dict[str, LayerStatistics]:
+def load_statistics(path: Path) -> dict[str, Seen]:
     """Undo `save_statistics`.
 
     Raises:
@@ -106,10 +190,10 @@ def load_statistics(path: Path) -> dict[str, LayerStatistics]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = [key.removesuffix("/rows") for key in file if key.endswith("/rows")]
-            return {
-                name: LayerStatistics(rows=file[f"{name}/rows"], absmax=file[f"{name}/absmax"])
-                for name in names
-            }
-    except (KeyError, OSError, ValueError, EOFError) as error:
+            fields: dict[str, dict[str, np.ndarray]] = {}
+            for key in file:
+                name, _, field = key.rpartition("/")
+                fields.setdefault(name, {})[field] = file[key]
+        return {name: Seen(**arrays) for name, arrays in fields.items()}
+    except (KeyError, OSError, TypeError, ValueError, EOFError) as error:
         raise ValueError(f"{path} holds no recorded statistics: {error}") from None

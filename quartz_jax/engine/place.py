@@ -1,55 +1,108 @@
 """Making a model ready for the kernels of a device."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import matmul
 from pallas_kernels.matmul import PreparedWeights
+from pallas_kernels.operands import Int8Rows, PackedRows
 from pallas_kernels.qk_norm_rope import Stream, qk_norm_rope
-from quartz_jax.engine.linear import QuartzLinear
-from quartz_jax.formats.storage import decode
-from quartz_jax.formats.tensors import IntTensor, QuartzTensor
+from quartz_jax.engine.linear import QuantizedLinear, how_it_runs
+from quartz_jax.formats import Stored
+from quartz_jax.formats.storage import decode, row_operand
+
+M = TypeVar("M", bound=nnx.Module)
 
 
-def place(model: nnx.Module, *, expand: bool = False) -> None:
-    """Make a model ready for this device's kernels, in place.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How each quantized layer of a placed model runs."""
+
+    layers: dict[str, str]  # path to words such as "int8, mosaic_gpu" or "simulated"
+    attention: str  # what norms and rotates queries and keys
+
+    def table(self) -> str:
+        """Return a line for each way to run, with the number of layers."""
+        ways = dict.fromkeys(self.layers.values(), 0)
+        for way in self.layers.values():
+            ways[way] += 1
+        lines = [f"{count} layers: {way}" for way, count in ways.items()]
+        return "\n".join([*lines, f"queries and keys: {self.attention}"])
+
+
+def place(model: M, *, expand: bool = False, dtype: Any = None) -> tuple[M, Placement]:
+    """Return a copy of a model that is ready for this device's kernels, and how its layers run.
 
     Quantized weights are brought into the order that the kernels read; the integers stay the same.
-    A model works without it too, but then every call reorders them. It can't be saved afterwards:
-    save it first. Weight-only layers read the packed order.
+    A model works without it too, but then every call reorders them. The copy can't be saved: save
+    the given model, which is untouched. Weight-only layers read the packed order.
 
-    Modules that have a `qk_norm_rope`, as the attention of `models.flux` has, get the one that runs
-    in a single pass where the device has a kernel. It has no gradient.
+    Modules that have a `qk_norm_rope` and say by `qk_norm_rope_kernel` that the kernel computes
+    the same, as the attention of `models.flux` does, get the one that runs in a single pass where
+    the device has a kernel. It has no gradient.
 
     Args:
       model: as `quantize_model` or `checkpoint.load` returns it.
       expand: decode 4-bit weights to int8 once, for a device with room: nothing is left to decode
         in a call, and the weights take almost twice the memory.
+      dtype: that the model computes in; None for that of its biases, or bfloat16 without any.
     """
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, QuartzLinear) and module.activation.kind != "bf16":
-            module.weight.set_value(place_weight(module.weight.get_value(), expand))
-        elif hasattr(module, "qk_norm_rope"):
+    model = nnx.clone(model)
+    layers, attention = {}, "as the model has it"
+    dtype = dtype or _dtype(model)
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, QuantizedLinear):
+            how = how_it_runs(module.weight.get_value(), module.activation)
+            if how == "int8":
+                weight = place_weight(module.weight.get_value(), expand, dtype)
+                module.weight.set_value(weight)
+                how = f"int8, {_backend(weight)}"
+            layers[".".join(map(str, path))] = how
+        elif getattr(module, "qk_norm_rope_kernel", False):
             module.qk_norm_rope = _qk_norm_rope
+            attention = "one pass"
+    return model, Placement(layers=layers, attention=attention)
 
 
-@functools.partial(jax.jit, static_argnames="expand")
+def is_placed(model: nnx.Module) -> bool:
+    """Whether a model holds weights in the order of some kernel."""
+    return any(
+        isinstance(module, QuantizedLinear)
+        and isinstance(module.weight.get_value(), PreparedWeights)
+        for _, module in nnx.iter_modules(model)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("expand", "dtype"))
 def place_weight(
-    weight: QuartzTensor | IntTensor | PreparedWeights,  # [n, k]
+    weight: Stored | PreparedWeights,  # [n, k]
     expand: bool,
-) -> QuartzTensor | IntTensor | PreparedWeights:
+    dtype: Any = jnp.bfloat16,  # of the results to come
+) -> Stored | PreparedWeights:
     """Return a weight in the order that this device's kernels read; see `place`."""
-    if isinstance(weight, PreparedWeights) or weight.scale.shape[-1] != 1:
+    if isinstance(weight, PreparedWeights):
         return weight
-    if expand or isinstance(weight, IntTensor):
-        values = decode(weight)
-        prepared = matmul.prepare_int8(values, weight.scale)
-        return prepared or IntTensor(values=values, scale=weight.scale)
-    kind = {"group_size": weight.config.group_size, "step": weight.config.step}
-    return matmul.prepare(weight.codes, weight.shifts, weight.scale, k=weight.k, **kind) or weight
+    rows = row_operand(weight)
+    if rows is None or rows.scale.shape[-1] != 1 or getattr(rows, "scale_block", None):
+        return weight
+    if expand and isinstance(rows, PackedRows):
+        rows = Int8Rows(values=decode(rows), scale=rows.scale)
+    return matmul.prepare(rows, out_dtype=dtype) or rows
+
+
+def _backend(weight: Stored | PreparedWeights) -> str:
+    return weight.implementation if isinstance(weight, PreparedWeights) else "as stored"
+
+
+def _dtype(model: nnx.Module) -> Any:
+    """Return the dtype of the parameters that a quantized model still has."""
+    floats = [x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    return jnp.result_type(*floats) if floats else jnp.dtype(jnp.bfloat16)
 
 
 def _qk_norm_rope(
@@ -58,20 +111,13 @@ def _qk_norm_rope(
     *,
     heads: int,
 ) -> tuple[jax.Array, ...]:
-    return qk_norm_rope(tuple(_scaled(stream) for stream in streams), rope, heads=heads)
-
-
-def _scaled(stream: Any) -> Stream:
-    """Return a model's stream as the kernel wants it."""
-    query_norm, key_norm = stream.query_norm, stream.key_norm
-    if query_norm.epsilon != key_norm.epsilon:
-        raise ValueError(
-            f"query_norm has epsilon {query_norm.epsilon} and key_norm {key_norm.epsilon}; "
-            "they must be the same"
+    scaled = (
+        Stream(
+            qkv=stream.qkv,
+            query_scale=stream.query_norm.scale.get_value(),
+            key_scale=stream.key_norm.scale.get_value(),
+            epsilon=stream.query_norm.epsilon,
         )
-    return Stream(
-        qkv=stream.qkv,
-        query_scale=query_norm.scale.get_value(),
-        key_scale=key_norm.scale.get_value(),
-        epsilon=query_norm.epsilon,
+        for stream in streams
     )
+    return qk_norm_rope(tuple(scaled), rope, heads=heads)

@@ -31,7 +31,7 @@ class LayerRecipe:
     weight: Format | None = None  # of the weight; None leaves the whole layer 16-bit
     activation: Format | None = None  # of the input; None leaves it 16-bit
     transforms: tuple[Transform, ...] = ()
-    rounding: Rounding = Nearest()  # of the weight
+    rounding: Rounding = Nearest()  # of the weight  # noqa: RUF009 (frozen)
 
     def __post_init__(self):
         for name, kind in (("weight", Format), ("activation", Format)):
@@ -168,8 +168,10 @@ class Recipe:
           sites: all layers of the model, `recipes.sites.sites`.
 
         Raises:
-          ValueError: a rule with a path decides no layer, or none of the rules does.
+          ValueError: a rule with a path decides no layer, none of the rules does, or one decides a
+            layer that can't be quantized; the layer and its class are named.
         """
+        sites = list(sites)
         first = {s.path: next((r for r in self.rules if r.match(s)), None) for s in sites}
         decided = [rule for rule in first.values() if rule is not None]
         for rule in self.rules:
@@ -183,11 +185,18 @@ class Recipe:
                 f"recipe {self.name!r} matches no linear of this model; its rules are for "
                 + "; ".join(str(rule.match) for rule in self.rules)
             )
-        return {
+        assigned = {
             path: rule.layer
             for path, rule in first.items()
             if rule is not None and rule.layer.weight is not None
         }
+        for site in sites:
+            if site.path in assigned and site.obstacle:
+                raise ValueError(
+                    f"recipe {self.name!r} would quantize {site.path or 'the model'}, but "
+                    f"{site.obstacle}; replace it, or put a rule with weight null for it first"
+                )
+        return assigned
 
     def needs(self, sites: Iterable[Site]) -> dict[str, frozenset[Need]]:
         """Return which statistics each layer's recipe reads, by path; layers with none left out."""

@@ -64,6 +64,10 @@ class Op:
         """Return the statistics of x', given those of x."""
         raise NotImplementedError
 
+    def back(self, weight: jax.Array) -> jax.Array:
+        """Return what a weight [n, k] behind the op is in front of it: x' w'^T = x w^T."""
+        return weight
+
 
 @pytree
 class Scale(Op):
@@ -74,6 +78,10 @@ class Scale(Op):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """Return x * factor."""
         return x * self.factor.astype(x.dtype), None
+
+    def back(self, weight: jax.Array) -> jax.Array:
+        """Return weight * factor."""
+        return weight * self.factor
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics of x * factor."""
@@ -121,6 +129,10 @@ class BlockRotation(Op):
         """Return x with its blocks rotated."""
         return rotate(x, self.size), None
 
+    def back(self, weight: jax.Array) -> jax.Array:
+        """Return the weight rotated: the matrix is symmetric, its own inverse."""
+        return rotate(weight, self.size)
+
     def see(self, seen: Seen) -> Seen:
         """Return the statistics behind the rotation; maxima are bounds unless there are rows."""
         rows = mapped(lambda rows: rotate(rows, self.size), seen.rows)
@@ -150,6 +162,10 @@ class Permute(Op):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """Return x[..., index]."""
         return x[..., self.index], None
+
+    def back(self, weight: jax.Array) -> jax.Array:
+        """Return the weight in the order before."""
+        return weight[:, jnp.argsort(self.index)]
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics in the new order."""
@@ -229,9 +245,7 @@ class Layer:
 
     def then(self, op: Op, weight: jax.Array) -> "Layer":
         """Return the layer behind an op, with the weight [n, k] that belongs behind it."""
-        return dataclasses.replace(
-            self, weight=weight, ops=(*self.ops, op), seen=op.see(self.seen)
-        )
+        return dataclasses.replace(self, weight=weight, ops=(*self.ops, op), seen=op.see(self.seen))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return y [..., n] for float32 x [..., k]: what the layer computes before rounding."""

@@ -1,0 +1,44 @@
+"""Putting other modules in the place of linears."""
+
+from collections.abc import Callable, Container
+from typing import TypeVar
+
+from flax import nnx
+
+from quartz_jax.recipes.sites import linears
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def replace_linears(
+    model: M,
+    replace: Callable[[str, nnx.Module], nnx.Module],
+    only: Container[str] | None = None,
+) -> M:
+    """Return a copy of a model with replace(path, linear) in the place of each linear.
+
+    A linear that stands in several places is replaced once, by one module in all of them.
+
+    Args:
+      model: is untouched; the copy shares its arrays.
+      replace: is called in the order of the paths that `sites.linears` gives.
+      only: paths to replace; None for all.
+    """
+    model = nnx.clone(model)
+    made = {
+        id(linear): replace(path, linear)
+        for path, linear in list(linears(model))
+        if only is None or path in only
+    }
+    for _, parent in list(nnx.iter_modules(model)):
+        for name, child in list(nnx.iter_children(parent)):
+            if id(child) in made:
+                _set_child(parent, name, made[id(child)])
+    return model
+
+
+def _set_child(parent: nnx.Module, name: str | int, child: nnx.Module) -> None:
+    if isinstance(name, int):
+        parent[name] = child  # type: ignore[index]
+    else:
+        setattr(parent, name, child)
