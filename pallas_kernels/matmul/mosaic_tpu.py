@@ -44,7 +44,7 @@ _LARGEST = {"bfloat16": (128, 127), "float8_e4m3fn": (240, 112)}
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "shifts", "scale", "column"],
-    meta_fields=["k", "n", "group_size", "step"],
+    meta_fields=["k", "n", "group_size", "step", "levels"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuWeights:
@@ -58,6 +58,7 @@ class TpuWeights:
     n: int  # logical number of output channels
     group_size: int | None  # elements that share a shift; None if int8
     step: str | None  # "power" or "integer"; None if int8
+    levels: str = "uniform"  # or "stretched"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class _Plan:
     k_tiles: int
     group_size: int | None  # of packed weights
     step: str | None  # of packed weights
+    levels: str  # of packed weights
     keep: bool  # decoded weights stay in VMEM for all rows
     x_largest: int  # bounds of the operands, for exact float32 sums
     w_largest: int
@@ -107,6 +109,7 @@ def _prepare_packed(w: PackedRows) -> TpuWeights:
         n=n,
         group_size=w.group_size,
         step=w.step,
+        levels=w.levels,
     )
 
 
@@ -173,6 +176,7 @@ def matmul_prepared(
         k_tiles=k_tiles,
         group_size=weights.group_size,
         step=weights.step,
+        levels=weights.levels,
         keep=m_tiles > 1 and k_tiles * tile_k * tile_n * operand.itemsize <= _KEPT_BYTES,
         x_largest=largest[0] if x.lo is not None else min(largest[0], 128),
         w_largest=largest[1],

@@ -320,7 +320,7 @@ def test_mosaic_kernels_use_the_int8_matrix_unit_without_serializing(
 @on_gpus
 def test_fused_triton_decodes_bytes_at_once_for_the_int8_matrix_unit(gpu, tmp_path):
     ptx = compile_for(gpu, fused_call, "triton", tmp_path)
-    assert "mad.lo.u32 l, l, p, o" in ptx
+    assert "mad.lo.u32 a0, a0, p, 0x80808080" in ptx
     assert "prmt.b32" in ptx
     unit = r"wgmma\.mma_async\.\S*k32\.s32\.s8\.s8"
     if gpu is not H100:
