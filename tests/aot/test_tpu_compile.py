@@ -48,8 +48,17 @@ def test_plain_int8_matmul_compiles(chip, shape):
 
 @on_chips
 @at_flux_shapes
-def test_integer_steps_compile(chip, shape):
-    assert "quartz_matmul" in compiled_text(chip, shape, group_size=32, step="integer")
+@pytest.mark.parametrize("levels", ["uniform", "stretched"])
+def test_integer_steps_compile(chip, shape, levels):
+    kind = {"group_size": 32, "step": "integer", "levels": levels}
+    assert "quartz_matmul" in compiled_text(chip, shape, **kind)
+
+
+@on_chips
+@pytest.mark.parametrize("group_size", [8, 16])
+def test_stretched_levels_of_small_groups_compile(chip, group_size):
+    kind = {"group_size": group_size, "step": "integer", "levels": "stretched"}
+    assert "quartz_matmul" in compiled_text(chip, "flux-mlp-down", **kind)
 
 
 @at_flux_shapes
