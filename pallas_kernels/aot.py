@@ -1,7 +1,6 @@
 """Compiling for a TPU that isn't there: libtpu holds the whole compiler."""
 
 import dataclasses
-import functools
 import os
 import re
 
@@ -11,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from pallas_kernels.matmul import mosaic_tpu
+from pallas_kernels.operands import Int8Rows, PackedRows
 
 # Chip to the smallest topology that libtpu describes, and what the chip calls itself.
 TPU_CHIPS = {
@@ -52,26 +52,42 @@ def compile_for_tpu(
     return lowered.compile()
 
 
-def tpu_matmul_arguments(
-    m: int, n: int, k: int, *, group_size: int | None = None, step: str = "power"
-) -> tuple:
-    """Return shapes of x, weights and scale for `mosaic_tpu.matmul_prepared`.
-
-    The weights are packed, or int8 if `group_size` is None.
-    """
+def abstract_rows(
+    m: int,
+    k: int,
+) -> Int8Rows:
+    """Return shapes of int8 rows [m, k]."""
     shape = jax.ShapeDtypeStruct
-    scale = shape((n, 1), jnp.float32)
-    if group_size is None:
-        weights = jax.eval_shape(mosaic_tpu.prepare_int8, shape((n, k), jnp.int8), scale)
-    else:
-        groups = -(-k // group_size)
-        codes = shape((n, groups * group_size // 2), jnp.uint8)
-        shifts = shape((n, -(-groups // 2)), jnp.uint8)
-        prepare = functools.partial(
-            mosaic_tpu.prepare_weights, k=k, group_size=group_size, step=step
-        )
-        weights = jax.eval_shape(prepare, codes, shifts, scale)
-    return shape((m, k), jnp.int8), weights, shape((m, 1), jnp.float32)
+    return Int8Rows(values=shape((m, k), jnp.int8), scale=shape((m, 1), jnp.float32))
+
+
+def abstract_packed(
+    n: int, k: int, *, group_size: int = 16, step: str = "power", levels: str = "uniform"
+) -> PackedRows:
+    """Return shapes of packed rows [n, k]."""
+    shape = jax.ShapeDtypeStruct
+    groups = -(-k // group_size)
+    return PackedRows(
+        codes=shape((n, groups * group_size // 2), jnp.uint8),
+        shifts=shape((n, -(-groups // 2)), jnp.uint8),
+        scale=shape((n, 1), jnp.float32),
+        group_size=group_size,
+        step=step,
+        levels=levels,
+        padding=groups * group_size - k,
+    )
+
+
+def tpu_matmul_arguments(
+    m: int, n: int, k: int, *, group_size: int | None = None, **kind: str
+) -> tuple[Int8Rows, mosaic_tpu.TpuWeights]:
+    """Return shapes of x and weights for `mosaic_tpu.matmul_prepared`.
+
+    The weights are packed, of a kind that `abstract_packed` takes, or int8 if `group_size` is None.
+    """
+    int8 = group_size is None
+    w = abstract_rows(n, k) if int8 else abstract_packed(n, k, group_size=group_size, **kind)
+    return abstract_rows(m, k), jax.eval_shape(mosaic_tpu.prepare, w)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ CHOICES = {  # what the number format and the operations know
     "levels": ("uniform", "stretched"),
     "activation": (None, "gelu"),
     "bits": (4, 8),
-    "x_bits": (4, 8),
+    "value_bits": (4, 8),
 }
 
 

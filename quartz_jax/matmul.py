@@ -9,6 +9,7 @@ from jax import lax
 from pallas_kernels import codec, matmul
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.matmul import PreparedWeights, reference
+from pallas_kernels.operands import Epilogue, Int8Rows, PackedRows
 from quartz_jax.codec import decode_rows
 from quartz_jax.tensor import IntTensor, QuartzTensor
 
@@ -57,60 +58,60 @@ def quartz_matmul(
     x2, x_scale, x_lo = jax.tree.map(_flatten, (values, x.scale, x.lo))
     if residual is not None:
         residual = _flatten(residual)
-    options = {"bias": bias, "activation": activation, "gate": gate, "residual": residual}
-    options |= {"out_dtype": out_dtype, "implementation": implementation}
-    if isinstance(w, PreparedWeights):
-        y = matmul.matmul_prepared(x2, w, x_scale, x_lo=x_lo, x_bits=_value_bits(x), **options)
-    elif _block(x) or _block(w):
-        y = _matmul_blocks(x2, w, x_scale, x_lo, block=_block(x) or _block(w), **options)
-    elif isinstance(w, IntTensor):
-        y = matmul.matmul_int8(x2, decode_rows(w), x_scale, w.scale, x_lo=x_lo, **options)
+    epilogue = Epilogue(
+        bias=bias, gate=gate, residual=residual, activation=activation, out_dtype=out_dtype
+    )
+    block = None if isinstance(w, PreparedWeights) else _block(x) or _block(w)
+    rows = Int8Rows(values=x2, scale=x_scale, lo=x_lo, value_bits=_value_bits(x))
+    if block:
+        y = _matmul_blocks(rows, w, epilogue, block=block, implementation=implementation)
     else:
-        y = matmul.matmul(
-            x2,
-            w.codes,
-            w.shifts,
-            x_scale,
-            w.scale,
-            x_lo=x_lo,
-            group_size=w.config.group_size,
-            step=w.config.step,
-            x_bits=_value_bits(x),
-            **options,
-        )
+        weights = w if isinstance(w, PreparedWeights) else operand(w)
+        y = matmul.matmul(rows, weights, epilogue, implementation=implementation)
     return y.reshape(*values.shape[:-1], y.shape[-1])
 
 
-def _matmul_blocks(x, w, x_scale, x_lo, *, block, implementation, **epilogue) -> jax.Array:
-    """Add up one matmul for each scale block, x [m, k], scales [m, 1 or blocks]."""
+def operand(w: QuartzTensor | IntTensor) -> Int8Rows | PackedRows:
+    """Return weights with one scale a row as the kernels take them."""
+    if isinstance(w, IntTensor):
+        return Int8Rows(values=decode_rows(w), scale=w.scale)
+    return PackedRows(
+        codes=w.codes,
+        shifts=w.shifts,
+        scale=w.scale,
+        group_size=w.config.group_size,
+        step=w.config.step,
+        padding=w.padding,
+    )
+
+
+def _matmul_blocks(x: Int8Rows, w, epilogue: Epilogue, *, block, implementation) -> jax.Array:
+    """Add up one matmul for each scale block; scales are [m, 1 or blocks]."""
 
     def cut(values):  # [rows, k] to [blocks, rows, block], zeros after the end of k
         values = codec.pad(values, block)
         return jnp.moveaxis(values.reshape(values.shape[0], blocks, block), 1, 0)
 
-    blocks = -(-x.shape[1] // block)
+    blocks = -(-x.k // block)
 
     def spread(scale):  # [rows, 1 or blocks] to [blocks, rows, 1]
         return jnp.broadcast_to(scale, (scale.shape[0], blocks)).T[..., None]
 
     def add(total, part):
-        x, w, x_scale, w_scale, *x_lo = part
-        y = matmul.matmul_int8(
-            x,
-            w,
-            x_scale,
-            w_scale,
-            x_lo=x_lo[0] if x_lo else None,
-            out_dtype=jnp.float32,
+        values, w, x_scale, w_scale, *x_lo = part
+        y = matmul.matmul(
+            Int8Rows(values=values, scale=x_scale, lo=x_lo[0] if x_lo else None),
+            Int8Rows(values=w, scale=w_scale),
+            Epilogue(out_dtype=jnp.float32),
             implementation=implementation,
         )
         return total + y, None
 
-    parts = (cut(x), cut(decode_rows(w)), spread(x_scale), spread(w.scale))
-    parts += () if x_lo is None else (spread(x_lo),)
+    parts = (cut(x.values), cut(decode_rows(w)), spread(x.scale), spread(w.scale))
+    parts += () if x.lo is None else (spread(x.lo),)
     first, _ = add(jnp.float32(0), jax.tree.map(lambda part: part[0], parts))
     total, _ = lax.scan(add, first, jax.tree.map(lambda part: part[1:], parts))
-    return reference.finish(total, **epilogue)
+    return reference.finish(total, epilogue)
 
 
 def _flatten(array: jax.Array) -> jax.Array:

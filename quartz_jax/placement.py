@@ -11,6 +11,7 @@ from pallas_kernels.matmul import PreparedWeights
 from pallas_kernels.qk_norm_rope import Stream, qk_norm_rope
 from quartz_jax.codec import decode
 from quartz_jax.linear import QuartzLinear
+from quartz_jax.matmul import operand
 from quartz_jax.tensor import IntTensor, QuartzTensor
 
 
@@ -45,11 +46,9 @@ def place_weight(
     if isinstance(weight, PreparedWeights) or weight.scale.shape[-1] != 1:
         return weight
     if expand or isinstance(weight, IntTensor):
-        values = decode(weight)
-        prepared = matmul.prepare_int8(values, weight.scale)
-        return prepared or IntTensor(values=values, scale=weight.scale)
-    kind = {"group_size": weight.config.group_size, "step": weight.config.step}
-    return matmul.prepare(weight.codes, weight.shifts, weight.scale, k=weight.k, **kind) or weight
+        expanded = IntTensor(values=decode(weight), scale=weight.scale)
+        return matmul.prepare(operand(expanded)) or expanded
+    return matmul.prepare(operand(weight)) or weight
 
 
 def _qk_norm_rope(

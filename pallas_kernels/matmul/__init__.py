@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import check_array, check_choices, check_k
+from pallas_kernels.arguments import (
+    check_array,
+    check_choices,
+    check_k,
+    check_stretched_steps,
+)
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.matmul import (
     mosaic_gpu,
@@ -18,64 +22,51 @@ from pallas_kernels.matmul import (
     triton_few_rows,
     xla,
 )
+from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
 
+__all__ = [
+    "MATMUL",
+    "MATMUL_INT8",
+    "Branch",
+    "Epilogue",
+    "Int8Rows",
+    "PackedRows",
+    "PreparedWeights",
+    "matmul",
+    "prepare",
+]
 
-def _any_bits(run: Callable) -> Callable:
-    """Let a backend that multiplies int8 whatever it holds ignore `x_bits`."""
-    return lambda *args, x_bits=8, **options: run(*args, **options)
-
-
-# The first that can run does.
-MATMUL = Operation(
-    name="matmul",
-    backends=(
-        Backend(
-            name="mosaic_tpu",
-            run=mosaic_tpu.matmul,
-            why_not=mosaic_tpu.why_not,
-            prepare=mosaic_tpu.prepare_weights,
-            run_prepared=mosaic_tpu.matmul_prepared,
-        ),
-        Backend(
-            name="triton_few_rows",
-            run=_any_bits(triton_few_rows.matmul),
-            why_not=triton_few_rows.why_not,
-        ),
-        Backend(
-            name="mosaic_gpu",
-            run=_any_bits(mosaic_gpu.matmul),
-            why_not=mosaic_gpu.why_not,
-            prepare=mosaic_gpu.prepare_weights,
-            run_prepared=_any_bits(mosaic_gpu.matmul_prepared),
-        ),
-        Backend(name="triton", run=_any_bits(triton.matmul), why_not=triton.why_not),
-        Backend(name="xla", run=_any_bits(xla.matmul)),
-        Backend(name="reference", run=_any_bits(reference.matmul)),
-    ),
+_TPU = Backend(
+    name="mosaic_tpu",
+    run=mosaic_tpu.matmul,
+    why_not=mosaic_tpu.why_not,
+    prepare=mosaic_tpu.prepare,
+    run_prepared=mosaic_tpu.matmul_prepared,
 )
-MATMUL_INT8 = Operation(
-    name="matmul_int8",
-    backends=(
-        Backend(
-            name="mosaic_tpu",
-            run=mosaic_tpu.matmul_int8,
-            why_not=mosaic_tpu.why_not,
-            prepare=mosaic_tpu.prepare_int8,
-            run_prepared=mosaic_tpu.matmul_prepared,
-        ),
-        Backend(
-            name="mosaic_gpu",
-            run=mosaic_gpu.matmul_int8,
-            why_not=mosaic_gpu.why_not,
-            prepare=mosaic_gpu.prepare_int8,
-            run_prepared=_any_bits(mosaic_gpu.matmul_prepared),
-        ),
-        Backend(name="triton", run=triton.matmul_int8, why_not=triton.why_not),
-        Backend(name="xla", run=xla.matmul_int8),
-        Backend(name="reference", run=reference.matmul_int8),
-    ),
+_FEW_ROWS = Backend(
+    name="triton_few_rows", run=triton_few_rows.matmul, why_not=triton_few_rows.why_not
 )
+_HOPPER = Backend(
+    name="mosaic_gpu",
+    run=mosaic_gpu.matmul,
+    why_not=mosaic_gpu.why_not,
+    prepare=mosaic_gpu.prepare,
+    run_prepared=mosaic_gpu.matmul_prepared,
+)
+_ANYWHERE = (
+    Backend(name="triton", run=triton.matmul, why_not=triton.why_not),
+    Backend(name="xla", run=xla.matmul),
+    Backend(name="reference", run=reference.matmul),
+)
+# The first that can run does. Each takes x, w and an epilogue.
+MATMUL = Operation(name="matmul", backends=(_TPU, _FEW_ROWS, _HOPPER, *_ANYWHERE))
+MATMUL_INT8 = Operation(name="matmul_int8", backends=(_TPU, _HOPPER, *_ANYWHERE))
+
 _MANY_ROWS = 4096  # for which prepared weights are
+# Of k, up to which int32 holds the sum of any products: 127 * 127 each, and 255 * 127 for
+# asymmetric x once the 128 that it is lowered by is put back.
+_MAX_K = (2**31 - 1) // (127 * 127)
+_MAX_K_ASYMMETRIC = (2**31 - 1) // (255 * 127)
 
 
 @functools.partial(
@@ -99,197 +90,205 @@ class PreparedWeights:
         return self.n, self.k
 
     @property
+    def size(self) -> int:
+        """Number of logical elements."""
+        return self.n * self.k
+
+    @property
     def operation(self) -> Operation:
         """The operation whose backend they are for."""
         return MATMUL if self.bits == 4 else MATMUL_INT8
 
-    def explain(self, x: jax.Array, **options) -> str:
-        """Say whether `matmul_prepared` runs: on their own backend, since no other reads them."""
-        return self.operation.explain(x, self, implementation=self.implementation, **options)
+    def explain(
+        self,
+        x: Int8Rows,  # [m, k]
+        epilogue: Epilogue = Epilogue(),  # noqa: B008 (frozen)
+    ) -> str:
+        """Say whether `matmul` runs: on their own backend, since no other reads them."""
+        return self.operation.explain(x, self, epilogue, implementation=self.implementation)
 
 
 def matmul(
-    x: jax.Array,  # [m, k], int8: decoded values, minus 128 if asymmetric
-    w_codes: jax.Array,  # [n, k_padded / 2], uint8: packed symmetric codes
-    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8: packed shifts
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
+    x: Int8Rows,  # [m, k]
+    w: Int8Rows | PackedRows | PreparedWeights,  # [n, k], symmetric, one scale a row
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 (frozen)
     *,
-    group_size: int,
-    step: str,
-    bias: jax.Array | None = None,  # [n], any float
-    x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
-    activation: str | None = None,  # "gelu": its tanh form, after the bias
-    gate: jax.Array | None = None,  # [n], any float: multiplies the columns, after the activation
-    residual: jax.Array | None = None,  # [m, n], any float: added last
-    out_dtype: jnp.dtype = jnp.bfloat16,
-    x_bits: int = 8,  # 4 if x is 4-bit codes times powers of two, less 128 if asymmetric
     implementation: Implementation = None,
 ) -> jax.Array:
-    """Multiply int8 activations by packed 4-bit weights that share one scale a row.
+    """Multiply int8 activations by weights that share one scale a row.
 
-    The dot over all of k is an exact int32 (|sum| < 2**31 for k < 66,000 in the worst case); the
-    epilogue is float32, in the order that `reference.epilogue` gives. `x_bits` changes no integer:
-    it lets a device without int8 units multiply in float8, which holds such values exactly.
+    The dot over all of k is an exact int32. The rest is float32, in the order that
+    `reference.scale_sums` and `reference.finish` give:
+    residual + gate * activation(acc * s_x * s_w (+ terms of lo) + branch + bias).
+
+    Args:
+      x: the activations.
+      w: the weights: int8, packed 4-bit codes, or what `prepare` made of either.
+      epilogue: what becomes of the product.
+      implementation: a backend's name, several in order of preference, or None for the best on
+        this device. Prepared weights run on their own, which must be among them.
 
     Returns:
-      [m, n] of out_dtype. Rows whose scale is NaN are NaN.
+      [m, n] of the epilogue's out_dtype. Rows whose scale is NaN are NaN.
 
     Raises:
-      ValueError: arguments of other shapes or dtypes, k = 0, a group_size, step or activation that
-        isn't known, an out_dtype that isn't floating of 16 bits or more, or a named implementation
-        that can't run here.
+      ValueError: operands of other types, shapes or dtypes, k = 0 or so large that int32 sums
+        could wrap, weights that are asymmetric or have scale blocks, values that the number format
+        lacks, an out_dtype that isn't floating of 16 bits or more, or a named implementation that
+        can't run here or isn't that of prepared weights.
     """
-    check_array("x", x, ("m", "k"), jnp.int8)
-    check_choices(x_bits=x_bits)
-    _check_packed(w_codes, w_shifts, k=x.shape[1], group_size=group_size, step=step)
-    epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
-    epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
-    _check(x, w_codes.shape[0], x_scale, w_scale, **epilogue)
-    operands = x, w_codes, w_shifts, x_scale, w_scale
-    options = {"group_size": group_size, "step": step, "x_bits": x_bits}
-    return MATMUL(*operands, implementation=implementation, **options, **epilogue)
-
-
-def matmul_int8(
-    x: jax.Array,  # [m, k], int8: decoded values, minus 128 if asymmetric
-    w: jax.Array,  # [n, k], int8: symmetric
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
-    *,
-    bias: jax.Array | None = None,  # [n], any float
-    x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
-    activation: str | None = None,  # "gelu": its tanh form, after the bias
-    gate: jax.Array | None = None,  # [n], any float: multiplies the columns, after the activation
-    residual: jax.Array | None = None,  # [m, n], any float: added last
-    out_dtype: jnp.dtype = jnp.bfloat16,
-    implementation: Implementation = None,
-) -> jax.Array:
-    """Multiply int8 activations by int8 weights; otherwise as `matmul`."""
-    check_array("x", x, ("m", "k"), jnp.int8)
-    check_array("w", w, ("n", "k"), jnp.int8)
+    _check_x(x)
+    _check_w(w)
     _check_same_k(x, w)
-    epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
-    epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
-    _check(x, w.shape[0], x_scale, w_scale, **epilogue)
-    return MATMUL_INT8(x, w, x_scale, w_scale, implementation=implementation, **epilogue)
-
-
-def prepare(
-    w_codes: jax.Array,  # [n, k_padded / 2], uint8: packed symmetric codes
-    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8: packed shifts
-    w_scale: jax.Array,  # [n, 1], float32
-    *,
-    k: int,
-    group_size: int,
-    step: str,
-    implementation: Implementation = None,
-) -> PreparedWeights | None:
-    """Reorder packed weights for the backend that would multiply many rows by them.
-
-    Returns:
-      The weights for `matmul_prepared`, or None where that backend reads the packed order.
-
-    Raises:
-      ValueError: weights that `matmul` would refuse, or a named implementation that can't run here.
-    """
-    _check_packed(w_codes, w_shifts, k=k, group_size=group_size, step=step)
-    check_array("w_scale", w_scale, (w_codes.shape[0], 1), jnp.float32)
-    n, kind = w_codes.shape[0], {"group_size": group_size, "step": step}
-    rows = jax.ShapeDtypeStruct((_MANY_ROWS, k), jnp.int8)
-    backend = MATMUL.choose(implementation, rows, w_codes, **kind)
-    if backend.prepare is None:
-        return None
-    arrays = backend.prepare(w_codes, w_shifts, w_scale, k=k, **kind)
-    return PreparedWeights(arrays=arrays, implementation=backend.name, n=n, k=k, bits=4)
-
-
-def prepare_int8(
-    w: jax.Array,  # [n, k], int8: symmetric
-    w_scale: jax.Array,  # [n, 1], float32
-    *,
-    implementation: Implementation = None,
-) -> PreparedWeights | None:
-    """Reorder int8 weights; otherwise as `prepare`."""
-    check_array("w", w, ("n", "k"), jnp.int8)
-    n, k = w.shape
-    check_k(k)
-    check_array("w_scale", w_scale, (n, 1), jnp.float32)
-    rows = jax.ShapeDtypeStruct((_MANY_ROWS, k), jnp.int8)
-    backend = MATMUL_INT8.choose(implementation, rows, w)
-    if backend.prepare is None:
-        return None
-    arrays = backend.prepare(w, w_scale)
-    return PreparedWeights(arrays=arrays, implementation=backend.name, n=n, k=k, bits=8)
-
-
-def matmul_prepared(
-    x: jax.Array,  # [m, k], int8: decoded values, minus 128 if asymmetric
-    w: PreparedWeights,  # [n, k]
-    x_scale: jax.Array,  # [m, 1], float32
-    *,
-    bias: jax.Array | None = None,  # [n], any float
-    x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
-    activation: str | None = None,  # "gelu": its tanh form, after the bias
-    gate: jax.Array | None = None,  # [n], any float: multiplies the columns, after the activation
-    residual: jax.Array | None = None,  # [m, n], any float: added last
-    out_dtype: jnp.dtype = jnp.bfloat16,
-    x_bits: int = 8,  # 4 if x is 4-bit codes times powers of two, less 128 if asymmetric
-    implementation: Implementation = None,
-) -> jax.Array:
-    """Multiply by prepared weights; otherwise as `matmul`.
-
-    Raises:
-      ValueError: what `matmul` refuses, or an implementation without the weights' own.
-    """
-    check_array("x", x, ("m", "k"), jnp.int8)
-    check_choices(x_bits=x_bits)
-    _check_same_k(x, w)
-    epilogue = {"bias": bias, "x_lo": x_lo, "activation": activation}
-    epilogue |= {"gate": gate, "residual": residual, "out_dtype": out_dtype}
-    scale = jax.ShapeDtypeStruct((w.n, 1), jnp.float32)
-    _check(x, w.n, x_scale, scale, **epilogue)
+    _check_epilogue(epilogue, x.shape[0], w.shape[0])
+    if not isinstance(w, PreparedWeights):
+        return _operation(w)(x, w, epilogue, implementation=implementation)
     if w.implementation not in w.operation.names(implementation):
         raise ValueError(
             f"implementation is {implementation!r}, but w is prepared for {w.implementation!r}; "
             "pass None, or weights that aren't prepared"
         )
-    backend = w.operation.choose(w.implementation, x, w, x_scale, scale, **epilogue)
-    return backend.run_prepared(x, w.arrays, x_scale, x_bits=x_bits, **epilogue)
+    backend = w.operation.choose(w.implementation, x, w, epilogue)
+    assert backend.run_prepared is not None
+    return backend.run_prepared(x, w.arrays, epilogue)
 
 
-def _check_packed(w_codes, w_shifts, *, k: int, group_size: int, step: str) -> None:
-    """Refuse packed weights that aren't those of rows of k elements."""
-    check_choices(group_size=group_size, step=step)
-    check_k(k)
-    check_array("w_codes", w_codes, ("n", "k_padded / 2"), jnp.uint8)
-    n, columns = w_codes.shape
-    groups = -(-k // group_size)
-    if 2 * columns != groups * group_size:
+def prepare(
+    w: Int8Rows | PackedRows,  # [n, k], symmetric, one scale a row
+    *,
+    out_dtype: Any = jnp.bfloat16,
+    implementation: Implementation = None,
+) -> PreparedWeights | None:
+    """Reorder weights for the backend that would multiply many rows by them.
+
+    Args:
+      w: the weights.
+      out_dtype: of the results to come: not every backend writes every type.
+      implementation: as `matmul` takes it.
+
+    Returns:
+      The weights for `matmul`, or None where that backend reads them as they are.
+
+    Raises:
+      ValueError: weights that `matmul` would refuse, or a named implementation that can't run here.
+    """
+    if isinstance(w, PreparedWeights):
+        raise ValueError("w is prepared already; pass Int8Rows or PackedRows")
+    _check_w(w)
+    _check_out_dtype(out_dtype)
+    n, k = w.shape
+    x = Int8Rows(
+        values=jax.ShapeDtypeStruct((_MANY_ROWS, k), jnp.int8),
+        scale=jax.ShapeDtypeStruct((_MANY_ROWS, 1), jnp.float32),
+    )
+    backend = _operation(w).choose(implementation, x, w, Epilogue(out_dtype=out_dtype))
+    if backend.prepare is None:
+        return None
+    bits = 8 if isinstance(w, Int8Rows) else 4
+    arrays = backend.prepare(w)
+    return PreparedWeights(arrays=arrays, implementation=backend.name, n=n, k=k, bits=bits)
+
+
+def _operation(w: Int8Rows | PackedRows) -> Operation:
+    return MATMUL_INT8 if isinstance(w, Int8Rows) else MATMUL
+
+
+def _check_x(x: Any) -> None:
+    if not isinstance(x, Int8Rows):
+        raise ValueError(f"x is a {type(x).__name__}; it must be Int8Rows")
+    check_array("x.values", x.values, ("m", "k"), jnp.int8)
+    check_choices(value_bits=x.value_bits)
+    m = x.values.shape[0]
+    check_array("x.scale", x.scale, (m, 1), jnp.float32)
+    if x.lo is not None:
+        check_array("x.lo", x.lo, (m, 1), jnp.float32)
+
+
+def _check_w(w: Any) -> None:
+    """Refuse weights that no backend multiplies."""
+    if isinstance(w, PreparedWeights):
+        return
+    if isinstance(w, Int8Rows):
+        check_array("w.values", w.values, ("n", "k"), jnp.int8)
+        n = w.values.shape[0]
+    elif isinstance(w, PackedRows):
+        _check_packed(w)
+        n = w.codes.shape[0]
+    else:
         raise ValueError(
-            f"w_codes holds {2 * columns} elements a row, but x has k={k}; both must have the same "
-            f"k, that of w_codes padded to a multiple of {group_size}"
+            f"w is a {type(w).__name__}; it must be Int8Rows, PackedRows or PreparedWeights"
         )
-    check_array("w_shifts", w_shifts, (n, -(-groups // 2)), jnp.uint8)
+    if w.lo is not None:
+        raise ValueError("w is asymmetric; quantize weights with range='absmax'")
+    check_k(w.k)
+    check_array("w.scale", w.scale, (n, 1), jnp.float32)
 
 
-def _check_same_k(x, w) -> None:
-    if x.shape[1] != w.shape[1]:
-        raise ValueError(f"x has k={x.shape[1]} and w has k={w.shape[1]}; both must be the same")
-    check_k(x.shape[1])
+def _check_packed(w: PackedRows) -> None:
+    """Refuse packed weights whose arrays or metadata don't fit together."""
+    check_choices(group_size=w.group_size, step=w.step, levels=w.levels, range=w.range)
+    if (w.axis, w.scale_block, w.range) != (-1, None, "absmax"):
+        raise ValueError(
+            f"w has axis={w.axis}, scale_block={w.scale_block} and range={w.range!r}; matmul takes "
+            "axis=-1, scale_block=None and range='absmax'"
+        )
+    check_array("w.codes", w.codes, ("n", "k_padded / 2"), jnp.uint8)
+    n, columns = w.codes.shape
+    if 2 * columns % w.group_size or not 0 <= w.padding < max(w.group_size, 1):
+        raise ValueError(
+            f"w.codes holds {2 * columns} elements a row with padding={w.padding}; they must be "
+            f"whole groups of {w.group_size}, less than one of them padding"
+        )
+    groups = 2 * columns // w.group_size
+    check_array("w.shifts", w.shifts, (n, -(-groups // 2)), jnp.uint8)
+    if w.levels == "stretched":
+        check_stretched_steps("w.shifts", w.shifts)
 
 
-def _check(x, n, x_scale, w_scale, *, bias, x_lo, activation, gate, residual, out_dtype) -> None:
-    """Refuse an argument that doesn't follow from the rows of x [m, ...] and n columns."""
-    m = x.shape[0]
-    check_array("x_scale", x_scale, (m, 1), jnp.float32)
-    check_array("w_scale", w_scale, (n, 1), jnp.float32)
-    optional = {"x_lo": (x_lo, (m, 1), jnp.float32), "bias": (bias, (n,), jnp.floating)}
-    optional |= {"gate": (gate, (n,), jnp.floating), "residual": (residual, (m, n), jnp.floating)}
-    for name, (array, shape, dtype) in optional.items():
+def _check_same_k(x: Int8Rows, w: Int8Rows | PackedRows | PreparedWeights) -> None:
+    k = x.shape[1]
+    if k != w.k:
+        raise ValueError(f"x has k={k} and w has k={w.k}; both must be the same")
+    check_k(k)
+    most, kind = (_MAX_K, "") if x.lo is None else (_MAX_K_ASYMMETRIC, " with an asymmetric x")
+    if k > most:
+        raise ValueError(
+            f"k is {k}{kind}; int32 sums of int8 products hold for k up to {most}: cut k into "
+            "pieces and add their results"
+        )
+
+
+def _check_epilogue(epilogue: Any, m: int, n: int) -> None:
+    """Refuse what doesn't fit a result of [m, n]."""
+    if not isinstance(epilogue, Epilogue):
+        raise ValueError(f"epilogue is a {type(epilogue).__name__}; it must be an Epilogue")
+    shapes = {"bias": (n,), "gate": (n,), "residual": (m, n)}
+    for name, shape in shapes.items():
+        array = getattr(epilogue, name)
         if array is not None:
-            check_array(name, array, shape, dtype)
-    check_choices(activation=activation)
+            check_array(name, array, shape, jnp.floating)
+    if epilogue.branch is not None:
+        _check_branch(epilogue.branch, m, n)
+    check_choices(activation=epilogue.activation)
+    _check_out_dtype(epilogue.out_dtype)
+
+
+def _check_branch(branch: Any, m: int, n: int) -> None:
+    if not isinstance(branch, Branch):
+        raise ValueError(f"branch is a {type(branch).__name__}; it must be a Branch")
+    check_array("branch.input", branch.input, (m, "r"), jnp.floating)
+    rank = branch.input.shape[1]
+    if rank < 1:
+        raise ValueError("branch.input has no columns; pass branch=None")
+    check_array("branch.up", branch.up, (n, rank), jnp.floating)
+    if branch.input.dtype != branch.up.dtype:
+        raise ValueError(
+            f"branch.input has dtype {branch.input.dtype} and branch.up {branch.up.dtype}; both "
+            "must be the same"
+        )
+
+
+def _check_out_dtype(out_dtype: Any) -> None:
     if not jnp.issubdtype(out_dtype, jnp.floating) or jnp.finfo(out_dtype).bits < 16:
         raise ValueError(
             f"out_dtype is {out_dtype}; it must be floating of 16 bits or more, such as bfloat16"

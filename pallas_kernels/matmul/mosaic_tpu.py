@@ -7,7 +7,7 @@ The order of the weights is made for 32-bit arithmetic on packed bytes. A word h
 its low nibbles are four consecutive k of one column, its high nibbles the four that lie 32 later.
 Masking a nibble of each byte and bitcasting 8 rows of words to int8 therefore yields 32
 consecutive k, and the steps of their groups are one shift or multiplication of whole words:
-sum_b c_b 256**b, times the step, plus 128 in every byte, has no carries since |c * step| <= 112.
+sum_b c_b 256**b, times the step, plus 128 in every byte, has no carries since |c * step| <= 127.
 
 Chips without int8 units multiply in float8_e4m3fn or bfloat16, with float32 sums kept below 2**24
 and added up as int32. All products and partial sums are then integers that float32 holds, so the
@@ -16,6 +16,7 @@ result is the same integer.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import codec, device
 from pallas_kernels.matmul import reference
+from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows, int8_values
 
 _LOW_NIBBLES = 0x0F0F0F0F
 _EIGHTS = 0x08080808  # the bias that makes stored nibbles unsigned
+_ONES = 0x01010101
 _SIGN_BITS = -0x7F7F7F80  # 0x80808080 as int32
 
 # The limits divide the layers of FLUX, DiT and PixArt evenly, and fit the smallest VMEM.
@@ -42,11 +45,11 @@ _LARGEST = {"bfloat16": (128, 127), "float8_e4m3fn": (240, 112)}
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "shifts", "scale", "column"],
-    meta_fields=["k", "n", "group_size", "step"],
+    meta_fields=["k", "n", "group_size", "step", "levels"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuWeights:
-    """Weights in the order of these kernels; see `prepare_weights` and `prepare_int8`."""
+    """Weights in the order of these kernels; see `prepare`."""
 
     values: jax.Array  # [k_tiles * tile_k / 8, n_pad] int32 words, or [.., n_pad] int8
     shifts: jax.Array | None  # [groups_pad / 8, n_pad] int32, eight shifts a word; None if int8
@@ -56,6 +59,7 @@ class TpuWeights:
     n: int  # logical number of output channels
     group_size: int | None  # elements that share a shift; None if int8
     step: str | None  # "power" or "integer"; None if int8
+    levels: str = "uniform"  # or "stretched"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,63 +70,66 @@ class _Plan:
     k_tiles: int
     group_size: int | None  # of packed weights
     step: str | None  # of packed weights
+    levels: str  # of packed weights
     keep: bool  # decoded weights stay in VMEM for all rows
     x_largest: int  # bounds of the operands, for exact float32 sums
     w_largest: int
     x_offset: int  # what the operand has been lowered by: 128 for asymmetric int8, else 0
-    activation: str | None  # in the epilogue
 
 
-def prepare_weights(
-    codes: jax.Array,  # [n, k_padded / 2], uint8: packed symmetric codes
-    shifts: jax.Array,  # [n, ceil(groups / 2)], uint8: packed shifts
-    scale: jax.Array,  # [n, 1], float32
-    *,
-    k: int,
-    group_size: int,
-    step: str,
+def prepare(
+    w: Int8Rows | PackedRows,  # [n, k]
 ) -> TpuWeights:
-    """Reorder packed weights for the TPU kernels: once, when they are loaded.
+    """Reorder weights for the TPU kernels: once, when they are loaded."""
+    return _prepare_packed(w) if isinstance(w, PackedRows) else _prepare_int8(w)
 
-    Word [8 i + s, n] holds codes + 8: in nibble 2 b that of k = 64 i + 4 s + b and in nibble
-    2 b + 1 that of k = 64 i + 32 + 4 s + b. Word [i, n] of the shifts holds those of groups
-    8 i ... 8 i + 7, the first in its lowest nibble. Both are padded to whole tiles with zeros,
-    which meet zeros of x.
+
+def _prepare_packed(w: PackedRows) -> TpuWeights:
+    """Reorder packed weights.
+
+    Word [8 i + s, n] holds codes + 8 (with stretched levels those from -6 down one less, see
+    `_stretch`): in nibble 2 b that of k = 64 i + 4 s + b and in nibble 2 b + 1 that of
+    k = 64 i + 32 + 4 s + b. Word [i, n] of the shifts holds those of groups 8 i ... 8 i + 7, the
+    first in its lowest nibble. Both are padded to whole tiles with zeros, which meet zeros of x.
     """
-    n = codes.shape[0]
-    tile_k, tile_n = _weight_tiles(k, n, group_size)
+    n, k = w.shape
+    tile_k, tile_n = _weight_tiles(k, n, w.group_size)
     # [i, half, s, b // 2, n] of bytes with two k each; n last, which is what TPUs lay out well.
+    codes = w.codes if w.levels == "uniform" else _lower_outer(w.codes)
     rows = codec.pad(codes, 32).T.reshape(-1, 2, 8, 2, n)
     low, high = rows[:, 0], rows[:, 1]
     even, odd = (low & 15) | (high << 4), (low >> 4) | (high & 0xF0)
     # Flipping the sign bit of a two's complement nibble adds 8.
     words = _words(jnp.stack([even, odd], axis=3).reshape(-1, n) ^ 0x88)
-    shift_words = _words(codec.pad(shifts, 4).T)
-    decoded = codec.decode_packed(codes, shifts, group_size=group_size, step=step)
+    shift_words = _words(codec.pad(w.shifts, 4).T)
     return TpuWeights(
         values=_pad(words, tile_k // 8, tile_n),
-        shifts=_pad(shift_words, -(-k // tile_k) * tile_k // (8 * group_size), tile_n),
-        scale=_pad(scale.T, 1, tile_n),
-        column=_column_sums(decoded[:, :k], tile_n),
+        shifts=_pad(shift_words, -(-k // tile_k) * tile_k // (8 * w.group_size), tile_n),
+        scale=_pad(w.scale.T, 1, tile_n),
+        column=_column_sums(int8_values(w), tile_n),
         k=k,
         n=n,
-        group_size=group_size,
-        step=step,
+        group_size=w.group_size,
+        step=w.step,
+        levels=w.levels,
     )
 
 
-def prepare_int8(
-    w: jax.Array,  # [n, k], int8
-    scale: jax.Array,  # [n, 1], float32
-) -> TpuWeights:
-    """Transpose and pad int8 weights for the plain kernel: once, when they are loaded."""
+def _lower_outer(codes: jax.Array) -> jax.Array:
+    """Return packed codes, those from -6 down one less."""
+    signed = codec.unpack(codes, signed=True)
+    return codec.pack(signed - (signed <= -6).astype(jnp.int8))
+
+
+def _prepare_int8(w: Int8Rows) -> TpuWeights:
+    """Transpose and pad int8 weights for the plain kernel."""
     n, k = w.shape
     tile_k, tile_n = _weight_tiles(k, n, None)
     return TpuWeights(
-        values=_pad(w.T, tile_k, tile_n),
+        values=_pad(w.values.T, tile_k, tile_n),
         shifts=None,
-        scale=_pad(scale.T, 1, tile_n),
-        column=_column_sums(w, tile_n),
+        scale=_pad(w.scale.T, 1, tile_n),
+        column=_column_sums(w.values, tile_n),
         k=k,
         n=n,
         group_size=None,
@@ -130,33 +137,31 @@ def prepare_int8(
     )
 
 
-def matmul_prepared(
-    x: jax.Array,  # [m, k], int8: decoded values, minus 128 if asymmetric
-    weights: TpuWeights,
-    x_scale: jax.Array,  # [m, 1], float32
-    *,
-    bias: jax.Array | None = None,  # [n], any float
-    x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
-    activation: str | None = None,  # None or "gelu"
-    gate: jax.Array | None = None,  # [n], any float
-    residual: jax.Array | None = None,  # [m, n], any float
-    out_dtype: jnp.dtype = jnp.bfloat16,
-    x_bits: int = 8,
-    operand: jnp.dtype | None = None,
+def matmul(
+    x: Int8Rows,  # [m, k]
+    w: Int8Rows | PackedRows,  # [n, k]
+    epilogue: Epilogue,
 ) -> jax.Array:
-    """Multiply int8 activations by prepared weights, with `reference.epilogue` in the kernel.
+    """Multiply int8 activations by weights; see `pallas_kernels.matmul.matmul`.
+
+    Reorders the weights at every call: keep `prepare`'s result where that counts.
+    """
+    return matmul_prepared(x, prepare(w), epilogue)
+
+
+def matmul_prepared(
+    x: Int8Rows,  # [m, k]
+    weights: TpuWeights,  # [n, k]
+    epilogue: Epilogue,
+    *,
+    operand: Any = None,
+) -> jax.Array:
+    """Multiply int8 activations by prepared weights, with the epilogue in the kernel.
 
     Args:
       x: the activations.
-      weights: from `prepare_weights` or `prepare_int8`.
-      x_scale: of each row of x.
-      bias: see `reference.finish` for this one and the next ones.
-      x_lo: the offset of each row of asymmetric x.
-      activation: applied after the bias.
-      gate: multiplies each column.
-      residual: added last.
-      out_dtype: of the result.
-      x_bits: 4 if x, less 128 or not, is 4-bit codes times powers of two, else 8.
+      weights: from `prepare`.
+      epilogue: what becomes of the product.
       operand: type that the matrix units multiply. None for int8 where the device has it, else
         float8_e4m3fn where x and weights are 4-bit codes times powers of two, else bfloat16.
 
@@ -166,71 +171,49 @@ def matmul_prepared(
     Raises:
       ValueError: x and weights have different k, or the weights are not exact in `operand`.
     """
-    operand = jnp.dtype(operand or _best_operand(device.current(), weights.step, x_bits))
+    operand = jnp.dtype(operand or _best_operand(device.current(), weights.step, x.value_bits))
     _check(x, weights, operand)
     m, n = x.shape[0], weights.n
     tiles = tile_m, tile_k, tile_n = tile_sizes(m, n, weights.k, weights.group_size)
-    x, offset = _as_operand(x, x_lo is not None, operand)
-    x = _pad(x, tile_m, tile_k)
-    k_tiles, m_tiles = x.shape[1] // tile_k, x.shape[0] // tile_m
+    values, offset = _as_operand(x.values, x.lo is not None, operand)
+    values = _pad(values, tile_m, tile_k)
+    k_tiles, m_tiles = values.shape[1] // tile_k, values.shape[0] // tile_m
     largest = _LARGEST.get(operand.name, (1, 1))
     plan = _Plan(
         m_tiles=m_tiles,
         k_tiles=k_tiles,
         group_size=weights.group_size,
         step=weights.step,
+        levels=weights.levels,
         keep=m_tiles > 1 and k_tiles * tile_k * tile_n * operand.itemsize <= _KEPT_BYTES,
-        x_largest=largest[0] if x_lo is not None else min(largest[0], 128),
+        x_largest=largest[0] if x.lo is not None else min(largest[0], 128),
         w_largest=largest[1],
         x_offset=offset,
-        activation=activation,
     )
-    rows = {"x_scale": x_scale, "x_lo": x_lo}
-    columns = {"bias": bias, "gate": gate}
-    epilogue = {key: _pad(a, tile_m, 1) for key, a in rows.items() if a is not None}
-    epilogue["w_scale"] = weights.scale
-    for key, array in columns.items():
-        if array is not None:
-            epilogue[key] = _pad(array.astype(jnp.float32).reshape(1, n), 1, tile_n)
-    if x_lo is not None:
-        epilogue["column"] = weights.column
-    if residual is not None:
-        epilogue["residual"] = _pad(residual, tile_m, tile_n)
-    y = _call(x, weights, epilogue, plan, tiles, operand, out_dtype)
+    scales = {"x_scale": _pad(x.scale, tile_m, 1), "w_scale": weights.scale}
+    if x.lo is not None:
+        scales |= {"x_lo": _pad(x.lo, tile_m, 1), "column": weights.column}
+    y = _call(values, weights, scales, _pad_epilogue(epilogue, tiles), plan, tiles, operand)
     return y[:m, :n]
 
 
-def matmul(
-    x: jax.Array,  # [m, k], int8
-    w_codes: jax.Array,  # [n, k_padded / 2], uint8
-    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
-    *,
-    group_size: int,
-    step: str,
-    **options,  # of `matmul_prepared`
-) -> jax.Array:
-    """Multiply int8 activations by packed 4-bit weights; see `pallas_kernels.matmul.matmul`.
+def _pad_epilogue(epilogue: Epilogue, tiles: tuple[int, int, int]) -> Epilogue:
+    """Return an epilogue of float32 columns [1, n], its arrays padded to whole tiles."""
+    tile_m, _, tile_n = tiles
 
-    Reorders the weights at every call: keep `prepare_weights`' result where that counts.
-    """
-    weights = prepare_weights(
-        w_codes, w_shifts, w_scale, k=x.shape[1], group_size=group_size, step=step
+    def column(array):
+        return None if array is None else _pad(array.astype(jnp.float32)[None], 1, tile_n)
+
+    branch, residual = epilogue.branch, epilogue.residual
+    if branch is not None:
+        branch = Branch(input=_pad(branch.input, tile_m, 128), up=_pad(branch.up, tile_n, 128))
+    return dataclasses.replace(
+        epilogue,
+        bias=column(epilogue.bias),
+        gate=column(epilogue.gate),
+        residual=None if residual is None else _pad(residual, tile_m, tile_n),
+        branch=branch,
     )
-    return matmul_prepared(x, weights, x_scale, **options)
-
-
-def matmul_int8(
-    x: jax.Array,  # [m, k], int8
-    w: jax.Array,  # [n, k], int8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
-    **options,  # of `matmul_prepared`
-) -> jax.Array:
-    """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
-    weights = prepare_int8(w, w_scale)
-    return matmul_prepared(x, weights, x_scale, **options)
 
 
 def tile_sizes(m: int, n: int, k: int, group_size: int | None) -> tuple[int, int, int]:
@@ -238,14 +221,14 @@ def tile_sizes(m: int, n: int, k: int, group_size: int | None) -> tuple[int, int
     return (_tile(m, _TILE_M, 32), *_weight_tiles(k, n, group_size))
 
 
-def why_not(target: device.Device, x: jax.Array, w: jax.Array, *args, **kwargs) -> str | None:
+def why_not(target: device.Device, x: Int8Rows, w: Any, epilogue: Epilogue) -> str | None:
     """Say why the device can't run these kernels, or return None."""
     if target.platform != "tpu":
         return f"needs a TPU, not {target.platform}"
     return "needs at least one element" if 0 in (*x.shape, *w.shape) else None
 
 
-def _call(x, weights, epilogue, plan, tiles, operand, out_dtype) -> jax.Array:
+def _call(x, weights, scales, epilogue, plan, tiles, operand) -> jax.Array:
     """Run the kernel over a grid of (n, m, k) tiles; all arrays are padded to whole tiles."""
     tile_m, tile_k, tile_n = tiles
     n_tiles = weights.values.shape[1] // tile_n
@@ -259,7 +242,13 @@ def _call(x, weights, epilogue, plan, tiles, operand, out_dtype) -> jax.Array:
     row = pl.BlockSpec((tile_m, 1), lambda n, m, k: (m, 0))
     column = pl.BlockSpec((1, tile_n), lambda n, m, k: (0, n))
     tile = pl.BlockSpec((tile_m, tile_n), lambda n, m, k: (m, n))
-    specs = {"x_scale": row, "x_lo": row, "residual": tile}
+    rank = 0 if epilogue.branch is None else epilogue.branch.up.shape[1]
+    specs = {"bias": column, "gate": column, "residual": tile}
+    specs["branch"] = Branch(
+        input=pl.BlockSpec((tile_m, rank), lambda n, m, k: (m, 0)),
+        up=pl.BlockSpec((tile_n, rank), lambda n, m, k: (n, 0)),
+    )
+    specs = {name: spec for name, spec in specs.items() if getattr(epilogue, name) is not None}
     w_specs = {"values": pl.BlockSpec((w_rows, tile_n), w_index)}
     w_arrays = {"values": weights.values}
     if packed:
@@ -275,10 +264,11 @@ def _call(x, weights, epilogue, plan, tiles, operand, out_dtype) -> jax.Array:
         in_specs=[
             pl.BlockSpec((tile_m, tile_k), lambda n, m, k: (m, k)),
             w_specs,
-            {key: specs.get(key, column) for key in epilogue},
+            {name: row if name.startswith("x_") else column for name in scales},
+            dataclasses.replace(epilogue, **specs),
         ],
         out_specs=tile,
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], n_tiles * tile_n), out_dtype),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], n_tiles * tile_n), epilogue.out_dtype),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -286,10 +276,12 @@ def _call(x, weights, epilogue, plan, tiles, operand, out_dtype) -> jax.Array:
         ),
         interpret=device.current().platform != "tpu",
         name="quartz_matmul" if packed else "int8_matmul",
-    )(x, w_arrays, epilogue)
+    )(x, w_arrays, scales, epilogue)
 
 
-def _kernel(x_ref, w_refs, epilogue_refs, y_ref, acc_ref, decoded_ref=None, *, plan: _Plan):
+def _kernel(
+    x_ref, w_refs, scale_refs, epilogue_refs, y_ref, acc_ref, decoded_ref=None, *, plan: _Plan
+):
     m, k = pl.program_id(1), pl.program_id(2)
     w_ref = w_refs["values"]
     if decoded_ref is not None:
@@ -303,8 +295,9 @@ def _kernel(x_ref, w_refs, epilogue_refs, y_ref, acc_ref, decoded_ref=None, *, p
 
     @pl.when(k == plan.k_tiles - 1)
     def _():
-        given = {key: ref[...] for key, ref in epilogue_refs.items()}
-        y_ref[...] = _epilogue(acc_ref[...], **given, plan=plan, out_dtype=y_ref.dtype)
+        scales, epilogue = jax.tree.map(lambda ref: ref[...], (scale_refs, epilogue_refs))
+        y = reference.scale_sums(acc_ref[...], **scales, offset=plan.x_offset)
+        y_ref[...] = reference.finish(y, epilogue)
 
 
 def _decode_tile(w_refs, decoded_ref, k, plan: _Plan) -> None:
@@ -324,12 +317,23 @@ def _decode_tile(w_refs, decoded_ref, k, plan: _Plan) -> None:
         shifts = jnp.broadcast_to(w_refs["shifts"][pl.ds(row, 1), :], words.shape)
         nibble = start // plan.group_size % 8 + within
         shifts = lax.shift_right_logical(shifts, 4 * nibble) & 15
-        codes = nibbles - _EIGHTS
+        codes = nibbles - _EIGHTS if plan.levels == "uniform" else _stretch(nibbles)
         scaled = codes * (shifts + 1) if plan.step == "integer" else codes << shifts
         decoded = pltpu.bitcast((scaled + _SIGN_BITS) ^ _SIGN_BITS, jnp.int8)
         if decoded_ref.dtype != jnp.int8:
             decoded = decoded.astype(jnp.float32)
         decoded_ref[start : start + 32, :] = decoded.astype(decoded_ref.dtype)
+
+
+def _stretch(nibbles: jax.Array) -> jax.Array:
+    """Return the sum of a word's four stretched levels times 256**b.
+
+    Byte v stands for v - 8 in the middle, 0 for -9, 1 for -7, 14 for 7 and 15 for 9, that is
+    v - 9 + (v >= 1) + (v >= 14) + (v == 15); carries of a nibble make the comparisons.
+    """
+    above_zero = ((nibbles + 15 * _ONES) >> 4) & _ONES
+    outer = ((nibbles + 2 * _ONES) >> 4) & _ONES
+    return nibbles - 9 * _ONES + above_zero + outer + (outer & nibbles)
 
 
 def _dot(x_ref, w_ref, plan: _Plan) -> jax.Array:
@@ -344,25 +348,6 @@ def _dot(x_ref, w_ref, plan: _Plan) -> jax.Array:
         dot = jnp.dot(x_ref[:, part], w_ref[part, :], preferred_element_type=jnp.float32)
         total += dot.astype(jnp.int32)
     return total
-
-
-def _epilogue(
-    acc: jax.Array,  # [tile_m, tile_n], int32
-    *,
-    plan: _Plan,
-    x_scale: jax.Array,  # [tile_m, 1], float32
-    w_scale: jax.Array,  # [1, tile_n], float32
-    x_lo: jax.Array | None = None,  # [tile_m, 1], float32
-    column: jax.Array | None = None,  # [1, tile_n], int32: sums over k of w
-    **options,  # of `reference.finish`, the columns as [1, tile_n]
-) -> jax.Array:
-    """Turn integer sums into the layer's output, in float32; see `reference.epilogue`."""
-    if plan.x_offset:
-        acc = acc + plan.x_offset * column
-    y = acc.astype(jnp.float32) * x_scale * w_scale
-    if x_lo is not None:
-        y = y + (x_lo * w_scale) * column.astype(jnp.float32)
-    return reference.finish(y, activation=plan.activation, **options)
 
 
 def _as_operand(x: jax.Array, asymmetric: bool, operand: jnp.dtype) -> tuple[jax.Array, int]:
@@ -382,9 +367,9 @@ def _best_operand(target: device.Device, step: str | None, x_bits: int) -> jnp.d
     return jnp.float8_e4m3fn if target.fp8 and four_bits else jnp.bfloat16
 
 
-def _check(x: jax.Array, weights: TpuWeights, operand: jnp.dtype) -> None:
-    if x.shape[1] != weights.k:
-        raise ValueError(f"x has k={x.shape[1]} and weights have k={weights.k}; both must agree")
+def _check(x: Int8Rows, weights: TpuWeights, operand: jnp.dtype) -> None:
+    if x.k != weights.k:
+        raise ValueError(f"x has k={x.k} and weights have k={weights.k}; both must agree")
     if operand == jnp.float8_e4m3fn and weights.step != "power":
         raise ValueError(
             "operand=float8_e4m3fn holds only weights of step='power' exactly, not "

@@ -2,81 +2,76 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from pallas_kernels import codec
 from pallas_kernels.functions import gelu
+from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows, int8_values
 
 
 def matmul(
-    x: jax.Array,  # [m, k], int8
-    w_codes: jax.Array,  # [n, k_padded / 2], uint8
-    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
-    *,
-    group_size: int,
-    step: str,
-    **options,  # of `epilogue`
+    x: Int8Rows,  # [m, k]
+    w: Int8Rows | PackedRows,  # [n, k]
+    epilogue: Epilogue,
 ) -> jax.Array:
-    """Multiply int8 activations by packed 4-bit weights; see `pallas_kernels.matmul.matmul`."""
-    w = codec.decode_packed(w_codes, w_shifts, group_size=group_size, step=step)[:, : x.shape[1]]
-    return matmul_int8(x, w, x_scale, w_scale, **options)
+    """Decode the weights and multiply; see `pallas_kernels.matmul.matmul`."""
+    values = int8_values(w)
+    acc = jnp.einsum("mk,nk->mn", x.values.astype(jnp.int32), values.astype(jnp.int32))
+    return apply(acc, x, values, w.scale, epilogue)
 
 
-def matmul_int8(
-    x: jax.Array,  # [m, k], int8
-    w: jax.Array,  # [n, k], int8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
-    **options,  # of `epilogue`
-) -> jax.Array:
-    """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
-    acc = jnp.einsum("mk,nk->mn", x.astype(jnp.int32), w.astype(jnp.int32))
-    return epilogue(acc, w, x_scale, w_scale, **options)
-
-
-def epilogue(
+def apply(
     acc: jax.Array,  # [m, n], int32
+    x: Int8Rows,  # [m, k]
     w: jax.Array,  # [n, k], int8
-    x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [n, 1], float32
-    *,
-    x_lo: jax.Array | None = None,  # [m, 1], float32
-    **options,  # of `finish`
+    epilogue: Epilogue,
 ) -> jax.Array:
-    """Turn the integer dot into the result, in float32 and in this order, then cast.
+    """Turn the integer dot into the result, [m, n] of the epilogue's out_dtype."""
+    column = None if x.lo is None else jnp.sum(w, axis=1, dtype=jnp.int32)[None]
+    return finish(scale_sums(acc, x.scale, w_scale.T, x.lo, column), epilogue)
 
-    Symmetric x: y = acc * s_x * s_w, then `finish`.
-    Asymmetric x, held minus 128, with c = sum over k of w:
-    y = (acc + 128 c) * s_x * s_w + (lo_x * s_w) * c, then `finish`.
+
+def scale_sums(
+    acc: jax.Array,  # [m, n], int32
+    x_scale: jax.Array,  # [m, 1], float32
+    w_scale: jax.Array,  # [1, n], float32
+    x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric
+    column: jax.Array | None = None,  # [1, n], int32: c, the sums over k of w; with x_lo
+    offset: int = 128,  # that asymmetric values have been lowered by
+) -> jax.Array:
+    """Return the product of the dequantized operands, float32 [m, n], in this order.
+
+    Symmetric x: acc * s_x * s_w. Asymmetric x: (acc + offset c) * s_x * s_w + (lo_x * s_w) * c.
     A compiler may fuse a product with the addition after it.
     """
-    w_scale = w_scale.T
-    if x_lo is None:
-        y = acc.astype(jnp.float32) * x_scale * w_scale
-    else:
-        column = jnp.sum(w, axis=1, dtype=jnp.int32)
-        y = (acc + 128 * column).astype(jnp.float32) * x_scale * w_scale
-        y = y + (x_lo * w_scale) * column.astype(jnp.float32)
-    return finish(y, **options)
+    if x_lo is None or column is None:
+        return acc.astype(jnp.float32) * x_scale * w_scale
+    y = (acc + offset * column).astype(jnp.float32) * x_scale * w_scale
+    return y + (x_lo * w_scale) * column.astype(jnp.float32)
 
 
 def finish(
     y: jax.Array,  # [m, n], float32
-    *,
-    bias: jax.Array | None = None,  # [n]
-    activation: str | None = None,  # None or "gelu"
-    gate: jax.Array | None = None,  # [n]
-    residual: jax.Array | None = None,  # [m, n]
-    out_dtype: jnp.dtype = jnp.bfloat16,
+    epilogue: Epilogue,  # its columns [n] or [1, n]
 ) -> jax.Array:
-    """Return residual + gate * activation(y + bias), each where given, in float32, then cast."""
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    if activation == "gelu":
+    """Return residual + gate * activation(y + branch + bias), in float32, then cast."""
+    if epilogue.branch is not None:
+        y = y + branch_product(epilogue.branch)
+    if epilogue.bias is not None:
+        y = y + epilogue.bias.astype(jnp.float32)
+    if epilogue.activation == "gelu":
         y = gelu(y)
-    if gate is not None:
-        y = gate.astype(jnp.float32) * y
-    if residual is not None:
-        y = residual.astype(jnp.float32) + y
-    return y.astype(out_dtype)
+    if epilogue.gate is not None:
+        y = epilogue.gate.astype(jnp.float32) * y
+    if epilogue.residual is not None:
+        y = epilogue.residual.astype(jnp.float32) + y
+    return y.astype(epilogue.out_dtype)
+
+
+def branch_product(branch: Branch) -> jax.Array:
+    """Return input times up^T, [m, n], summed in float32 in any order."""
+    # The default of accelerators would round float32 operands to fewer bits.
+    precision = lax.Precision.HIGHEST if branch.up.dtype == jnp.float32 else None
+    return jnp.dot(
+        branch.input, branch.up.T, precision=precision, preferred_element_type=jnp.float32
+    )

@@ -7,6 +7,7 @@ plain int8 kernel with the epilogue inside. For few rows see `triton_few_rows`.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +17,19 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
 from pallas_kernels.matmul import reference, tuned
+from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
 
 BAND = 8  # tiles of x that meet the same tiles of w before the next ones do
 DECODE_ROWS = 4  # weight rows of a program of the decoding kernel
 DECODE_BYTES = 1024  # bytes of codes of each of them, at most
+_OF_X = ("x_scale", "x_lo")  # of the scales, those of rows of x
 
-# Eight int8 from a register of four bytes of codes and one of four equal steps: `mosaic_gpu` has
-# the arithmetic. The last two instructions put low and high nibbles back in turn.
-_DECODE = """{
-.reg .b32 p, o, l, h;
-and.b32 p, $3, 255; mul.lo.u32 o, p, 0x08080808; sub.u32 o, 0x80808080, o;
-and.b32 l, $2, 0x0F0F0F0F; xor.b32 l, l, 0x08080808;
-mad.lo.u32 l, l, p, o; xor.b32 l, l, 0x80808080;
-shr.u32 h, $2, 4; and.b32 h, h, 0x0F0F0F0F; xor.b32 h, h, 0x08080808;
-mad.lo.u32 h, h, p, o; xor.b32 h, h, 0x80808080;
-prmt.b32 $0, l, h, 0x5140; prmt.b32 $1, l, h, 0x7362;
-}"""
+# Bytes that the low three bits of a code choose, two words: of codes from 0 up, and the magnitudes
+# of codes from -8 up.
+TABLES = {
+    "uniform": ((0x03020100, 0x07060504), (0x05060708, 0x01020304)),
+    "stretched": ((0x03020100, 0x09070504), (0x05070900, 0x01020304)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,74 +44,107 @@ class Config:
 
 
 def matmul(
-    x: jax.Array,  # [m, k], int8
-    w_codes: jax.Array,  # [n, k_padded / 2], uint8
-    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
+    x: Int8Rows,  # [m, k]
+    w: Int8Rows | PackedRows,  # [n, k]
+    epilogue: Epilogue,
     *,
-    group_size: int,
-    step: str,
+    config: Config | None = None,
     interpret: bool = False,
-    **options,  # of `matmul_int8`
 ) -> jax.Array:
     """Decode the weights, then multiply; see `pallas_kernels.matmul.matmul`."""
-    w = decode(w_codes, w_shifts, group_size=group_size, step=step, interpret=interpret)
-    return matmul_int8(x, w[:, : x.shape[1]], x_scale, w_scale, interpret=interpret, **options)
+    if isinstance(w, PackedRows):
+        w = Int8Rows(values=decode(w, interpret=interpret)[:, : x.k], scale=w.scale)
+    return _call(x, w, epilogue, config=config, interpret=interpret)
 
 
 # Under jit of its own a kernel that a program calls many times is lowered once.
-@functools.partial(jax.jit, static_argnames=("activation", "out_dtype", "config", "interpret"))
-def matmul_int8(
-    x: jax.Array,  # [m, k], int8
-    w: jax.Array,  # [n, k], int8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def _call(
+    x: Int8Rows,  # [m, k]
+    w: Int8Rows,  # [n, k]
+    epilogue: Epilogue,
     *,
-    x_lo: jax.Array | None = None,  # [m, 1], float32
-    activation: str | None = None,
-    out_dtype: jnp.dtype = jnp.bfloat16,
-    config: Config | None = None,
-    interpret: bool = False,
-    **columns: jax.Array | None,  # bias and gate [n], residual [m, n]
+    config: Config | None,
+    interpret: bool,
 ) -> jax.Array:
-    """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
-    m, n = x.shape[0], w.shape[0]
-    config = config or Config(**tuned.lookup("triton_int8", m, n, x.shape[1]) or {})
+    (m, k), n = x.shape, w.shape[0]
+    config = config or Config(**tuned.lookup("triton_int8", m, n, k) or {})
     tile = config.tile_m, config.tile_n
-    sums = None if x_lo is None else jnp.sum(w, axis=1, dtype=jnp.int32)
-    given = {"x_scale": x_scale, "x_lo": x_lo, "w_scale": w_scale, "sums": sums} | columns
-    given = pad_epilogue(given, *tile)
-    x, w = pad(x, config.tile_m, config.tile_k), pad(w, config.tile_n, config.tile_k)
-    m_tiles, n_tiles = x.shape[0] // config.tile_m, w.shape[0] // config.tile_n
+    sums = None if x.lo is None else jnp.sum(w.values, axis=1, dtype=jnp.int32)
+    scales = pad_scales(x, w.scale, sums, *tile)
+    epilogue = pad_epilogue(epilogue, *tile)
+    values = (
+        pad(x.values, config.tile_m, config.tile_k),
+        pad(w.values, config.tile_n, config.tile_k),
+    )
+    m_tiles, n_tiles = values[0].shape[0] // config.tile_m, values[1].shape[0] // config.tile_n
     walk = functools.partial(_walk, m_tiles=m_tiles, n_tiles=n_tiles)
+    width = values[0].shape[1]
     y = pl.pallas_call(
-        functools.partial(_kernel, tile_k=config.tile_k, activation=activation),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), out_dtype),
+        functools.partial(_kernel, tile_k=config.tile_k),
+        out_shape=jax.ShapeDtypeStruct(
+            (m_tiles * config.tile_m, n_tiles * config.tile_n), epilogue.out_dtype
+        ),
         grid=(m_tiles * n_tiles,),
         in_specs=[
-            pl.BlockSpec((config.tile_m, x.shape[1]), lambda i: (walk(i)[0], 0)),
-            pl.BlockSpec((config.tile_n, x.shape[1]), lambda i: (walk(i)[1], 0)),
-            epilogue_specs(given, *tile, walk),
+            pl.BlockSpec((config.tile_m, width), lambda i: (walk(i)[0], 0)),
+            pl.BlockSpec((config.tile_n, width), lambda i: (walk(i)[1], 0)),
+            scale_specs(scales, *tile, walk),
+            epilogue_specs(epilogue, *tile, walk),
         ],
         out_specs=pl.BlockSpec(tile, walk),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="matmul_int8",
-    )(x, w, given)
+    )(*values, scales, epilogue)
     return y[:m, :n]
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "step", "interpret"))
+def decoding(
+    levels: str,
+    halves: tuple[int, ...],  # 0 for a word's first four codes, 1 for the others
+) -> str:
+    """Return assembly from a word of eight codes and their step to words of four int8.
+
+    The arithmetic is that of `mosaic_gpu`: permutes look up the positive and the negative codes.
+    """
+    positive, negative = (", ".join(map(hex, table)) for table in TABLES[levels])
+    word, step = (f"${len(halves) + i}" for i in range(2))
+    lines = [f"and.b32 p, {step}, 255; xor.b32 f, {word}, 0x88888888;"]
+    for half in halves:
+        lines.append(
+            f"shr.u32 a{half}, {word}, {16 * half}; shr.u32 b, f, {16 * half}; "
+            f"prmt.b32 a{half}, {positive}, a{half}; prmt.b32 b, {negative}, b; "
+            f"sub.u32 a{half}, a{half}, b; mad.lo.u32 a{half}, a{half}, p, 0x80808080;"
+        )
+    # Written last, since a result may share its register with the word or the step.
+    lines += [f"xor.b32 ${i}, a{half}, 0x80808080;" for i, half in enumerate(halves)]
+    return "\n".join(["{", ".reg .b32 p, f, a0, a1, b;", *lines, "}"])
+
+
+def decoding_jnp(
+    codes: jax.Array,  # integers, any number of codes each
+    step: jax.Array,  # int32, of their shape
+    first: int,  # code of each that comes first
+    count: int,  # codes
+    levels: str,
+) -> jax.Array:
+    """Return the int8 of some codes as the bytes of an int32: for interpret mode."""
+    joined = jnp.zeros(codes.shape, jnp.int32)
+    for i in range(count):
+        code = ((codes.astype(jnp.int32) >> 4 * (first + i) & 15) ^ 8) - 8
+        joined |= (codec.level_of(code, levels) * step & 255) << 8 * i
+    return joined
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def decode(
-    codes: jax.Array,  # [n, k_padded / 2], uint8
-    shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
+    w: PackedRows,  # [n, k]
     *,
-    group_size: int,
-    step: str,
     interpret: bool = False,
 ) -> jax.Array:
-    """Return the decoded weights, int8 [n, k_padded or a little more, zeros]."""
+    """Return the decoded weights, int8 [n, k padded to groups or a little more, zeros]."""
+    codes, shifts, group_size = w.codes, w.shifts, w.group_size
     rows = codes.shape[0]
     # A byte of shifts serves two groups: group_size bytes of codes.
     codes, shifts = pad(codes, DECODE_ROWS, group_size), pad(shifts, DECODE_ROWS, 1)
@@ -122,7 +153,7 @@ def decode(
     codes = codes.reshape(codes.shape[0], blocks, group_size)
     spec = pl.BlockSpec((DECODE_ROWS, part, group_size), lambda i, j: (i, j, 0))
     pairs = pl.pallas_call(
-        functools.partial(_decode_kernel, step=step, interpret=interpret),
+        functools.partial(_decode_kernel, step=w.step, levels=w.levels, interpret=interpret),
         out_shape=jax.ShapeDtypeStruct(codes.shape, jnp.int16),
         grid=(codes.shape[0] // DECODE_ROWS, blocks // part),
         in_specs=[spec, pl.BlockSpec((DECODE_ROWS, part), lambda i, j: (i, j))],
@@ -134,12 +165,14 @@ def decode(
     return lax.bitcast_convert_type(pairs, jnp.int8).reshape(codes.shape[0], -1)[:rows]
 
 
-def why_not(target: device.Device, x: jax.Array, w: jax.Array, *args, **kwargs) -> str | None:
+def why_not(target: device.Device, x: Int8Rows, w: Any, epilogue: Epilogue) -> str | None:
     """Say why the device can't run these kernels with these arguments, or return None."""
     if reason := device.triton_why_not(target):
         return reason
-    if max(x.shape[0] * x.shape[1], w.shape[0] * w.shape[1]) > device.TRITON_MAX_BYTES:
+    if max(x.size, w.size) > device.TRITON_MAX_BYTES:
         return f"takes up to 2**31 - 1 elements of x and of w, not {x.shape} and {w.shape}"
+    if epilogue.branch is not None and epilogue.branch.up.dtype.itemsize != 2:
+        return f"needs a branch of 16-bit floats, not {epilogue.branch.up.dtype}"
     return "needs at least one element" if 0 in (*x.shape, *w.shape) else None
 
 
@@ -149,52 +182,73 @@ def pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
     return jnp.pad(x, missing) if any(after for _, after in missing) else x
 
 
-def pad_epilogue(
-    given: dict[str, jax.Array | None], tile_m: int, tile_n: int
+def pad_scales(
+    x: Int8Rows,  # [m, k]
+    w_scale: jax.Array,  # [n, 1]
+    sums: jax.Array | None,  # [n], int32
+    tile_m: int,
+    tile_n: int,
 ) -> dict[str, jax.Array]:
-    """Flatten and pad the epilogue's arrays that are given; `residual` alone has two axes."""
-    padded = {}
-    for name, array in given.items():
-        if name == "residual" and array is not None:
-            padded[name] = pad(array, tile_m, tile_n)
-        elif array is not None:
-            flat = array if name == "sums" else array.astype(jnp.float32)
-            padded[name] = codec.pad(flat.reshape(-1), tile_m if _of_x(name) else tile_n)
-    return padded
+    """Return what scales a tile of sums, flat and padded; see `_OF_X` for which are of rows."""
+    rows = {"x_scale": x.scale} | ({} if x.lo is None else {"x_lo": x.lo})
+    columns = {"w_scale": w_scale} | ({} if sums is None else {"sums": sums})
+    padded = {name: codec.pad(array.reshape(-1), tile_m) for name, array in rows.items()}
+    return padded | {name: codec.pad(a.reshape(-1), tile_n) for name, a in columns.items()}
 
 
-def epilogue_specs(
-    given: dict[str, jax.Array], tile_m: int, tile_n: int, walk: Callable
+def pad_epilogue(epilogue: Epilogue, tile_m: int, tile_n: int) -> Epilogue:
+    """Return an epilogue of float32 columns, its arrays padded to whole tiles."""
+
+    def column(array):
+        return None if array is None else codec.pad(array.astype(jnp.float32), tile_n)
+
+    branch, residual = epilogue.branch, epilogue.residual
+    if branch is not None:
+        rank = max(16, pl.next_power_of_2(branch.up.shape[1]))  # what Triton multiplies
+        branch = Branch(input=pad(branch.input, tile_m, rank), up=pad(branch.up, tile_n, rank))
+    return dataclasses.replace(
+        epilogue,
+        bias=column(epilogue.bias),
+        gate=column(epilogue.gate),
+        residual=None if residual is None else pad(residual, tile_m, tile_n),
+        branch=branch,
+    )
+
+
+def scale_specs(
+    scales: dict[str, jax.Array], tile_m: int, tile_n: int, walk: Callable
 ) -> dict[str, pl.BlockSpec]:
-    """Return the blocks of the epilogue's arrays for a walk from program to tiles of m and n."""
-
-    def spec(name):
-        if name == "residual":
-            return pl.BlockSpec((tile_m, tile_n), walk)
-        if _of_x(name):
-            return pl.BlockSpec((tile_m,), lambda i: (walk(i)[0],))
-        return pl.BlockSpec((tile_n,), lambda i: (walk(i)[1],))
-
-    return {name: spec(name) for name in given}
+    """Return the blocks of `pad_scales`' arrays for a walk from program to tiles of m and n."""
+    row = pl.BlockSpec((tile_m,), lambda i: (walk(i)[0],))
+    column = pl.BlockSpec((tile_n,), lambda i: (walk(i)[1],))
+    return {name: row if name in _OF_X else column for name in scales}
 
 
-def epilogue(
+def epilogue_specs(epilogue: Epilogue, tile_m: int, tile_n: int, walk: Callable) -> Epilogue:
+    """Return the blocks of `pad_epilogue`'s arrays, in an epilogue."""
+    column = pl.BlockSpec((tile_n,), lambda i: (walk(i)[1],))
+    specs = {"bias": column, "gate": column, "residual": pl.BlockSpec((tile_m, tile_n), walk)}
+    if epilogue.branch is not None:
+        rank = epilogue.branch.up.shape[1]
+        specs["branch"] = Branch(
+            input=pl.BlockSpec((tile_m, rank), lambda i: (walk(i)[0], 0)),
+            up=pl.BlockSpec((tile_n, rank), lambda i: (walk(i)[1], 0)),
+        )
+    given = {name: spec for name, spec in specs.items() if getattr(epilogue, name) is not None}
+    return dataclasses.replace(epilogue, **given)
+
+
+def finish(
     acc: jax.Array,  # [rows, columns], int32
-    given: dict[str, jax.Array],  # tiles of `pad_epilogue`'s arrays
-    activation: str | None,
-    dtype: jnp.dtype,
+    scales: dict[str, jax.Array],  # tiles of `pad_scales`' arrays
+    epilogue: Epilogue,  # tiles of `pad_epilogue`'s arrays
+    added: jax.Array | None = None,  # [rows, columns], float32: the product of a branch
 ) -> jax.Array:
-    """Return the result of a tile of sums; see `reference.epilogue`."""
-    x_scale, w_scale = given["x_scale"][:, None], given["w_scale"][None, :]
-    if "x_lo" not in given:
-        y = acc.astype(jnp.float32) * x_scale * w_scale
-    else:
-        column = given["sums"][None, :]
-        y = (acc + 128 * column).astype(jnp.float32) * x_scale * w_scale
-        y += (given["x_lo"][:, None] * w_scale) * column.astype(jnp.float32)
-    rest = {name: given[name][None, :] for name in ("bias", "gate") if name in given}
-    rest["residual"] = given.get("residual")
-    return reference.finish(y, activation=activation, out_dtype=dtype, **rest)
+    """Return the result of a tile of sums."""
+    rows = {name: scales[name][:, None] for name in _OF_X if name in scales}
+    column = scales["sums"][None, :] if "sums" in scales else None
+    y = reference.scale_sums(acc, w_scale=scales["w_scale"][None, :], column=column, **rows)
+    return reference.finish(y if added is None else y + added, epilogue)
 
 
 def step_of(nibbles: jax.Array, step: str) -> jax.Array:
@@ -202,18 +256,14 @@ def step_of(nibbles: jax.Array, step: str) -> jax.Array:
     return nibbles + 1 if step == "integer" else 1 << nibbles
 
 
-def _of_x(name: str) -> bool:
-    return name.startswith("x_")
-
-
 def _kernel(
     x_ref,  # [tile_m, k], int8
     w_ref,  # [tile_n, k], int8
-    given,  # of the tile's rows and columns
+    scales,  # of the tile's rows and columns
+    epilogue,  # the same
     out_ref,  # [tile_m, tile_n]
     *,
     tile_k: int,
-    activation: str | None,
 ):
     def accumulate(i, acc):
         span = pl.ds(i * tile_k, tile_k)
@@ -222,8 +272,8 @@ def _kernel(
 
     acc = jnp.zeros(out_ref.shape, jnp.int32)
     acc = lax.fori_loop(0, x_ref.shape[1] // tile_k, accumulate, acc)
-    given = {name: ref[...] for name, ref in given.items()}
-    out_ref[...] = epilogue(acc, given, activation, out_ref.dtype)
+    scales, epilogue = jax.tree.map(lambda ref: ref[...], (scales, epilogue))
+    out_ref[...] = finish(acc, scales, epilogue)
 
 
 def _decode_kernel(
@@ -232,6 +282,7 @@ def _decode_kernel(
     out_ref,  # [rows, blocks, group_size], int16: two int8 each
     *,
     step: str,
+    levels: str,
     interpret: bool,
 ):
     codes, shifts = codes_ref[...], shifts_ref[...].astype(jnp.int32)
@@ -240,12 +291,11 @@ def _decode_kernel(
     first, last = (jnp.broadcast_to(s, codes.shape) for s in steps)
     steps = jnp.where(second, last, first)
     if interpret:
-        low, high = (((codes >> s & 15) ^ 8).astype(jnp.int32) - 8 for s in (0, 4))
-        p = steps.astype(jnp.int32)
-        out_ref[...] = (low * p & 255 | (high * p) << 8).astype(jnp.int16)
+        pairs = decoding_jnp(codes, steps.astype(jnp.int32), 0, 2, levels)
+        out_ref[...] = pairs.astype(jnp.int16)
         return
     out_ref[...] = plgpu.elementwise_inline_asm(
-        _DECODE,
+        decoding(levels, (0, 1)),
         args=[codes, steps],
         constraints="=r,=r,r,r",
         pack=4,

@@ -1,12 +1,13 @@
 """4-bit matmul for few rows on NVIDIA GPUs: reading the weights is the whole cost.
 
-Each program reads the codes of a few weight rows, whole words of eight codes, decodes them by the
-arithmetic that `mosaic_gpu` describes and multiplies with dp4a, which the ordinary cores have. The
-checkpoint's own order serves: a word's low nibbles are its even elements, its high ones the odd.
+Each program reads the codes of a few weight rows, whole words of eight codes in the checkpoint's
+own order, decodes them by the arithmetic that `mosaic_gpu` describes and multiplies with dp4a,
+which the ordinary cores have.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import device
-from pallas_kernels.matmul import triton, tuned
+from pallas_kernels.matmul import reference, triton, tuned
+from pallas_kernels.operands import Epilogue, Int8Rows, PackedRows
 
 MAX_ROWS = 64  # of x; more are bound by arithmetic
 MAX_ROWS_HOPPER = 4  # where `mosaic_gpu` is faster beyond
 UNROLLED = 8  # parts of a weight row up to which all are loaded before the first is used
-_LOW, _BIAS, _SIGN = 0x0F0F0F0F, 0x08080808, -0x7F7F7F80
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,102 +35,99 @@ class Config:
 
 
 # Under jit of its own a kernel that a program calls many times is lowered once.
-@functools.partial(
-    jax.jit,
-    static_argnames=("group_size", "step", "activation", "out_dtype", "config", "interpret"),
-)
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def matmul(
-    x: jax.Array,  # [m, k], int8
-    w_codes: jax.Array,  # [n, k_padded / 2], uint8
-    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
+    x: Int8Rows,  # [m, k]
+    w: PackedRows,  # [n, k]
+    epilogue: Epilogue,
     *,
-    group_size: int,
-    step: str,
-    activation: str | None = None,
-    out_dtype: jnp.dtype = jnp.bfloat16,
     config: Config | None = None,
     interpret: bool = False,
-    **others: jax.Array | None,  # bias and gate [n], residual [m, n], x_lo [m, 1]
 ) -> jax.Array:
     """Multiply int8 activations by packed 4-bit weights; see `pallas_kernels.matmul.matmul`."""
-    m, n = x.shape[0], w_codes.shape[0]
-    config = config or Config(**tuned.lookup("triton_few_rows", m, n, x.shape[1]) or {})
+    m, n = x.shape[0], w.shape[0]
+    config = config or Config(**tuned.lookup("triton_few_rows", m, n, x.k) or {})
     # A byte of shifts serves two groups: group_size bytes of codes. A zero code decodes to zero.
-    codes = triton.pad(w_codes, config.tile_n, group_size)
-    shifts = triton.pad(w_shifts, config.tile_n, 1)
-    words = codes.reshape(*shifts.shape, group_size // 4, 4)
+    codes = triton.pad(w.codes, config.tile_n, w.group_size)
+    shifts = triton.pad(w.shifts, config.tile_n, 1)
+    words = codes.reshape(*shifts.shape, w.group_size // 4, 4)
     words = lax.bitcast_convert_type(words, jnp.int32)
     tile = min(config.tile_m, pl.next_power_of_2(m)), config.tile_n
-    x = triton.pad(x, tile[0], 2 * group_size)
-    pairs = lax.bitcast_convert_type(x.reshape(x.shape[0], *words.shape[1:], 2, 4), jnp.int32)
-    m_tiles, n_tiles = x.shape[0] // tile[0], codes.shape[0] // tile[1]
-    given = {"x_scale": x_scale, "w_scale": w_scale} | others
-    given = triton.pad_epilogue(given, *tile)
+    values = triton.pad(x.values, tile[0], 2 * w.group_size)
+    rows = values.shape[0]
+    pairs = lax.bitcast_convert_type(values.reshape(rows, *words.shape[1:], 2, 4), jnp.int32)
+    m_tiles, n_tiles = rows // tile[0], codes.shape[0] // tile[1]
+    # So small a product is left to XLA.
+    branch, epilogue = epilogue.branch, dataclasses.replace(epilogue, branch=None)
+    added = None if branch is None else triton.pad(reference.branch_product(branch), *tile)
+    scales = triton.pad_scales(x, w.scale, None, *tile)
+    epilogue = triton.pad_epilogue(epilogue, *tile)
 
     def walk(i):  # programs that share weights are neighbours
         return i % m_tiles, i // m_tiles
 
     y = pl.pallas_call(
         functools.partial(
-            _kernel, step=step, words=config.words, activation=activation, interpret=interpret
+            _kernel, step=w.step, levels=w.levels, words=config.words, interpret=interpret
         ),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), out_dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, codes.shape[0]), epilogue.out_dtype),
         grid=(m_tiles * n_tiles,),
         in_specs=[
             pl.BlockSpec((tile[0], *pairs.shape[1:]), lambda i: (walk(i)[0], 0, 0, 0)),
             pl.BlockSpec((tile[1], *words.shape[1:]), lambda i: (walk(i)[1], 0, 0)),
             pl.BlockSpec((tile[1], shifts.shape[1]), lambda i: (walk(i)[1], 0)),
-            triton.epilogue_specs(given, *tile, walk),
+            triton.scale_specs(scales, *tile, walk),
+            triton.epilogue_specs(epilogue, *tile, walk),
+            None if added is None else pl.BlockSpec(tile, walk),
         ],
         out_specs=pl.BlockSpec(tile, walk),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps),
         interpret=interpret,
         name="matmul_few_rows",
-    )(pairs, words, shifts, given)
+    )(pairs, words, shifts, scales, epilogue, added)
     return y[:m, :n]
 
 
-def why_not(target: device.Device, x: jax.Array, w: jax.Array, *args, **kwargs) -> str | None:
+def why_not(target: device.Device, x: Int8Rows, w: Any, epilogue: Epilogue) -> str | None:
     """Say why the device can't run this kernel with these arguments, or return None."""
     limit = MAX_ROWS_HOPPER if target.generation == 90 else MAX_ROWS
     if x.shape[0] > limit:
         return f"serves up to {limit} rows on this device, not {x.shape[0]}"
-    return triton.why_not(target, x, w)
+    return triton.why_not(target, x, w, dataclasses.replace(epilogue, branch=None))
 
 
 def _kernel(
     x_ref,  # [tile_m, blocks, words, 2], int32: the two words that meet one of codes
     words_ref,  # [tile_n, blocks, words], int32
     shifts_ref,  # [tile_n, blocks], uint8: of two groups each
-    given,  # of the tile's rows and columns
+    scales,  # of the tile's rows and columns
+    epilogue,  # the same
+    added,  # [tile_m, tile_n], float32: the product of the branch; or None
     out_ref,  # [tile_m, tile_n]
     *,
     step: str,
+    levels: str,
     words: int,
-    activation: str | None,
     interpret: bool,
 ):
     rows, blocks, block = words_ref.shape
     # The largest power of two that cuts the row into equal parts.
     part = min(max(words // block, 1), blocks & -blocks)
     dot = _dot_jnp if interpret else _dot
-    even_odd = _even_odd_jnp if interpret else _even_odd
-    asymmetric = "x_lo" in given
+    decode = _decode_jnp if interpret else _decode
+    asymmetric = "x_lo" in scales
 
     def load(start):
         span = pl.ds(start, part)
         return plgpu.load(words_ref.at[:, span]), plgpu.load(shifts_ref.at[:, span])
 
     def multiply(carry, start, codes, shifts):
-        halves = _decode(codes, shifts, step)
+        halves = decode(codes, _steps(shifts, codes.shape, step), levels)
         sums = []
         for m, acc in enumerate(carry[: x_ref.shape[0]]):
             at = pl.ds(m, 1), pl.ds(start, part), slice(None)
-            pair = [plgpu.load(x_ref.at[(*at, pl.ds(i, 1))]) for i in range(2)]
-            xs = even_odd(*(x.reshape(1, part, block) for x in pair))
-            for x, w in zip(xs, halves, strict=True):
+            for i, w in enumerate(halves):
+                x = plgpu.load(x_ref.at[(*at, pl.ds(i, 1))]).reshape(1, part, block)
                 acc = dot(w, jnp.broadcast_to(x, w.shape), acc)
             sums.append(acc)
         if asymmetric:
@@ -147,65 +145,52 @@ def _kernel(
             0, blocks // part, lambda i, c: multiply(c, i * part, *load(i * part)), carry
         )
     sums = [jnp.sum(jnp.sum(acc, axis=2), axis=1) for acc in carry]
-    _write(sums, given, activation, out_ref)
+    _write(sums, scales, epilogue, added, out_ref)
 
 
-def _write(sums: list[jax.Array], given, activation: str | None, out_ref):
+def _write(sums: list[jax.Array], scales, epilogue, added, out_ref):
     """Scale and store one row of x at a time."""
-    columns = {name: ref[...] for name, ref in given.items() if name not in _ROWS}
-    columns |= {"sums": sums[-1]} if "x_lo" in given else {}
-    rows = {name: ref for name, ref in given.items() if name in _ROWS}
+    columns = {name: ref[...] for name, ref in scales.items() if name in ("w_scale",)}
+    columns |= {"sums": sums[-1]} if "x_lo" in scales else {}
+    rows = {name: ref for name, ref in scales.items() if name not in columns}
+    whole = jax.tree.map(lambda ref: ref[...], dataclasses.replace(epilogue, residual=None))
     for m in range(out_ref.shape[0]):
         row = pl.ds(m, 1)
         values = columns | {name: plgpu.load(ref.at[row]) for name, ref in rows.items()}
-        y = triton.epilogue(sums[m][None, :], values, activation, out_ref.dtype)
+        before, product = jax.tree.map(
+            lambda ref: plgpu.load(ref.at[row]),  # noqa: B023 (called at once)
+            (epilogue.residual, added),
+        )
+        y = triton.finish(
+            sums[m][None, :], values, dataclasses.replace(whole, residual=before), product
+        )
         plgpu.store(out_ref.at[row], y)
 
 
-_ROWS = ("x_scale", "x_lo", "residual")  # of the epilogue's arrays, those with rows of x
+def _steps(shifts: jax.Array, shape: tuple[int, ...], step: str) -> jax.Array:
+    """Return the step of each word, int32 [rows, blocks, words], of two groups a block."""
+    shifts = jnp.broadcast_to(shifts.astype(jnp.int32)[..., None], shape)
+    second = lax.broadcasted_iota(jnp.int32, shape, 2) >= shape[2] // 2
+    return triton.step_of(jnp.where(second, shifts >> 4, shifts & 15), step)
 
 
-def _decode(words: jax.Array, shifts: jax.Array, step: str) -> tuple[jax.Array, jax.Array]:
-    """Decode words of eight codes to words of four int8: the even elements, the odd elements.
-
-    Args:
-      words: int32 [rows, blocks, words].
-      shifts: uint8 [rows, blocks], of two groups each.
-      step: "power" or "integer".
-    """
-    shifts = jnp.broadcast_to(shifts.astype(jnp.int32)[..., None], words.shape)
-    second = lax.broadcasted_iota(jnp.int32, words.shape, 2) >= words.shape[2] // 2
-    p = triton.step_of(jnp.where(second, shifts >> 4, shifts & 15), step)
-    offset = jnp.int32(_SIGN) - p * _BIAS
-    low, high = words & _LOW, (words >> 4) & _LOW
-    even, odd = (((half ^ _BIAS) * p + offset) ^ jnp.int32(_SIGN) for half in (low, high))
-    return even, odd
-
-
-def _even_odd(first: jax.Array, second: jax.Array) -> list[jax.Array]:
-    """Return the even and the odd bytes of two words of four, a word each."""
-    result = jax.ShapeDtypeStruct(first.shape, jnp.int32)
+def _decode(words: jax.Array, steps: jax.Array, levels: str) -> list[jax.Array]:
+    """Decode words of eight codes to two words of four int8 each, int32 of their shape."""
     return [
         plgpu.elementwise_inline_asm(
-            f"prmt.b32 $0, $1, $2, {order};",
-            args=[first, second],
+            triton.decoding(levels, (half,)),
+            args=[words, steps],
             constraints="=r,r,r",
             pack=1,
-            result_shape_dtypes=(result,),
+            result_shape_dtypes=(jax.ShapeDtypeStruct(words.shape, jnp.int32),),
         )[0]
-        for order in ("0x6420", "0x7531")
+        for half in range(2)
     ]
 
 
-def _even_odd_jnp(first: jax.Array, second: jax.Array) -> list[jax.Array]:
-    """Do what `_even_odd` does in interpret mode."""
-
-    def gather(shift):
-        pieces = [(first >> shift & 255), (first >> (16 + shift) & 255) << 8]
-        pieces += [(second >> shift & 255) << 16, (second >> (16 + shift) & 255) << 24]
-        return functools.reduce(jnp.bitwise_or, pieces)
-
-    return [gather(0), gather(8)]
+def _decode_jnp(words: jax.Array, steps: jax.Array, levels: str) -> list[jax.Array]:
+    """Do what `_decode` does in interpret mode."""
+    return [triton.decoding_jnp(words, steps, first, 4, levels) for first in (0, 4)]
 
 
 def _dot(a: jax.Array, b: jax.Array, acc: jax.Array) -> jax.Array:

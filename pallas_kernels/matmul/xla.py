@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import codec, device
+from pallas_kernels import device
 from pallas_kernels.matmul import reference
+from pallas_kernels.operands import Epilogue, Int8Rows, PackedRows, int8_values
 
 # Partial sums of 1024 products of int8 stay within 128 * 128 * 1024 = 2**24, the last integer up
 # to which float32 holds them all: any order of float32 accumulation is exact.
@@ -15,30 +16,13 @@ _LAST_AXES = (((1,), (1,)), ((), ()))
 
 
 def matmul(
-    x: jax.Array,  # [m, k], int8
-    w_codes: jax.Array,  # [n, k_padded / 2], uint8
-    w_shifts: jax.Array,  # [n, ceil(groups / 2)], uint8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
-    *,
-    group_size: int,
-    step: str,
-    **options,  # of `reference.epilogue`
+    x: Int8Rows,  # [m, k]
+    w: Int8Rows | PackedRows,  # [n, k]
+    epilogue: Epilogue,
 ) -> jax.Array:
     """Decode the weights, then multiply; see `pallas_kernels.matmul.matmul`."""
-    w = codec.decode_packed(w_codes, w_shifts, group_size=group_size, step=step)[:, : x.shape[1]]
-    return matmul_int8(x, w, x_scale, w_scale, **options)
-
-
-def matmul_int8(
-    x: jax.Array,  # [m, k], int8
-    w: jax.Array,  # [n, k], int8
-    x_scale: jax.Array,  # [m, 1], float32
-    w_scale: jax.Array,  # [n, 1], float32
-    **options,  # of `reference.epilogue`
-) -> jax.Array:
-    """Multiply int8 by int8; see `pallas_kernels.matmul.matmul_int8`."""
-    return reference.epilogue(int8_dot(x, w), w, x_scale, w_scale, **options)
+    values = int8_values(w)
+    return reference.apply(int8_dot(x.values, values), x, values, w.scale, epilogue)
 
 
 def int8_dot(

@@ -12,9 +12,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import device
+from pallas_kernels import aot, device
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
+from pallas_kernels.operands import Epilogue
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
 from pallas_kernels.quantize import QUANTIZE, Norm, Part
 
@@ -113,23 +114,20 @@ def spec(shape, dtype, sharding=None):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
+def placed(tree, where):
+    """Return shapes with a sharding."""
+    return jax.tree.map(lambda a: spec(a.shape, a.dtype, **where), tree)
+
+
 def int8_call(shape, **where):
-    m, n, k = shape.m, shape.n, shape.k
-    arrays = [((m, k), jnp.int8), ((n, k), jnp.int8), ((m, 1), jnp.float32), ((n, 1), jnp.float32)]
-    return MATMUL_INT8, [spec(*array, **where) for array in arrays], {"out_dtype": jnp.bfloat16}
+    arguments = aot.abstract_rows(shape.m, shape.k), aot.abstract_rows(shape.n, shape.k)
+    return MATMUL_INT8, placed((*arguments, Epilogue()), where), {}
 
 
-def fused_call(shape, group_size=16, step="power", **where):
-    groups = -(-shape.k // group_size)
-    arrays = [
-        ((shape.m, shape.k), jnp.int8),
-        ((shape.n, groups * group_size // 2), jnp.uint8),
-        ((shape.n, -(-groups // 2)), jnp.uint8),
-        ((shape.m, 1), jnp.float32),
-        ((shape.n, 1), jnp.float32),
-    ]
-    options = {"group_size": group_size, "step": step, "out_dtype": jnp.bfloat16}
-    return MATMUL, [spec(*array, **where) for array in arrays], options
+def fused_call(shape, group_size=16, step="power", levels="uniform", **where):
+    kind = {"group_size": group_size, "step": step, "levels": levels}
+    w = aot.abstract_packed(shape.n, shape.k, **kind)
+    return MATMUL, placed((aot.abstract_rows(shape.m, shape.k), w, Epilogue()), where), {}
 
 
 def few_rows_call(shape, **where):
@@ -184,6 +182,8 @@ def qk_norm_rope_call(shape, **where):
     return run, [*args, spec((2, sum(tokens), d // 2), jnp.float32, **where)], {}
 
 
+STRETCHED_8 = {"group_size": 8, "step": "integer", "levels": "stretched"}
+stretched_call = functools.partial(fused_call, **STRETCHED_8)
 TRITON_FORMS = {
     "int8": (int8_call, "triton"),
     "fused": (fused_call, "triton"),
@@ -228,7 +228,9 @@ def test_every_triton_kernel_lowers_for_every_gpu(form, gpu):
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
-@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"step": "integer"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"group_size": 32}, {"step": "integer"}, STRETCHED_8], ids=str
+)
 def test_odd_shapes_lower(implementation, options):
     lower(H100, fused_call(ODD, **options), implementation)
 
@@ -270,11 +272,6 @@ def test_arrays_beyond_32_bit_offsets_are_left_to_xla(make):
 def test_mosaic_refuses_ampere_and_names_the_device():
     with pytest.raises(ValueError, match="needs a Hopper GPU, not NVIDIA A100"):
         lower(A100, int8_call(ODD), "mosaic_gpu")
-
-
-def test_mosaic_refuses_groups_of_eight():
-    with pytest.raises(ValueError, match="groups of a multiple of 16, not 8"):
-        lower(H100, fused_call(ODD, group_size=8), "mosaic_gpu")
 
 
 @pytest.mark.parametrize(("m", "n"), [(4608, 3072), (4608, 12288), (4608, 21504), (1, 18432)])
@@ -321,7 +318,7 @@ def compile_for(gpu, make, implementation, dump):
     return "".join(path.read_text() for path in dump.glob("*.ptx"))
 
 
-@pytest.mark.parametrize("make", [int8_call, fused_call])
+@pytest.mark.parametrize("make", [int8_call, fused_call, stretched_call])
 def test_mosaic_kernels_use_the_int8_matrix_unit_without_serializing(
     make, tmp_path, capfd, monkeypatch
 ):
@@ -338,7 +335,7 @@ def test_mosaic_kernels_use_the_int8_matrix_unit_without_serializing(
 @on_gpus
 def test_fused_triton_decodes_bytes_at_once_for_the_int8_matrix_unit(gpu, tmp_path):
     ptx = compile_for(gpu, fused_call, "triton", tmp_path)
-    assert "mad.lo.u32 l, l, p, o" in ptx
+    assert "mad.lo.u32 a0, a0, p, 0x80808080" in ptx
     assert "prmt.b32" in ptx
     unit = r"wgmma\.mma_async\.\S*k32\.s32\.s8\.s8"
     if gpu is not H100:

@@ -1,5 +1,6 @@
 """TPU kernels through the real TPU compiler at FLUX shapes, on a machine without a TPU."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from pallas_kernels import aot, compat
 from pallas_kernels.functions import Norm
 from pallas_kernels.matmul import MATMUL, mosaic_tpu
 from pallas_kernels.matmul.shapes import SHAPES
+from pallas_kernels.operands import Branch, Epilogue
 from pallas_kernels.quantize import channels
 from pallas_kernels.quantize import mosaic_tpu as quantize_tpu
 from quartz_jax import Format, QuartzConfig, quantize, quartz_matmul
@@ -28,13 +30,11 @@ on_chips = pytest.mark.parametrize("chip", CHIPS)
 at_flux_shapes = pytest.mark.parametrize("shape", FLUX)
 
 
-def compiled_text(chip, shape, *, group_size=None, step="power", **options):
+def compiled_text(chip, shape, *, group_size=None, operand=None, **kind):
     shape = SHAPES[shape]
-    arguments = aot.tpu_matmul_arguments(
-        shape.m, shape.n, shape.k, group_size=group_size, step=step
-    )
-    run = functools.partial(mosaic_tpu.matmul_prepared, **options)
-    return aot.compile_for_tpu(chip, run, *arguments).as_text()
+    arguments = aot.tpu_matmul_arguments(shape.m, shape.n, shape.k, group_size=group_size, **kind)
+    run = functools.partial(mosaic_tpu.matmul_prepared, operand=operand)
+    return aot.compile_for_tpu(chip, run, *arguments, Epilogue()).as_text()
 
 
 @on_chips
@@ -51,8 +51,17 @@ def test_plain_int8_matmul_compiles(chip, shape):
 
 @on_chips
 @at_flux_shapes
-def test_integer_steps_compile(chip, shape):
-    assert "quartz_matmul" in compiled_text(chip, shape, group_size=32, step="integer")
+@pytest.mark.parametrize("levels", ["uniform", "stretched"])
+def test_integer_steps_compile(chip, shape, levels):
+    kind = {"group_size": 32, "step": "integer", "levels": levels}
+    assert "quartz_matmul" in compiled_text(chip, shape, **kind)
+
+
+@on_chips
+@pytest.mark.parametrize("group_size", [8, 16])
+def test_stretched_levels_of_small_groups_compile(chip, group_size):
+    kind = {"group_size": group_size, "step": "integer", "levels": "stretched"}
+    assert "quartz_matmul" in compiled_text(chip, "flux-mlp-down", **kind)
 
 
 @at_flux_shapes
@@ -65,22 +74,21 @@ def test_float8_operands_compile_for_v7x(shape):
 def test_the_whole_epilogue_compiles(chip):
     m, n = SHAPES["flux-single-out"].m, SHAPES["flux-single-out"].n
 
-    def run(x, weights, x_scale, column, residual):
-        return mosaic_tpu.matmul_prepared(
-            x,
-            weights,
-            x_scale,
-            x_lo=x_scale,
-            bias=column,
-            activation="gelu",
-            gate=column,
-            residual=residual,
-        )
+    def run(x, weights, epilogue):
+        x = dataclasses.replace(x, lo=x.scale)
+        return mosaic_tpu.matmul_prepared(x, weights, epilogue)
 
     arguments = aot.tpu_matmul_arguments(m, n, SHAPES["flux-single-out"].k, group_size=16)
-    column = jax.ShapeDtypeStruct((n,), jnp.float32)
-    residual = jax.ShapeDtypeStruct((m, n), jnp.bfloat16)
-    assert aot.compile_for_tpu(chip, run, *arguments, column, residual)
+    shape = jax.ShapeDtypeStruct
+    column = shape((n,), jnp.float32)
+    epilogue = Epilogue(
+        bias=column,
+        activation="gelu",
+        gate=column,
+        residual=shape((m, n), jnp.bfloat16),
+        branch=Branch(input=shape((m, 32), jnp.bfloat16), up=shape((n, 32), jnp.bfloat16)),
+    )
+    assert aot.compile_for_tpu(chip, run, *arguments, epilogue)
 
 
 def compile_quantize(chip, m, k, *, norm=False, **options):
@@ -136,17 +144,9 @@ def test_odd_rows_and_other_groups_compile(chip, group_size):
 @on_chips
 def test_dispatch_runs_the_named_kernel_on_a_tpu(chip):
     def run(*arguments):
-        options = {"group_size": 16, "step": "power", "out_dtype": jnp.bfloat16}
-        return MATMUL(*arguments, implementation="mosaic_tpu", **options)
+        return MATMUL(*arguments, implementation="mosaic_tpu")
 
-    shape = jax.ShapeDtypeStruct
-    arguments = (
-        shape((100, 320), jnp.int8),
-        shape((200, 160), jnp.uint8),
-        shape((200, 10), jnp.uint8),
-        shape((100, 1), jnp.float32),
-        shape((200, 1), jnp.float32),
-    )
+    arguments = aot.abstract_rows(100, 320), aot.abstract_packed(200, 320), Epilogue()
     assert "quartz_matmul" in aot.compile_for_tpu(chip, run, *arguments).as_text()
 
 

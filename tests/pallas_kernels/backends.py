@@ -24,7 +24,7 @@ MADE_FOR = {
 }
 # What a backend may refuse: nothing else.
 MAY_REFUSE = {
-    "mosaic_gpu": "needs groups of a multiple of 16, not 8|writes 16-bit floats only",
+    "mosaic_gpu": "writes 16-bit floats only|adds no branch",
     "triton_few_rows": r"serves up to \d+ rows on this device, not \d+",
 }
 

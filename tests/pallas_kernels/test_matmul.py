@@ -1,5 +1,6 @@
 """Every backend of the matmul against integer sums and a float64 epilogue in NumPy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,10 +10,12 @@ import pytest
 from backends import ON_HARDWARE, Subject, subjects
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import matmul
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8
 from pallas_kernels.matmul.shapes import SHAPES
+from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
 
 # Every shape compiles anew, so the examples are few and aren't shrunk.
 few_examples = settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
@@ -25,15 +28,33 @@ FIXED = [(1, 33, 48), (3, 5, 20), (64, 130, 500), (70, 72, 1056)]
 FIXED += [(513, 3080, 1040), *((shape.m, shape.n, shape.k) for shape in FLUX)] * ON_HARDWARE
 
 
+STEPS = {"power": 5, "integer": 16, "stretched": 14}  # what is stored of a step lies below
+STRETCHED = np.array([0, 1, 2, 3, 4, 5, 7, 9])
+
+
+def kind_of(step):
+    """Return fields of packed rows; "stretched" is an integer step with stretched levels."""
+    return {"step": "integer", "levels": "stretched"} if step == "stretched" else {"step": step}
+
+
 def random_weights(rng, n, k, group_size, step):
-    """Return any weights of the format: packed codes, packed shifts, and what they decode to."""
+    """Return any weights of the format, packed under scales of one, and what they decode to."""
     groups = -(-k // group_size)
     codes = rng.integers(-7, 8, (n, groups * group_size))
     codes[:, k:] = 0  # as the format pads
-    shifts = rng.integers(0, 5 if step == "power" else 16, (n, groups + groups % 2))
+    shifts = rng.integers(0, STEPS[step], (n, groups + groups % 2))
     steps = np.repeat(1 << shifts if step == "power" else shifts + 1, group_size, axis=1)
-    w = codes * steps[:, : codes.shape[1]]
-    return (_pack(codes), _pack(shifts)), w[:, :k].astype(np.int8)
+    levels = np.sign(codes) * STRETCHED[np.abs(codes)] if step == "stretched" else codes
+    w = levels * steps[:, : codes.shape[1]]
+    packed = PackedRows(
+        codes=_pack(codes),
+        shifts=_pack(shifts),
+        scale=ones(n),
+        group_size=group_size,
+        padding=groups * group_size - k,
+        **kind_of(step),
+    )
+    return packed, w[:, :k].astype(np.int8)
 
 
 def _pack(nibbles):
@@ -74,54 +95,49 @@ def finish(y, *, bias=0, activation=None, gate=1, residual=0):
 
 
 @functools.cache
-def compiled(subject: Subject, static):
-    """Jit a backend once for all tests, static options as pairs."""
-    return jax.jit(functools.partial(subject, **dict(static)))
+def compiled(subject: Subject):
+    """Jit a backend once for all tests."""
+    return jax.jit(subject)
 
 
-def run(subject: Subject, operands, **options):
-    """Call a backend under jit, arrays as arguments and the rest as constants."""
-    arrays = {key: value for key, value in options.items() if hasattr(value, "shape")}
-    static = {key: value for key, value in options.items() if key not in arrays}
-    return np.asarray(compiled(subject, tuple(sorted(static.items())))(*operands, **arrays))
+def run(subject: Subject, *operands):
+    """Call a backend under jit."""
+    return np.asarray(compiled(subject)(*operands))
 
 
-def check_integers(subject: Subject, rng, x, weights, w, *, asymmetric, **options):
+def check_integers(subject: Subject, rng, values, rows, w, *, asymmetric):
     """Compare a call whose scales are one, so that all of it is integers below 2**24, with ==."""
-    (m, k), n = x.shape, w.shape[0]
-    scales = ones(m), ones(n)
-    sums = int_dot(x, w)
-    extra = {}
+    m, k = values.shape
+    sums, lo = int_dot(values, w), None
     if asymmetric:
-        extra["x_lo"] = rng.integers(-9, 9, (m, 1)).astype(np.float32)
-        sums = sums + (128 + extra["x_lo"]) * w.sum(axis=1, dtype=np.float64)
+        lo = rng.integers(-9, 9, (m, 1)).astype(np.float32)
+        sums = sums + (128 + lo) * w.sum(axis=1, dtype=np.float64)
     assert np.abs(sums).max() < 2**24
-    if not subject.refuses(x, *weights, *scales, **options, out_dtype=jnp.float32):
-        y = run(subject, (x, *weights, *scales), **options, **extra, out_dtype=jnp.float32)
-        np.testing.assert_array_equal(y, sums)
-    elif not subject.refuses(x, *weights, *scales, **options, out_dtype=jnp.bfloat16):
-        options["out_dtype"] = jnp.bfloat16
-        y = run(subject, (x, *weights, *scales), **options, **extra)
+    x = Int8Rows(values=values, scale=ones(m), lo=lo)
+    wide, narrow = Epilogue(out_dtype=jnp.float32), Epilogue(out_dtype=jnp.bfloat16)
+    if not subject.refuses(x, rows, wide):
+        np.testing.assert_array_equal(run(subject, x, rows, wide), sums)
+    elif not subject.refuses(x, rows, narrow):
+        y = run(subject, x, rows, narrow)
         np.testing.assert_array_equal(y, sums.astype(y.dtype))
         # Those sums have lost their last bits; what one or two weights decode to has not.
-        x = sparse_rows(rng, m, k)
-        y = run(subject, (x, *weights, *scales), **options)
-        np.testing.assert_array_equal(y, int_dot(x, w))
+        values = sparse_rows(rng, m, k)
+        y = run(subject, Int8Rows(values=values, scale=ones(m)), rows, narrow)
+        np.testing.assert_array_equal(y, int_dot(values, w))
 
 
 def check_packed(subject, seed, m, n, k, *, asymmetric, group_size, step):
     rng = np.random.default_rng(seed)
-    weights, w = random_weights(rng, n, k, group_size, step)
+    packed, w = random_weights(rng, n, k, group_size, step)
     x = activations(rng, m, k, asymmetric)
-    options = {"asymmetric": asymmetric, "group_size": group_size, "step": step}
-    check_integers(subject, rng, x, weights, w, **options)
+    check_integers(subject, rng, x, packed, w, asymmetric=asymmetric)
 
 
 @pytest.mark.parametrize("subject", subjects(MATMUL))
 class TestMatmul:
     """What every backend does with 4-bit weights."""
 
-    @pytest.mark.parametrize("step", ["power", "integer"])
+    @pytest.mark.parametrize("step", STEPS)
     @pytest.mark.parametrize("group_size", [16, 32])
     @few_examples
     @random_calls
@@ -130,36 +146,61 @@ class TestMatmul:
         check_packed(subject, seed, m, n, k, **options)
 
     @pytest.mark.parametrize("shape", FIXED, ids=str)
-    def test_integers_of_few_and_many_rows(self, subject, shape):
-        check_packed(subject, 0, *shape, asymmetric=False, group_size=16, step="power")
+    @pytest.mark.parametrize("step", ["power", "stretched"])
+    def test_integers_of_few_and_many_rows(self, subject, step, shape):
+        check_packed(subject, 0, *shape, asymmetric=False, group_size=16, step=step)
 
+    @pytest.mark.parametrize("step", STEPS)
+    @pytest.mark.parametrize("m", [3, 20])
     @pytest.mark.parametrize("group_size", [8, 64])
-    def test_other_groups_give_the_integers_or_are_refused(self, subject, group_size):
-        options = {"asymmetric": True, "group_size": group_size, "step": "power"}
-        check_packed(subject, 0, 20, 40, 100, **options)
+    def test_integers_of_other_groups(self, subject, group_size, m, step):
+        options = {"asymmetric": True, "group_size": group_size, "step": step}
+        check_packed(subject, 0, m, 40, 100, **options)
 
-    def test_only_mosaic_gpu_refuses_groups_of_eight(self, subject):
-        x, weights = np.zeros((2, 16), np.int8), (np.zeros((3, 8), np.uint8),) * 2
-        refused = subject.refuses(x, *weights, group_size=8, step="power")
-        assert refused == (subject.backend.name == "mosaic_gpu")
+    @pytest.mark.parametrize("m", [3, 70])
+    @pytest.mark.parametrize("step", STEPS)
+    def test_every_code_with_every_step(self, subject, step, m):
+        """Rows of w have one step each, and hold every code; one row of x shows one weight."""
+        shifts = np.arange(STEPS[step]) * 0x11
+        codes = np.tile(_pack(np.arange(-7, 9)[None] % 15 - 7), (len(shifts), 2))
+        rows = PackedRows(
+            codes=codes,
+            shifts=shifts[:, None].astype(np.uint8),
+            scale=ones(len(shifts)),
+            **kind_of(step),
+        )
+        code = np.tile(np.arange(-7, 9) % 15 - 7, 2)
+        level = np.sign(code) * STRETCHED[np.abs(code)] if step == "stretched" else code
+        steps = np.arange(STEPS[step])
+        w = (1 << steps if step == "power" else steps + 1)[:, None] * level
+        epilogue = Epilogue()
+        for start in range(0, 32, m):
+            values = np.roll(np.eye(32, dtype=np.int8), -start, axis=0)[np.arange(m) % 32]
+            x = Int8Rows(values=values, scale=ones(m))
+            if subject.refuses(x, rows, epilogue):
+                return
+            np.testing.assert_array_equal(run(subject, x, rows, epilogue), values @ w.T)
 
     @pytest.mark.parametrize("m", [5, 70])
     @pytest.mark.parametrize("x", [-128, 127])
     def test_largest_products_of_a_long_row(self, subject, m, x):
         k = 2032  # the sum has 25 bits
-        codes, shifts = np.full((8, k // 2), 0x77, np.uint8), np.full((8, 64), 0x44, np.uint8)
-        operands = np.full((m, k), x, np.int8), codes, shifts, ones(m), ones(8)
-        options = {"group_size": 16, "step": "power", "out_dtype": jnp.bfloat16}
-        if subject.refuses(*operands, **options):
+        rows = PackedRows(
+            codes=np.full((8, k // 2), 0x77, np.uint8),
+            shifts=np.full((8, 64), 0x44, np.uint8),
+            scale=ones(8),
+        )
+        operands = Int8Rows(values=np.full((m, k), x, np.int8), scale=ones(m)), rows, Epilogue()
+        if subject.refuses(*operands):
             return
-        y = run(subject, operands, **options)
+        y = run(subject, *operands)
         np.testing.assert_array_equal(y, np.full((m, 8), np.float32(x * 112 * k)).astype(y.dtype))
 
     def test_a_row_whose_scale_is_nan_is_nan(self, subject):
-        weights, _ = random_weights(np.random.default_rng(0), 5, 32, 16, "power")
+        packed, _ = random_weights(np.random.default_rng(0), 5, 32, 16, "power")
         x_scale = np.array([[1], [np.nan], [1]], np.float32)
-        operands = (np.zeros((3, 32), np.int8), *weights, x_scale, ones(5))
-        y = run(subject, operands, group_size=16, step="power", out_dtype=jnp.bfloat16)
+        x = Int8Rows(values=np.zeros((3, 32), np.int8), scale=x_scale)
+        y = run(subject, x, packed, Epilogue())
         np.testing.assert_array_equal(np.isnan(y), [[False] * 5, [True] * 5, [False] * 5])
 
     @pytest.mark.parametrize(
@@ -168,9 +209,12 @@ class TestMatmul:
             (7, "bias activation"),
             (7, "gate"),
             (7, "residual"),
+            (3, "branch"),
+            (70, "branch"),
             (70, "bias gate residual"),
-            (7, "x_lo bias activation gate residual"),
-            (70, "x_lo bias activation gate residual"),
+            (3, "lo bias activation gate residual branch"),
+            (7, "lo bias activation gate residual"),
+            (70, "lo bias activation gate residual branch"),
         ],
     )
     def test_epilogue(self, subject, m, names):
@@ -187,124 +231,224 @@ class TestMatmulInt8:
         rng = np.random.default_rng(seed)
         x = rng.integers(-128 if asymmetric else -127, 128, (m, k), np.int8)
         w = rng.integers(-127, 128, (n, k), np.int8)
-        check_integers(subject, rng, x, (w,), w, asymmetric=asymmetric)
+        rows = Int8Rows(values=w, scale=ones(n))
+        check_integers(subject, rng, x, rows, w, asymmetric=asymmetric)
 
-    @pytest.mark.parametrize("names", ["bias", "x_lo activation gate residual"])
+    @pytest.mark.parametrize("names", ["bias", "lo activation gate residual branch"])
     def test_epilogue(self, subject, names):
         check_epilogue(subject, 37, names.split(), packed=False)
 
 
 def check_epilogue(subject, m, names, *, packed):
     """Compare with float64, within the rounding of the result and of the float32 steps."""
-    n, k = 140, 200
+    n, k, rank = 140, 200, 20
     rng = np.random.default_rng(m)
     bias, gate = rng.standard_normal((2, n)).astype(np.float32)
     residual = rng.standard_normal((m, n)).astype(jnp.bfloat16)
-    x_lo = rng.standard_normal((m, 1)).astype(np.float32)
-    values = {"bias": bias, "gate": gate, "residual": residual, "activation": "gelu", "x_lo": x_lo}
-    options = {name: values[name] for name in names}
-    x = activations(rng, m, k, "x_lo" in names)
+    down = rng.standard_normal((m, rank)).astype(jnp.bfloat16)
+    up = rng.standard_normal((n, rank)).astype(jnp.bfloat16)
+    lo = rng.standard_normal((m, 1)).astype(np.float32) if "lo" in names else None
+    values = {"bias": bias, "gate": gate, "residual": residual, "activation": "gelu"}
+    values["branch"] = Branch(input=down, up=up)
+    options = {name: values[name] for name in names if name != "lo"}
     x_scale, w_scale = (rng.random((rows, 1)).astype(np.float32) / 100 for rows in (m, n))
-    weights, w = random_weights(rng, n, k, 16, "power")
-    layout = {"group_size": 16, "step": "power"} if packed else {}
-    operands = (x, *(weights if packed else (w,)), x_scale, w_scale)
-    call = options | layout | {"out_dtype": jnp.bfloat16}
-    if subject.refuses(*operands, **call):
+    x = Int8Rows(values=activations(rng, m, k, lo is not None), scale=x_scale, lo=lo)
+    rows, w = random_weights(rng, n, k, 16, "power")
+    if not packed:
+        rows = Int8Rows(values=w, scale=w_scale)
+    operands = x, dataclasses.replace(rows, scale=w_scale), Epilogue(**options)
+    if subject.refuses(*operands):
         return
-    y = run(subject, operands, **call)
+    y = run(subject, *operands)
 
-    sums, terms = int_dot(x, w) * x_scale, 0
-    if "x_lo" in names:
+    sums, terms = int_dot(x.values, w) * x_scale, 0
+    if lo is not None:
         # Two terms that may cancel, and are rounded one by one.
         column = w.sum(axis=1, dtype=np.float64)
-        sums, offset = sums + 128 * column * x_scale, options.pop("x_lo") * column
+        sums, offset = sums + 128 * column * x_scale, lo * column
         sums, terms = sums + offset, np.abs(sums) + np.abs(offset)
+    sums, terms = sums * w_scale.T, terms * w_scale.T
+    if options.pop("branch", None):
+        # Sums of 20 exact products in float32, in any order.
+        down, up = np.float64(down), np.float64(up)
+        sums, terms = sums + down @ up.T, terms + np.abs(sums) + np.abs(down) @ np.abs(up).T
     gate = np.abs(options.get("gate", np.float64(1)))
-    wanted, rest = finish(sums * w_scale.T, **options)
-    bound = 2.0**-8 * np.abs(wanted) + 4e-6 * (gate * terms * w_scale.T + rest)
+    wanted, rest = finish(sums, **options)
+    bound = 2.0**-8 * np.abs(wanted) + 4e-6 * (gate * terms + rest)
     assert np.max(np.abs(y.astype(np.float64) - wanted) / bound) <= 1
 
 
 M, N, K = 5, 7, 70
 
 
+def rows_of(m=M, k=K, **change):
+    """Return x, fields changed."""
+    return Int8Rows(**{"values": np.zeros((m, k), np.int8), "scale": ones(m), **change})
+
+
+def packed_of(n=N, k=K, **change):
+    """Return packed weights in groups of 16, fields changed."""
+    groups = -(-k // 16)
+    arrays = {
+        "codes": np.zeros((n, groups * 8), np.uint8),
+        "shifts": np.zeros((n, -(-groups // 2)), np.uint8),
+        "scale": ones(n),
+        "padding": groups * 16 - k,
+    }
+    return PackedRows(**arrays | change)
+
+
+BAD_X = [
+    ({"values": [[0] * K] * M}, "x.values is a list; it must be an array"),
+    ({"values": np.zeros(K, np.int8)}, r"x.values has shape \[70\]; it must be \[m, k\]"),
+    ({"values": np.zeros((1, M, K), np.int8)}, r"x.values has shape \[1, 5, 70\]"),
+    ({"values": np.zeros((M, K), np.float32)}, "x.values has dtype float32; it must be int8"),
+    ({"value_bits": 6}, "value_bits is 6; it must be 4 or 8"),
+    ({"scale": np.ones((M, 1), jnp.bfloat16)}, "x.scale has dtype bfloat16"),
+    ({"scale": np.ones((M,), np.float32)}, "x.scale has shape"),
+    ({"lo": np.ones((1, M), np.float32)}, "x.lo has shape"),
+]
+BAD_PACKED = [
+    ({"codes": np.zeros((N, 36), np.uint8)}, "w.codes holds 72 elements a row"),
+    ({"codes": np.zeros((N, 32), np.uint8), "padding": 0}, r"w.shifts has shape .* \[7, 2\]"),
+    ({"padding": 16}, "w.codes holds 80 elements a row with padding=16"),
+    ({"padding": 9}, "x has k=70 and w has k=71"),
+    ({"codes": np.zeros((N, 40), np.int8)}, "w.codes has dtype int8; it must be uint8"),
+    ({"shifts": np.zeros((N, 5), np.uint8)}, r"w.shifts has shape \[7, 5\]; .* \[7, 3\]"),
+    ({"shifts": np.zeros((N, 3), np.int8)}, "w.shifts has dtype int8; it must be uint8"),
+    ({"group_size": 12}, "group_size is 12; it must be 8, 16, 32 or 64"),
+    ({"group_size": -16}, "group_size is -16"),
+    ({"group_size": 0}, "group_size is 0"),
+    ({"group_size": 16.0}, "group_size is 16.0"),
+    ({"step": "foo"}, "step is 'foo'; it must be 'power' or 'integer'"),
+    ({"levels": "foo"}, "levels is 'foo'; it must be 'uniform' or 'stretched'"),
+    ({"levels": "stretched"}, "step is 'power' with levels='stretched'"),
+    ({"scale": np.ones((1, N), np.float32)}, "w.scale has shape"),
+    ({"scale_block": 32}, "scale_block=32"),
+    ({"axis": -2}, "axis=-2"),
+    ({"range": "minmax"}, "range='minmax'"),
+    ({"lo": ones(N)}, "w is asymmetric"),
+]
+BAD_EPILOGUES = [
+    ({"bias": np.ones((N, 1), np.float32)}, "bias has shape"),
+    ({"gate": np.ones((M,), np.float32)}, "gate has shape"),
+    ({"residual": np.ones((M, M), np.float32)}, "residual has shape"),
+    ({"bias": np.ones(N, np.int32)}, "bias has dtype int32; it must be floating"),
+    ({"activation": "relu"}, "activation is 'relu'"),
+    ({"out_dtype": jnp.int32}, "out_dtype is"),
+    ({"out_dtype": jnp.float8_e4m3fn}, "out_dtype is .* 16 bits or more"),
+    ({"branch": (ones(M), ones(N))}, "branch is a tuple; it must be a Branch"),
+    ({"branch": Branch(input=ones(N), up=ones(N))}, "branch.input has shape"),
+    ({"branch": Branch(input=ones(M), up=ones(M))}, "branch.up has shape"),
+    ({"branch": Branch(input=ones(M)[:, :0], up=ones(N)[:, :0])}, "branch.input has no columns"),
+    (
+        {"branch": Branch(input=ones(M), up=ones(N).astype(jnp.bfloat16))},
+        "branch.input has dtype float32 and branch.up bfloat16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_X)
+def test_bad_activations_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        matmul.matmul(rows_of(**change), packed_of())
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_PACKED)
+def test_bad_packed_weights_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        matmul.matmul(rows_of(), packed_of(**change))
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_EPILOGUES)
+def test_bad_epilogues_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        matmul.matmul(rows_of(), packed_of(), Epilogue(**change))
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("implementation", "message"),
     [
-        ({"x": [[0] * K] * M}, "x is a list; it must be an array"),
-        ({"x": np.zeros(K, np.int8)}, r"x has shape \[70\]; it must be \[m, k\]"),
-        ({"x": np.zeros((1, M, K), np.int8)}, r"x has shape \[1, 5, 70\]"),
-        ({"x": np.zeros((M, 0), np.int8)}, "k is 0; rows must have at least one element"),
-        ({"x": np.zeros((M, K), np.float32)}, "x has dtype float32; it must be int8"),
-        ({"w_codes": np.zeros((N, 32), np.uint8)}, "w_codes holds 64 elements a row"),
-        ({"w_codes": np.zeros((N, 40), np.int8)}, "w_codes has dtype int8; it must be uint8"),
-        ({"w_shifts": np.zeros((N, 5), np.uint8)}, r"w_shifts has shape \[7, 5\]; .* \[7, 3\]"),
-        ({"w_shifts": np.zeros((N, 3), np.int8)}, "w_shifts has dtype int8; it must be uint8"),
-        ({"group_size": 12}, "group_size is 12; it must be 8, 16, 32 or 64"),
-        ({"group_size": -16}, "group_size is -16"),
-        ({"group_size": 0}, "group_size is 0"),
-        ({"group_size": 16.0}, "group_size is 16.0"),
-        ({"x_bits": 6}, "x_bits is 6; it must be 4 or 8"),
-        ({"step": "foo"}, "step is 'foo'; it must be 'power' or 'integer'"),
-        ({"x_scale": np.ones((M, 1), jnp.bfloat16)}, "x_scale has dtype bfloat16"),
-        ({"x_scale": np.ones((M,), np.float32)}, "x_scale has shape"),
-        ({"w_scale": np.ones((1, N), np.float32)}, "w_scale has shape"),
-        ({"x_lo": np.ones((1, M), np.float32)}, "x_lo has shape"),
-        ({"bias": np.ones((N, 1), np.float32)}, "bias has shape"),
-        ({"gate": np.ones((M,), np.float32)}, "gate has shape"),
-        ({"residual": np.ones((M, M), np.float32)}, "residual has shape"),
-        ({"bias": np.ones(N, np.int32)}, "bias has dtype int32; it must be floating"),
-        ({"activation": "relu"}, "activation is 'relu'"),
-        ({"out_dtype": jnp.int32}, "out_dtype is"),
-        ({"out_dtype": jnp.float8_e4m3fn}, "out_dtype is .* 16 bits or more"),
-        ({"implementation": 3}, "implementation is 3; it must be None, a name or a list of names"),
-        ({"implementation": []}, r"implementation is \[\]"),
+        (3, "implementation is 3; it must be None, a name or a list of names"),
+        ([], r"implementation is \[\]"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(change, message):
-    call = {
-        "x": np.zeros((M, K), np.int8),
-        "w_codes": np.zeros((N, 40), np.uint8),
-        "w_shifts": np.zeros((N, 3), np.uint8),
-        "x_scale": np.ones((M, 1), np.float32),
-        "w_scale": np.ones((N, 1), np.float32),
-        "group_size": 16,
-        "step": "power",
-        **change,
-    }
+def test_bad_implementations_are_refused(implementation, message):
     with pytest.raises(ValueError, match=message):
-        matmul.matmul(**call)
+        matmul.matmul(rows_of(), packed_of(), implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "message"),
+    [
+        (np.zeros((M, K), np.int8), packed_of(), "x is a ndarray; it must be Int8Rows"),
+        (packed_of(), packed_of(), "x is a PackedRows; it must be Int8Rows"),
+        (rows_of(), np.zeros((N, K), np.int8), "w is a ndarray; it must be Int8Rows, PackedRows"),
+        (rows_of(k=4), rows_of(k=5), "x has k=4 and w has k=5"),
+        (rows_of(k=0), rows_of(k=0), "k is 0; rows must have at least one element"),
+        (rows_of(), rows_of(values=np.zeros((M, K), np.uint8)), "w.values has dtype uint8"),
+        (rows_of(), rows_of(lo=ones(M)), "w is asymmetric"),
+    ],
+)
+def test_operands_of_other_kinds_are_refused(x, w, message):
+    with pytest.raises(ValueError, match=message):
+        matmul.matmul(x, w)
+
+
+def test_what_is_no_epilogue_is_refused():
+    with pytest.raises(ValueError, match="epilogue is a ndarray; it must be an Epilogue"):
+        matmul.matmul(rows_of(), packed_of(), ones(N))
+
+
+@pytest.mark.parametrize("stored", [0xE0, 0x0F])
+def test_stretched_steps_beyond_fourteen_are_refused(stored):
+    shifts = np.zeros((N, 3), np.uint8)
+    shifts[2, 1] = stored
+    w = packed_of(shifts=shifts, step="integer", levels="stretched")
+    for call in (functools.partial(matmul.matmul, rows_of()), matmul.prepare):
+        with pytest.raises(ValueError, match=r"w.shifts holds a step of 1[56]"):
+            call(w)
+    shifts[2, 1] = 0xDD
+    assert matmul.matmul(rows_of(), w).shape == (M, N)
+
+
+@pytest.mark.parametrize(("asymmetric", "most"), [(False, 133_144), (True, 66_311)])
+def test_rows_so_long_that_their_sums_could_wrap_are_refused(asymmetric, most):
+    def call(k):
+        x = rows_of(m=1, k=k, lo=ones(1) if asymmetric else None)
+        return jax.eval_shape(matmul.matmul, x, rows_of(m=1, k=k))
+
+    assert call(most).shape == (1, 1)
+    with pytest.raises(ValueError, match=f"k is {most + 1}.* for k up to {most}"):
+        call(most + 1)
 
 
 @pytest.mark.parametrize(
     ("w", "message"),
     [
-        (np.zeros((1, 5), np.int8), "x has k=4 and w has k=5"),
-        (np.zeros((1, 4), np.uint8), "w has dtype uint8; it must be int8"),
-        (np.zeros(4, np.int8), r"w has shape \[4\]; it must be \[n, k\]"),
+        (packed_of(k=0), "k is 0"),
+        (packed_of(step="foo"), "step is 'foo'"),
+        (packed_of(scale=np.ones(N, np.float32)), "w.scale has shape"),
+        (rows_of(scale=np.ones(M, np.float32)), "w.scale has shape"),
     ],
 )
-def test_bad_int8_weights_are_refused(w, message):
-    one = np.ones((1, 1), np.float32)
+def test_weights_that_cannot_be_prepared_are_refused(w, message):
     with pytest.raises(ValueError, match=message):
-        matmul.matmul_int8(np.zeros((1, 4), np.int8), w, one, one)
+        matmul.prepare(w)
 
 
+@pytest.mark.parametrize("w", [packed_of(), rows_of()])
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"k": 0}, "k is 0"),
-        ({"step": "foo"}, "step is 'foo'"),
-        ({"w_scale": np.ones(N, np.float32)}, "w_scale has shape"),
-    ],
+    ("out_dtype", "backend"), [(jnp.bfloat16, "mosaic_gpu"), (jnp.float32, None)]
 )
-def test_weights_that_cannot_be_prepared_are_refused(change, message):
-    weights = np.zeros((N, 40), np.uint8), np.zeros((N, 3), np.uint8)
-    call = {"w_scale": ones(N), "k": K, "group_size": 16, "step": "power", **change}
-    with pytest.raises(ValueError, match=message):
-        matmul.prepare(*weights, **call)
-    with pytest.raises(ValueError, match="w_scale has shape"):
-        matmul.prepare_int8(np.zeros((N, K), np.int8), ones(K))
+def test_a_float32_model_is_not_prepared_for_what_writes_sixteen_bits(w, out_dtype, backend):
+    h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h100)):
+        prepared = jax.eval_shape(functools.partial(matmul.prepare, out_dtype=out_dtype), w)
+        assert (prepared and prepared.implementation) == backend
+        x, epilogue = rows_of(m=128), Epilogue(out_dtype=out_dtype)
+        # Tracing raises where the backend can't run.
+        assert jax.eval_shape(matmul.matmul, x, prepared or w, epilogue).dtype == out_dtype
 
 
 PREPARED = matmul.PreparedWeights(arrays=None, implementation="mosaic_tpu", n=N, k=K, bits=4)
@@ -312,12 +456,10 @@ PREPARED = matmul.PreparedWeights(arrays=None, implementation="mosaic_tpu", n=N,
 
 @pytest.mark.parametrize("names", ["xla", ["mosaic_gpu", "xla"]])
 def test_prepared_weights_refuse_an_implementation_that_is_not_theirs(names):
-    x = np.zeros((M, K), np.int8)
     with pytest.raises(ValueError, match="but w is prepared for 'mosaic_tpu'; pass None"):
-        matmul.matmul_prepared(x, PREPARED, ones(M), implementation=names)
+        matmul.matmul(rows_of(), PREPARED, implementation=names)
 
 
 @pytest.mark.skipif(ON_HARDWARE, reason="needs a device without the backend")
 def test_prepared_weights_explain_their_own_backend_alone():
-    explained = PREPARED.explain(np.zeros((M, K), np.int8))
-    assert explained == "matmul/mosaic_tpu: needs a TPU, not cpu"
+    assert PREPARED.explain(rows_of()) == "matmul/mosaic_tpu: needs a TPU, not cpu"

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import codec, matmul
 from pallas_kernels.matmul import xla
+from pallas_kernels.operands import Epilogue, Int8Rows
 
 
 def int8(seed, *shape, low=-127):
@@ -29,12 +30,11 @@ def test_dots_are_exact_at_the_largest_products(dot, x, w):
 
 def test_the_asymmetric_terms_undo_the_offset():
     u, w = np.array([[200, 3]], np.uint8), np.array([[5, -7]], np.int8)
-    y = matmul.matmul_int8(
-        codec.to_operand(u),
-        w,
-        np.full((1, 1), 0.5, np.float32),
-        np.full((1, 1), 0.25, np.float32),
-        x_lo=np.full((1, 1), -3, np.float32),
-        out_dtype=jnp.float32,
+    x = Int8Rows(
+        values=codec.to_operand(u),
+        scale=np.full((1, 1), 0.5, np.float32),
+        lo=np.full((1, 1), -3, np.float32),
     )
+    rows = Int8Rows(values=w, scale=np.full((1, 1), 0.25, np.float32))
+    y = matmul.matmul(x, rows, Epilogue(out_dtype=jnp.float32))
     assert y[0, 0] == (200 * 0.5 - 3) * 5 * 0.25 + (3 * 0.5 - 3) * -7 * 0.25

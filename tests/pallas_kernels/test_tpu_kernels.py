@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import codec, device, quantize
 from pallas_kernels.matmul import mosaic_tpu as tpu
 from pallas_kernels.matmul import reference
+from pallas_kernels.operands import Epilogue, Int8Rows, PackedRows
 from pallas_kernels.quantize import mosaic_tpu as tpu_quantize
 
 pytestmark = pytest.mark.skipif(
@@ -17,13 +18,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def packed_weights(rng, n, k, group_size, step):
-    """Return any codes but -8, which the format lacks, and any shifts."""
+def packed_weights(rng, n, k, group_size, kind):
+    """Return any codes but -8, which the format lacks, and any shifts, under scales of one."""
     padded = -(-k // group_size) * group_size
     low, high = (rng.integers(-7, 8, (n, padded // 2)) & 15 for _ in range(2))
-    limit = 5 if step == "power" else 16
+    stretched = kind.get("levels") == "stretched"
+    limit = 5 if kind["step"] == "power" else 14 if stretched else 16
     first, second = (rng.integers(0, limit, (n, -(-padded // group_size // 2))) for _ in range(2))
-    return jnp.asarray(low | high << 4, jnp.uint8), jnp.asarray(first | second << 4, jnp.uint8)
+    return PackedRows(
+        codes=jnp.asarray(low | high << 4, jnp.uint8),
+        shifts=jnp.asarray(first | second << 4, jnp.uint8),
+        scale=jnp.ones((n, 1)),
+        group_size=group_size,
+        padding=padded - k,
+        **kind,
+    )
 
 
 def decoded_activations(rng, m, k, asymmetric):
@@ -32,43 +41,30 @@ def decoded_activations(rng, m, k, asymmetric):
     return jnp.asarray((values << rng.integers(0, 5, (m, k))) - 128 * asymmetric, jnp.int8)
 
 
-def operands(rng, m, n, k, group_size, step, asymmetric):
-    """Return arguments whose result is an integer below 2**24, so that float32 shows it whole."""
-    codes, shifts = packed_weights(rng, n, k, group_size, step)
-    x = decoded_activations(rng, m, k, asymmetric)
-    ones = jnp.ones((m, 1)), jnp.ones((n, 1))
+def operands(rng, m, n, k, group_size, kind, asymmetric):
+    """Return x and weights whose result is an integer below 2**24, which float32 shows whole."""
+    values = decoded_activations(rng, m, k, asymmetric)
     lo = jnp.asarray(rng.integers(-9, 9, (m, 1)), jnp.float32) if asymmetric else None
-    return (x, codes, shifts, *ones), {"x_lo": lo}
+    x = Int8Rows(values=values, scale=jnp.ones((m, 1)), lo=lo)
+    return x, packed_weights(rng, n, k, group_size, kind)
 
 
-def assert_equals_reference(run, expected, arguments, options, **static):
-    """Compare two functions with ==, compiled together."""
-
-    @jax.jit
-    def both(arguments, options):
-        return run(*arguments, **options, **static), expected(*arguments, **options, **static)
-
-    for ours, theirs in zip(*map(jax.tree.leaves, both(arguments, options)), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+def assert_equals_reference(run, x, w):
+    """Compare a matmul with the reference's with ==, compiled together."""
+    epilogue = Epilogue(out_dtype=jnp.float32)
+    ours, theirs = jax.jit(lambda x, w: (run(x, w, epilogue), reference.matmul(x, w, epilogue)))(
+        x, w
+    )
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def run_with(operand):
     """Return `tpu.matmul` with a type of operand that the device wouldn't choose."""
-
-    def run(x, codes, shifts, x_scale, w_scale, *, x_lo, group_size, step, out_dtype):
-        layout = {"k": x.shape[1], "group_size": group_size, "step": step}
-        weights = tpu.prepare_weights(codes, shifts, w_scale, **layout)
-        return tpu.matmul_prepared(
-            x, weights, x_scale, x_lo=x_lo, out_dtype=out_dtype, operand=operand
-        )
-
-    return run
+    return lambda x, w, epilogue: tpu.matmul_prepared(x, tpu.prepare(w), epilogue, operand=operand)
 
 
-def check_matmul(run, rng, m, n, k, *, group_size, step, asymmetric):
-    arguments, options = operands(rng, m, n, k, group_size, step, asymmetric)
-    static = {"group_size": group_size, "step": step, "out_dtype": jnp.float32}
-    assert_equals_reference(run, reference.matmul, arguments, options, **static)
+def check_matmul(run, rng, m, n, k, *, group_size, asymmetric, **kind):
+    assert_equals_reference(run, *operands(rng, m, n, k, group_size, kind, asymmetric))
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 2**30])
@@ -121,16 +117,15 @@ def test_float8_holds_every_code_at_every_shift(asymmetric):
 def test_quantized_activations_give_the_same_integers_in_the_operand_of_v7x(range_):
     rng = np.random.default_rng(0)
     rows = quantize.quantize(rng.standard_normal((8, 100)).astype(np.float32), range=range_)
-    x, lo = rows.values, rows.lo
-    (_, *weights), _ = operands(rng, 8, 20, 100, 16, "power", False)
-    run = run_with(tpu._best_operand(V7X, "power", 4))
-    static = {"group_size": 16, "step": "power", "out_dtype": jnp.float32}
-    options = {"x_lo": None if lo is None else jnp.zeros_like(lo)}
-    assert_equals_reference(run, reference.matmul, (x, *weights), options, **static)
+    lo = None if rows.lo is None else jnp.zeros_like(rows.lo)
+    x = Int8Rows(values=rows.values, scale=jnp.ones((8, 1)), lo=lo)
+    _, w = operands(rng, 8, 20, 100, 16, {"step": "power"}, False)
+    assert_equals_reference(run_with(tpu._best_operand(V7X, "power", 4)), x, w)
 
 
-def test_integer_steps_are_exact_in_bfloat16():
-    options = {"group_size": 16, "step": "integer", "asymmetric": False}
+@pytest.mark.parametrize("levels", ["uniform", "stretched"])
+def test_integer_steps_are_exact_in_bfloat16(levels):
+    options = {"group_size": 16, "step": "integer", "levels": levels, "asymmetric": False}
     check_matmul(run_with(jnp.bfloat16), np.random.default_rng(0), 40, 130, 300, **options)
 
 
@@ -138,11 +133,15 @@ def test_integer_steps_are_exact_in_bfloat16():
 def test_sums_beyond_float32_integers_stay_exact(operand):
     k = 1500
     codes, shifts = codec.encode(jnp.full((1, k), 127, jnp.int8), group_size=16)
-    codes, shifts = codec.pack(codes), codec.pack(shifts)
-    x = jnp.full((1, k), 112, jnp.int8).at[0, 0].set(1)
-    weights = tpu.prepare_weights(codes, shifts, jnp.ones((1, 1)), k=k, group_size=16, step="power")
+    w = PackedRows(
+        codes=codec.pack(codes),
+        shifts=codec.pack(shifts),
+        scale=jnp.ones((1, 1)),
+        padding=-k % 16,
+    )
+    x = Int8Rows(values=jnp.full((1, k), 112, jnp.int8).at[0, 0].set(1), scale=jnp.ones((1, 1)))
     # The sum is even and below 2**25, so float32 holds it though it doesn't hold its neighbours.
-    y = tpu.matmul_prepared(x, weights, jnp.ones((1, 1)), out_dtype=jnp.float32, operand=operand)
+    y = run_with(operand)(x, w, Epilogue(out_dtype=jnp.float32))
     assert y[0, 0] == (k - 1) * 112**2 + 112
 
 
@@ -153,23 +152,22 @@ def test_float8_refuses_weights_that_it_cannot_hold():
 
 
 def test_x_of_another_k_is_refused():
-    weights = tpu.prepare_int8(jnp.zeros((4, 32), jnp.int8), jnp.ones((4, 1)))
+    weights = tpu.prepare(Int8Rows(values=jnp.zeros((4, 32), jnp.int8), scale=jnp.ones((4, 1))))
+    x = Int8Rows(values=jnp.zeros((2, 16), jnp.int8), scale=jnp.ones((2, 1)))
     with pytest.raises(ValueError, match="x has k=16 and weights have k=32"):
-        tpu.matmul_prepared(jnp.zeros((2, 16), jnp.int8), weights, jnp.ones((2, 1)))
+        tpu.matmul_prepared(x, weights, Epilogue())
 
 
 def test_words_hold_the_codes_where_the_docstring_says():
     rng = np.random.default_rng(0)
-    codes, shifts = packed_weights(rng, 3, 256, 16, "power")
-    weights = tpu.prepare_weights(
-        codes, shifts, jnp.ones((3, 1)), k=256, group_size=16, step="power"
-    )
+    w = packed_weights(rng, 3, 256, 16, {"step": "power"})
+    weights = tpu.prepare(w)
     words = np.asarray(weights.values).view(np.uint32)
     shift_words = np.asarray(weights.shifts).view(np.uint32)
     i, s, b, n = 2, 5, 3, 1
-    code = codec.unpack(codes, signed=True)[n, 64 * i + 32 + 4 * s + b]
+    code = codec.unpack(w.codes, signed=True)[n, 64 * i + 32 + 4 * s + b]
     assert (words[8 * i + s, n] >> 4 * (2 * b + 1)) & 15 == code + 8
-    assert (shift_words[1, n] >> 4 * 6) & 15 == codec.unpack(shifts, signed=False)[n, 8 + 6]
+    assert (shift_words[1, n] >> 4 * 6) & 15 == codec.unpack(w.shifts, signed=False)[n, 8 + 6]
 
 
 @pytest.mark.parametrize("levels", [127, 255])
