@@ -17,7 +17,7 @@ from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
 from pallas_kernels.operands import Epilogue
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
-from pallas_kernels.quantize import QUANTIZE, Part
+from pallas_kernels.quantize import QUANTIZE, Norm, Part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,13 +144,28 @@ def quantize_parts_call(shape, **where):
     _, _, options = quantize_call(shape)
     half = shape.k // 2
 
-    def run(first, second, *norm, **options):
+    def run(first, second, shift, scale, **options):
         parts = [(first, None), (second, "gelu")]
         parts = tuple(Part(array=a, start=0, size=half, activation=f) for a, f in parts)
+        norm = Norm(shift=shift, scale=scale, epsilon=1e-6)
         return QUANTIZE(parts, norm=norm, packed=True, **options)
 
     shapes = [(shape.m, half)] * 2 + [(2 * half,)] * 2
     return run, [spec(s, jnp.bfloat16, **where) for s in shapes], options
+
+
+def rotated_call(shape, rotation=16, **where):
+    """Everything that may come before the rounding to stretched levels, and 8-bit groups."""
+    operation, args, options = quantize_call(shape, step="integer", **where)
+    options |= {"levels": "stretched", "rotation": rotation}
+    options["wide"] = tuple(i % 8 == 0 for i in range(shape.k // 16))
+
+    def run(x, shift, scale, multiplier, **options):
+        norm = Norm(shift=shift, scale=scale, epsilon=1e-6)
+        return operation(x, norm=norm, multiplier=multiplier, **options)
+
+    vectors = [spec((shape.k,), dtype, **where) for dtype in (jnp.bfloat16, *[jnp.float32] * 2)]
+    return run, [*args, *vectors], options
 
 
 def qk_norm_rope_call(shape, **where):
@@ -175,6 +190,7 @@ TRITON_FORMS = {
     "few rows": (few_rows_call, "triton_few_rows"),
     "quantize": (quantize_call, "triton"),
     "quantize parts after a norm, packed": (quantize_parts_call, "triton"),
+    "quantize rotated channels": (rotated_call, "triton"),
     "qk norm rope": (qk_norm_rope_call, "triton"),
 }
 
@@ -345,6 +361,27 @@ def test_quantize_rounds_as_ieee_demands(gpu, make, tmp_path):
     # GELU's exponential and reciprocal alone may be approximate.
     assert ("ex2.approx" in ptx, "rcp.approx" in ptx) == (make is quantize_parts_call,) * 2
     assert "div.full" not in ptx
+
+
+@pytest.mark.parametrize(("rotation", "shuffled"), [(16, 0.5), (64, 2.5), (256, 4.5)])
+def test_rotations_shuffle_registers_and_use_no_shared_memory(rotation, shuffled, tmp_path):
+    """Sixteen channels take a shuffle for two elements; each step between threads two for one."""
+
+    def counts(rotation):
+        def make(shape, **where):
+            shape = dataclasses.replace(shape, k=1024)
+            operation, args, options = quantize_call(shape, **where)
+            return operation, args, options | {"rotation": rotation}
+
+        folder = tmp_path / str(rotation)
+        folder.mkdir()
+        ptx = compile_for(H100, make, "triton", folder)
+        return [ptx.count(word) for word in ("shfl.sync", "st.shared", "bar.sync", "matrix.sync")]
+
+    elements = 8  # of each of 128 threads
+    (plain, *memory), (rotated, *memory_rotated) = counts(None), counts(rotation)
+    assert rotated - plain == shuffled * elements
+    assert memory_rotated == memory
 
 
 @on_gpus
