@@ -48,7 +48,7 @@ class Table(Format):
     squared error; each table then becomes the integer levels of least error for its elements
     (1-D k-means, exact by dynamic programming over 255 values); and so on, over and over. A
     squared error counts 1 / (sum of the row's squares), over what stretched levels have on its
-    distribution. From the best of five starts, a table that gained little was replaced by a
+    distribution. From the best of three starts, a table that gained little was replaced by a
     scaled copy of one with much error, all were found anew, and the result kept if it was better,
     32 times. Relative error of rows of 3072: .0726 Gaussian, .0789 Laplace, .0945 Student-t
     (stretched levels, searched: .0796, .0926, .1157).
