@@ -38,9 +38,7 @@ ATTENTION = Operation(
 ATTENTION_INT8_FP8 = Operation(
     name="attention_int8_fp8",
     backends=(
-        Backend(
-            name="mosaic_gpu", run=mosaic_gpu.attention_int8_fp8, why_not=mosaic_gpu.why_not
-        ),
+        Backend(name="mosaic_gpu", run=mosaic_gpu.attention_int8_fp8, why_not=mosaic_gpu.why_not),
         Backend(name="reference", run=reference.attention_int8_fp8),
     ),
 )

@@ -252,9 +252,7 @@ def _kernel(
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(k_free.at[k_slot])
             plgpu.barrier_arrive(v_free.at[v_slot])
-            p, maximum, factor, sums = softmax(
-                products, maximum, unit * scale, added, sums, factor
-            )
+            p, maximum, factor, sums = softmax(products, maximum, unit * scale, added, sums, factor)
             return p, maximum, sums, factor, following
 
         def pair(i, carry):

@@ -123,5 +123,7 @@ def _rotated(
     grouped = sums.reshape(x.shape[0], -1, block, *x.shape[2:]) if blocks else sums
     largest = jnp.max(jnp.abs(grouped), axis=axes, keepdims=True)
     largest = jnp.where(largest == 0, 1, largest)
+    # XLA's maximum over several axes may lose NaN, which a code can't hold: the scale does.
+    largest = largest + 0 * jnp.sum(grouped, axis=axes, keepdims=True)
     codes = jnp.round(grouped * (INT8_MAX / largest)).astype(jnp.int8).reshape(sums.shape)
     return codes, jnp.squeeze(largest, axes) * (1 / (INT8_MAX * d**0.5))

@@ -1,5 +1,6 @@
 """8-bit attention in plain jnp: the definition, block by block of keys as the kernel goes."""
 
+import functools
 import math
 
 import jax
@@ -13,6 +14,8 @@ TOP = 8  # octave of the largest probability: e4m3 ends at 448 = 2**8.8
 E4M3_BIAS = 7  # of its exponent
 
 
+# Under jit of its own, as a loop called outside of one is compiled at every call.
+@functools.partial(jax.jit, static_argnames=("scale",))
 def attention_int8_fp8(heads: QuantizedHeads, *, scale: float) -> jax.Array:
     """Return the attention; see `pallas_kernels.attention.attention_int8_fp8`."""
     batch, tq, count, d = heads.q.shape
@@ -57,7 +60,9 @@ def probabilities(octaves: jax.Array) -> jax.Array:
 
 def _blocks(heads: QuantizedHeads) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return keys, their scales and values with an axis of blocks of keys in front."""
-    batch, tk, kv_heads, d = heads.k.shape
+    batch, _, kv_heads, d = heads.k.shape
     k = heads.k.reshape(batch, -1, BLOCK, kv_heads, d)
-    v = from_kernel_order(heads.v.astype(jnp.bfloat16)).reshape(batch, kv_heads, d + ONES, -1, BLOCK)
+    v = from_kernel_order(heads.v.astype(jnp.bfloat16)).reshape(
+        batch, kv_heads, d + ONES, -1, BLOCK
+    )
     return jnp.moveaxis(k, 1, 0), jnp.moveaxis(heads.k_scale, 2, 0), jnp.moveaxis(v, 3, 0)

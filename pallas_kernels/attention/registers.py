@@ -35,7 +35,9 @@ def swizzle(width: int, itemsize: int = 1) -> int:
     return next(x for x in (128, 64, 32) if width * itemsize % x == 0)
 
 
-def transforms(width: int, itemsize: int = 1) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+def transforms(
+    width: int, itemsize: int = 1
+) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """Return how rows of `width` elements lie in shared memory."""
     size = swizzle(width, itemsize)
     return plgpu.TilingTransform((8, size // itemsize)), plgpu.SwizzleTransform(size)
@@ -124,7 +126,9 @@ def _probabilities(codes: Halves) -> mgpu.FragmentedArray:
     bytes_, kind = ir.IntegerType.get_signless(8), ir.Float8E4M3FNType.get()
     for half, row in enumerate(codes):
         for j in range(BLOCK // 16):
-            word = vector.broadcast(ir.VectorType.get((1,), _i32()), _pack_codes(row[4 * j : 4 * j + 4]))
+            word = vector.broadcast(
+                ir.VectorType.get((1,), _i32()), _pack_codes(row[4 * j : 4 * j + 4])
+            )
             four = vector.bitcast(ir.VectorType.get((4,), bytes_), word)
             four = vector.bitcast(ir.VectorType.get((4,), kind), four)
             registers[0, j, 0, 0, half, 0, 0, 0, 0] = four
@@ -176,9 +180,7 @@ def _wait() -> None:
 def _multiply(start: ir.Value, shape: tuple[int, int], a, b, *, width: int) -> mgpu.FragmentedArray:
     """Start start + a b^T, whose rows of b are `width` bytes; nothing waits for it here."""
     signed = True if start.type == _i32() else None
-    zeros = mgpu.FragmentedArray.splat(
-        start, shape, compat.GPU_SUMS_REGISTERS, is_signed=signed
-    )
+    zeros = mgpu.FragmentedArray.splat(start, shape, compat.GPU_SUMS_REGISTERS, is_signed=signed)
     sums = mgpu.WGMMAAccumulator.from_registers(zeros)
     transposed = mgpu.memref_transpose(b, (1, 0, 3, 2))
     sums = mgpu.wgmma(sums, a, transposed, swizzle=swizzle(width))
