@@ -31,6 +31,8 @@ def cudnn_why_not(target: device.Device, q: jax.Array, *args, **kwargs) -> str |
     """
     if target.platform != "gpu" or target.generation < 80:
         return f"needs an NVIDIA GPU from Ampere on, not {target.kind}"
+    if jax.default_backend() != "gpu":
+        return "JAX asks this machine for cuDNN's version, and it has no GPU"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes 16-bit floats, not {q.dtype}"
     if q.shape[3] % 8 or q.shape[3] > 128:

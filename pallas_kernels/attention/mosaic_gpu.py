@@ -26,13 +26,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, device
 from pallas_kernels.attention import registers
-from pallas_kernels.attention.operands import BLOCK, QuantizedHeads
+from pallas_kernels.attention.operands import BLOCK, ONES, QuantizedHeads
 from pallas_kernels.attention.reference import LOG2_E
 from pallas_kernels.attention.registers import ROW, ROWS, SUM_ROWS, transforms
 
 WARPGROUPS = 2  # that multiply
 TILE = ROWS * WARPGROUPS  # queries of a processor
 HEAD_DIMS = (64, 128)
+SHARED_MEMORY = 227 * 1024  # bytes a block may use on Hopper
 CLUSTERS = (1, 2)  # the search space of `Config`
 STAGES = (2, 3, 4)
 
@@ -55,6 +56,12 @@ def search_space(tokens: int) -> list[Config]:
     tiles = -(-tokens // TILE)
     clusters = [cluster for cluster in CLUSTERS if tiles % cluster == 0]
     return [Config(cluster=cluster, stages=stages) for cluster in clusters for stages in STAGES]
+
+
+def shared_bytes(config: Config, d: int) -> int:
+    """Return the bytes of shared memory that tiles take, which barriers add little to."""
+    stage = BLOCK * d + (d + ONES) * BLOCK
+    return config.stages * stage + TILE * d * (1 + 2)  # queries in int8, results in bfloat16
 
 
 def why_not(target: device.Device, heads: QuantizedHeads, **kwargs) -> str | None:
@@ -220,7 +227,7 @@ def _kernel(
 
     def values(slot):
         """Return V^T of a slot and as many rows of ones as are multiplied."""
-        return v_tiles.at[slot, pl.ds(0, d + SUM_ROWS)]
+        return v_tiles.at[slot].at[pl.ds(0, d + SUM_ROWS)]
 
     def attend(first, unit, key_scale):
         """Return the result of this warpgroup's rows, float32 [ROWS, d], before the values' scale.

@@ -182,7 +182,7 @@ def _multiply(start: ir.Value, shape: tuple[int, int], a, b, *, width: int) -> m
     signed = True if start.type == _i32() else None
     zeros = mgpu.FragmentedArray.splat(start, shape, compat.GPU_SUMS_REGISTERS, is_signed=signed)
     sums = mgpu.WGMMAAccumulator.from_registers(zeros)
-    transposed = mgpu.memref_transpose(b, (1, 0, 3, 2))
+    transposed = utils.memref_transpose(b, (1, 0, 3, 2))
     sums = mgpu.wgmma(sums, a, transposed, swizzle=swizzle(width))
     _commit()
     return sums._value

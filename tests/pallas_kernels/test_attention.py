@@ -258,14 +258,23 @@ def test_without_a_name_the_device_chooses():
     assert mosaic_gpu.why_not(ampere, heads) == "needs a Hopper GPU, not NVIDIA A100"
     small = dataclasses.replace(heads, q=jax.ShapeDtypeStruct((1, 128, 2, 32), jnp.int8))
     assert mosaic_gpu.why_not(hopper, small) == "needs heads of 64 or 128 channels, not 32"
-    cudnn = ATTENTION.backend("cudnn").why_not
-    assert cudnn(hopper, q) is None
-    wide = jax.ShapeDtypeStruct((1, 128, 2, 256), jnp.bfloat16)
-    assert "at most 128, not 256" in cudnn(hopper, wide)
-    assert "takes 16-bit floats" in cudnn(hopper, jax.ShapeDtypeStruct(q.shape, jnp.float32))
     if not ON_HARDWARE:
         explained = ATTENTION_INT8_FP8.explain(heads, scale=1.0)
         assert explained.endswith("attention_int8_fp8/reference: runs")
+
+
+def test_cudnn_takes_what_its_flash_attention_does(monkeypatch):
+    why_not = ATTENTION.backend("cudnn").why_not
+    hopper = device.describe("gpu", "NVIDIA H100")
+    q = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    wide = jax.ShapeDtypeStruct((1, 128, 2, 256), jnp.bfloat16)
+    if not ON_HARDWARE:
+        assert "it has no GPU" in why_not(hopper, q)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert why_not(hopper, q) is None
+    assert "needs an NVIDIA GPU from Ampere on" in why_not(device.describe("cpu", "cpu"), q)
+    assert "at most 128, not 256" in why_not(hopper, wide)
+    assert "takes 16-bit floats" in why_not(hopper, jax.ShapeDtypeStruct(q.shape, jnp.float32))
 
 
 @pytest.mark.parametrize(
