@@ -90,7 +90,7 @@ def attention_int8_fp8(
     rows = heads.tokens + -heads.tokens % 8 if heads.tokens > TILE else tq
     kernel = plgpu.kernel(
         functools.partial(_kernel, config=config, octaves=scale * LOG2_E),
-        out_type=jax.ShapeDtypeStruct((batch, rows, count, d), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((batch, rows, count * d), jnp.bfloat16),
         grid=(processors,),
         grid_names=("sm",),
         **(cluster if config.cluster > 1 else {}),
@@ -102,8 +102,11 @@ def attention_int8_fp8(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )
-    arrays = heads.q, heads.k, heads.v, heads.q_scale, heads.k_scale, heads.v_scale
-    return kernel(*arrays)[:, : heads.tokens]
+    # Copies have five axes at most, two of them within tiles: heads lie in the columns of tokens.
+    q, k = (x.reshape(*x.shape[:2], -1) for x in (heads.q, heads.k))
+    v = heads.v.reshape(-1, *heads.v.shape[2:])
+    out = kernel(q, k, v, heads.q_scale, heads.k_scale, heads.v_scale)
+    return out.reshape(batch, rows, count, d)[:, : heads.tokens]
 
 
 def _multiprocessors() -> int:
@@ -136,13 +139,13 @@ def _scratch(config: Config, d: int, v_rows: int) -> dict:
 
 
 def _kernel(
-    q,  # [b, tq, heads, d], int8
-    k,  # [b, tk, kv_heads, d], int8
-    v,  # [b, kv_heads, d + ONES, tk], float8
+    q,  # [b, tq, heads * d], int8
+    k,  # [b, tk, kv_heads * d], int8
+    v,  # [b * kv_heads, d + ONES, tk], float8
     q_scale,  # [b, heads, tq], float32
     k_scale,  # [b, kv_heads, tk / BLOCK], float32
     v_scale,  # [b, kv_heads, d], float32, or None
-    out,  # [b, queries, heads, d], bfloat16
+    out,  # [b, queries, heads * d], bfloat16
     *,
     config: Config,
     octaves: float,  # of a logit of 1, in units of q times k
@@ -158,7 +161,8 @@ def _kernel(
     v_free,
     turn,  # [warpgroup]: it may start its products
 ):
-    (batch, tq, heads, d), kv_heads = q.shape, k.shape[2]
+    batch, heads, tq = q_scale.shape
+    kv_heads, d = k_scale.shape[1], q_tiles.shape[2]
     tiles_of_head, blocks = tq // TILE, k.shape[1] // BLOCK
     tiles = batch * heads * tiles_of_head // config.cluster  # for each cluster
     warpgroup, processors = lax.axis_index("warpgroup"), lax.axis_size("sm")
@@ -183,7 +187,7 @@ def _kernel(
     def fill(batch, head, row, first, number):
         for w in range(WARPGROUPS):
             pl.when(number > 0)(lambda w=w: plgpu.barrier_wait(q_free.at[w]))
-            rows = q.at[batch, pl.ds(row + ROWS * w, ROWS), head]
+            rows = q.at[batch, pl.ds(row + ROWS * w, ROWS), pl.ds(head * d, d)]
             plgpu.copy_gmem_to_smem(rows, q_tiles.at[w], q_full.at[w])
         shared = {"collective_axes": "cluster"} if config.cluster > 1 else {}
         kv_head = head // (heads // kv_heads)
@@ -193,10 +197,10 @@ def _kernel(
             step, keys = first + block, pl.ds(block * BLOCK, BLOCK)
             slot = slot_of(step)
             pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-            source = k.at[batch, keys, kv_head]
+            source = k.at[batch, keys, pl.ds(kv_head * d, d)]
             plgpu.copy_gmem_to_smem(source, k_tiles.at[slot], k_full.at[slot], **shared)
             pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-            source = v.at[batch, kv_head, :, keys]
+            source = v.at[batch * kv_heads + kv_head, :, keys]
             plgpu.copy_gmem_to_smem(source, v_tiles.at[slot], v_full.at[slot], **shared)
 
     def drain():
@@ -289,7 +293,7 @@ def _kernel(
             layout = plgpu.Layout.WGMMA.reduce(0)
             scales = compat.gpu_load(v_scale.at[batch, kv_head], layout=layout, optimized=False)
             y = y * lax.broadcast_in_dim(scales, (ROWS, d), [1])
-        write(y, out.at[batch, pl.ds(row, ROWS), head])
+        write(y, out.at[batch, pl.ds(row, ROWS), pl.ds(head * d, d)])
 
     def write(y, target):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
