@@ -12,8 +12,8 @@ as both products take together. And the sums of the probabilities come from the 
 from rows of ones below V^T, so that they hold the very codes that are multiplied.
 
 The tensor cores' float8 sums have about 14 bits. With one accumulator for all keys the result was
-7 % too large on 4608 Gaussian keys; here each block has its own, which is added to float32 sums, for
-4 % of the time (one H100, 2026-11-28, an earlier form of this kernel).
+7 % too large on 4608 Gaussian keys; here each block has its own, which is added to float32 sums,
+for 4 % of the time (one H100, 2026-11-28, an earlier form of this kernel).
 """
 
 import dataclasses

@@ -15,8 +15,8 @@ E4M3_BIAS = 7  # of the exponent
 LINEAR_MEAN = 1 / (2 * math.log(2) ** 2)
 # Octave of the largest probability of a row, whose code is 121, 288. It is put where that is too
 # high by just as much as the others are on average: at a power of two, where the code is right, the
-# key with the largest logit would have 4 % too little weight beside the others (at logits of deviation
-# 2 a result 1.5 % too small, and 1.8 times the error of exact codes; so it is 1.2 times that).
+# key with the largest logit would have 4 % too little weight beside the others (at logits of
+# deviation 2 a result 1.5 % too small, and 1.8 times the error of exact codes; so it is 1.2 times).
 TOP = math.log2(288 / LINEAR_MEAN)
 
 
