@@ -13,9 +13,9 @@ from PIL import Image
 
 import models
 import models.pipeline
-from models.checkpoint_io import CheckpointError
 from models.pipeline import image_ids, pack, to_pixels, unpack
 from models.stages import Deferred
+from models.stored_files import CheckpointError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
