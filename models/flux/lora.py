@@ -56,6 +56,7 @@ _PEFT_ALPHA = 8  # PEFT's lora_alpha where its config gives none
 _UNLIKE_LORA = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication")
 _UNLIKE_LORA += ("arrow_config", "kasa_config", "monteclora_config", "alora_invocation_tokens")
 _CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to initialise, too
+_LARGEST = float(np.finfo(np.float32).max)  # number that a scale may be
 # Unbounded repetitions in a pattern: matching takes up to this power of a name's length.
 _REPETITIONS = 3
 
@@ -153,7 +154,7 @@ def add_lora(
     """
     scales = [1.0] * len(adapters) if scales is None else scales
     for scale in scales:
-        if not abs(scale) <= np.finfo(np.float32).max:
+        if not abs(scale) <= _LARGEST:
             raise ValueError(f"scales holds {scale}; every scale must be a finite number")
     found: dict[str, list[Branch]] = {}
     for adapter, scale in zip(adapters, scales, strict=True):
@@ -340,7 +341,7 @@ def _check_peft(where: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_number(where: str, value: Any) -> None:
-    if type(value) not in (int, float) or not abs(value) <= np.finfo(np.float32).max:
+    if type(value) not in (int, float) or not abs(value) <= _LARGEST:
         raise CheckpointError(f"{where} is {value!r}; expected a finite number")
 
 
