@@ -6,6 +6,7 @@ file is, the names of its tensors tell. That the components fit each other is ch
 is found, from their configs alone.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -106,8 +107,7 @@ class ModelFiles:
         """Return the scheduler."""
         if self.scheduler is not None:
             return FlowMatchEulerScheduler.from_json(self.scheduler)
-        config = self.paths["scheduler"] / _SCHEDULER_CONFIG
-        return FlowMatchEulerScheduler.from_json(read_json(config))
+        return _folder_scheduler(self.paths["scheduler"])
 
     def load_tokenizers(self) -> dict[str, Any]:
         """Return the tokenizers by component; raises CheckpointError where one doesn't load."""
@@ -190,8 +190,9 @@ def _with_schedule(
     if schedule == "folder" and text_encoders is None:
         return files  # of a diffusers folder it is the model's own
     if schedule == "folder":
-        scheduler = read_json(Path(text_encoders) / "scheduler" / _SCHEDULER_CONFIG)
-        dev = FlowMatchEulerScheduler.from_json(scheduler).use_dynamic_shifting
+        folder = Path(text_encoders) / "scheduler"
+        scheduler = read_json(folder / _SCHEDULER_CONFIG)
+        dev = _folder_scheduler(folder).use_dynamic_shifting
     else:
         dev = schedule == "dev"
         scheduler = flux_scheduler(dev)
@@ -294,10 +295,23 @@ def _configs(paths: Mapping[str, Path]) -> dict[str, Any]:
 
 def _folder_config(file: Path) -> Any:
     values = read_json(file)
-    try:
+    with _naming(file):
         return component_config(values)
+
+
+@contextlib.contextmanager
+def _naming(source: Path | str) -> Iterator[None]:
+    """Put where it comes from before an error about a config."""
+    try:
+        yield
     except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
+        raise CheckpointError(f"{source}: {error}") from None
+
+
+def _folder_scheduler(folder: Path) -> FlowMatchEulerScheduler:
+    values = read_json(folder / _SCHEDULER_CONFIG)
+    with _naming(folder / _SCHEDULER_CONFIG):
+        return FlowMatchEulerScheduler.from_json(values)
 
 
 def _file_config(file: Path) -> Any:
@@ -375,9 +389,8 @@ def load_component(
     Raises:
       CheckpointError: the class is unknown, or a file or tensor can't be used.
     """
-    scheduler = Path(path) / _SCHEDULER_CONFIG
-    if scheduler.exists():
-        return FlowMatchEulerScheduler.from_json(read_json(scheduler))
+    if (Path(path) / _SCHEDULER_CONFIG).exists():
+        return _folder_scheduler(Path(path))
     return open_component(path, dtype).load(dtype)
 
 
@@ -451,13 +464,13 @@ def generation_defaults(index: Mapping[str, Any], guidance_embeds: bool) -> Gene
     known = {field.name for field in dataclasses.fields(GenerationDefaults)}
     if unknown := sorted(set(given) - known):
         raise CheckpointError(f"model_index.json: {_DEFAULTS_KEY} has unknown keys {unknown}")
-    defaults = config_from_json(
-        GenerationDefaults, {"num_inference_steps": _STEPS[guidance_embeds], **given}
-    )
-    check_bounds(defaults, num_inference_steps=(1, 10**5), strength=(1e-6, 1))
+    values = {"num_inference_steps": _STEPS[guidance_embeds], **given}
     sides, scales = ("height", "width"), ("guidance_scale", "true_cfg_scale")
-    check_bounds(defaults, **dict.fromkeys(sides, (1, LONGEST_SIDE)))
-    check_bounds(defaults, **dict.fromkeys(scales, (-1e30, 1e30)))
+    with _naming(f"model_index.json: {_DEFAULTS_KEY}"):
+        defaults = config_from_json(GenerationDefaults, values)
+        check_bounds(defaults, num_inference_steps=(1, 10**5), strength=(1e-6, 1))
+        check_bounds(defaults, **dict.fromkeys(sides, (1, LONGEST_SIDE)))
+        check_bounds(defaults, **dict.fromkeys(scales, (-1e30, 1e30)))
     return defaults
 
 
@@ -474,22 +487,30 @@ def load_tokenizer(folder: Path) -> Any:
     if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
         sets = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
         raise CheckpointError(f"{folder} holds no tokenizer with its vocabulary: expected {sets}")
-    try:
+    with _tokenizer_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        length = tokenizer.model_max_length
-        letters = {tuple(tokenizer(x)["input_ids"]) for x in string.ascii_lowercase}
-    except Exception as error:  # transformers raises whatever its readers happen to
-        first = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{folder} holds no tokenizer that loads: {first}") from None
-    if len(letters) == 1:
-        raise CheckpointError(f"{folder}: its tokenizer knows no letter: the vocabulary is missing")
-    if tokenizer.pad_token is None:
-        raise CheckpointError(f"{folder}: its tokenizer has no pad token; texts must be padded")
+    length = tokenizer.model_max_length
     if type(length) not in (int, float) or not length >= 1:
         raise CheckpointError(
             f"{folder / 'tokenizer_config.json'}: model_max_length = {length!r} must be 1 or more"
         )
+    if tokenizer.pad_token is None:
+        raise CheckpointError(f"{folder}: its tokenizer has no pad token; texts must be padded")
+    with _tokenizer_errors(folder):
+        ids = {tuple(tokenizer(letter)["input_ids"]) for letter in string.ascii_lowercase}
+    if len(ids) == 1:
+        raise CheckpointError(f"{folder}: its tokenizer knows no letter: the vocabulary is missing")
     return tokenizer
+
+
+@contextlib.contextmanager
+def _tokenizer_errors(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError, on one line, for whatever transformers' readers happen to raise."""
+    try:
+        yield
+    except Exception as error:
+        first = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{folder} holds no tokenizer that loads: {first}") from None
 
 
 def _find_in_diffusers_folder(folder: Path, text_encoders: Path | str | None) -> ModelFiles:

@@ -32,7 +32,7 @@ _MAX_T5_TOKENS = 512  # FLUX.1 was trained with up to this many (schnell: 256)
 _PIXEL_MULTIPLE = 16  # of width and height
 LONGEST_SIDE = 8192  # pixels; positions and memory end long before
 _LARGEST_SCALE = float(np.finfo(np.float32).max)
-_SHOWN = 200  # characters of what is cut from a prompt, in a warning
+_SHOWN = 1000  # characters of what is cut from a prompt, at its start and its end, in a warning
 # Pillow's modes that its conversion to RGB keeps whole: others are deeper, and clipped.
 _SHALLOW = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
@@ -268,20 +268,20 @@ class FluxPipeline:
             # A step's result is committed to the weights' device if they are. Latents that aren't
             # would be another program's.
             latents, *fixed = jax.device_put((latents, *fixed), _device(transformer))
-            for done, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas), -1):
+            for done, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
                 last, latents = latents, step(latents, *fixed, sigma, next_sigma, guidance, scale)
-                if done >= 0:  # the next step is queued before the last one is waited for
-                    start = self._finish_step(last, start, bar)
-            self._finish_step(latents, start, bar)
+                if done:  # the next step is queued before the last one is waited for
+                    start = self._finish_step(done, last, start, bar)
+            self._finish_step(len(sigmas) - 1, latents, start, bar)
         return latents
 
-    def _finish_step(self, latents: jax.Array, start: float, bar: tqdm) -> float:
+    def _finish_step(self, number: int, latents: jax.Array, start: float, bar: tqdm) -> float:
         """Wait for a step, show, record and check it; returns the time."""
         latents.block_until_ready()
         now = time.perf_counter()
         self.times.add("step", now - start)
         bar.update()
-        _check_finite("denoise", f"the latents after step {bar.n}", latents)
+        _check_finite("denoise", f"the latents after step {number}", latents)
         return now
 
     def decode(self, latents: jax.Array, height: int, width: int) -> jax.Array:
@@ -459,7 +459,7 @@ def _warn_of_cuts(tokenizer: Any, prompts: Sequence[str], length: int) -> None:
     for prompt, ids in zip(prompts, whole, strict=True):
         if len(ids) > kept:
             cut = tokenizer.decode(ids[kept:])
-            cut = cut if len(cut) <= _SHOWN else f"{cut[:_SHOWN]}..."
+            cut = cut if len(cut) <= 2 * _SHOWN else f"{cut[:_SHOWN]} ... {cut[-_SHOWN:]}"
             warnings.warn(
                 f"prompt {prompt[:40]!r} is too long: {type(tokenizer).__name__} takes {kept} "
                 f"tokens of its {len(ids)}, and this was cut: {cut!r}",
