@@ -239,7 +239,9 @@ def set_value(module, path, value):
     (variable,) = (x for key, x in state if ".".join(map(str, key)) == path)
     changed = np.array(variable[...])
     changed.flat[0] = value
-    nnx.update(module, nnx.from_flat_state([(tuple(_steps(path)), variable.replace(changed))]))
+    nnx.update(
+        module, nnx.from_flat_state([(tuple(_steps(path)), variable.replace(jnp.asarray(changed)))])
+    )
     return module
 
 
