@@ -253,6 +253,8 @@ def test_a_fitted_table_decodes_to_int8_as_its_source_has_it():
     operand = row_operand(FittedTable().store(x))
     np.testing.assert_array_equal(operand.values, integers)
     np.testing.assert_array_equal(operand.scale, row)
+    # The largest is 127 but for the rounding of its block's scale, to a sixteenth.
+    assert (np.abs(integers).max(1) >= 119).all()
     # Each code is of the integer nearest to the value.
     levels = np.clip(np.rint(table * np.repeat(scale, 16, 1)[..., None]), -127, 127)
     distance = np.abs(levels - (x / np.where(row > 0, row, 1))[..., None])
