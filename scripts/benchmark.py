@@ -405,6 +405,7 @@ def quantize_forms(k: int, key: jax.Array) -> dict[str, dict]:
     """Return what is asked of a pass over rows of k elements, by name."""
     shift, scale, multiplier = (jax.random.normal(key, (k,)) for key in jax.random.split(key, 3))
     forms = {
+        "absmax": {},
         "minmax": {"range": "minmax"},
         "integer step": {"step": "integer"},
         "stretched": STRETCHED,
