@@ -307,11 +307,11 @@ def _scratch(
     def swizzled(columns, width=128):
         return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(width)
 
-    def side(rows):  # of a branch
-        columns = branch.up.shape[1]
+    def side(rows, like):  # of a branch
+        columns = like.shape[1]
         row = min(columns, 64)
         transforms = swizzled(row, 2 * row)
-        return plgpu.SMEM((rows, columns), branch.up.dtype, transforms=transforms)
+        return plgpu.SMEM((rows, columns), like.dtype, transforms=transforms)
 
     stages, decode = config.stages, len(tiles) == 2
     if decode:
@@ -331,7 +331,7 @@ def _scratch(
         "filled": plgpu.Barrier(num_arrivals=1 + len(weights), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         "added": plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS * output[0]),
-        "branch_tiles": branch and (side(config.tokens), side(TILE_N)),
+        "branch_tiles": branch and (side(config.tokens, branch.input), side(TILE_N, branch.up)),
         "branch_filled": branch and plgpu.Barrier(num_arrivals=2),
         "branch_free": branch and plgpu.Barrier(num_arrivals=WARPGROUPS),
         # The interpreter's wgmma reads its first operand from memory only.
