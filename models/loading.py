@@ -1,9 +1,9 @@
 """From a model's files to a pipeline or to one of its components.
 
 A model is a diffusers folder, or a file or folder in Black Forest Labs' naming, which carries the
-transformer and perhaps the autoencoder; a diffusers folder then brings the text encoders. What a
-file is, the names of its tensors tell. That the components fit each other is checked when a model
-is found, from their configs alone.
+transformer and perhaps the autoencoder and text encoders; a diffusers folder then brings the rest.
+What a file is, the names of its tensors tell. That the components fit each other is checked when a
+model is found, from their configs alone.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 import re
 import string
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
 from models.flux.params import (
     config_from_bfl,
+    export_flux_transformer,
     is_bfl_transformer,
     open_flux_transformer,
     select_bfl_transformer,
@@ -32,18 +33,25 @@ from models.pipeline import LONGEST_SIDE, FluxPipeline, GenerationDefaults
 from models.schedulers import FlowMatchEulerScheduler
 from models.stored_files import (
     CheckpointError,
+    find_prefix,
     open_checkpoint,
     quantized_by,
     read_json,
     refuse_quantized,
     weights_in,
 )
+from models.text_encoders import clip, t5
 from models.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder, open_clip_text_encoder
 from models.text_encoders.t5 import T5Config, T5Encoder, open_t5_encoder
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL
 from models.vae.params import config_from_bfl as vae_config_from_bfl
-from models.vae.params import is_bfl_autoencoder, open_autoencoder_kl, select_bfl_autoencoder
+from models.vae.params import (
+    export_autoencoder_kl,
+    is_bfl_autoencoder,
+    open_autoencoder_kl,
+    select_bfl_autoencoder,
+)
 
 # Class in a config.json: how to open a folder of it, its config, its module.
 _CLASSES = {
@@ -52,6 +60,19 @@ _CLASSES = {
     "CLIPTextModelWithProjection": (open_clip_text_encoder, CLIPTextConfig, CLIPTextEncoder),
     "FluxTransformer2DModel": (open_flux_transformer, FluxConfig, FluxTransformer),
     "T5EncoderModel": (open_t5_encoder, T5Config, T5Encoder),
+}
+_OPENERS = {
+    "transformer": open_flux_transformer,
+    "vae": open_autoencoder_kl,
+    "text_encoder": open_clip_text_encoder,
+    "text_encoder_2": open_t5_encoder,
+}
+# A tensor's name that tells each in a file, where a prefix may stand before it.
+_TELLING = {
+    "transformer": "double_blocks.0.img_attn.qkv.weight",
+    "vae": "decoder.up.0.block.0.norm1.weight",
+    "text_encoder": "text_model.final_layer_norm.weight",
+    "text_encoder_2": "encoder.final_layer_norm.weight",
 }
 _CONFIGS = (FluxConfig, AutoencoderKLConfig, CLIPTextConfig, T5Config)
 _STEPS = {True: 28, False: 4}  # by default, of dev and of schnell
@@ -109,6 +130,14 @@ class ModelFiles:
             return FlowMatchEulerScheduler.from_json(self.scheduler)
         return _folder_scheduler(self.paths["scheduler"])
 
+    def open(
+        self, name: str, dtype: jnp.dtype = jnp.bfloat16, *, check_values: bool = False
+    ) -> StoredModule:
+        """Open a model by its component's name; see `open_component`."""
+        path = self.paths[name]
+        component = name if path.is_file() else None
+        return open_component(path, dtype, component=component, check_values=check_values)
+
     def load_tokenizers(self) -> dict[str, Any]:
         """Return the tokenizers by component; raises CheckpointError where one doesn't load."""
         return {name: load_tokenizer(self.paths[name]) for name in _TOKENIZERS}
@@ -159,6 +188,7 @@ def _find_single_files(
     if path.is_file() and (beside := path.parent / "ae.safetensors") not in files:
         files += [beside] * beside.exists()
     paths, guidance = _classify(path, files)
+    paths |= _inside(paths["transformer"])
     missing = [name for name in (*_MODULES, *_TOKENIZERS) if name not in paths]
     if text_encoders is None:
         raise CheckpointError(
@@ -181,6 +211,18 @@ def _find_single_files(
         scheduler=flux_scheduler(guidance),
         schedule="FLUX.1-dev's" if guidance else "FLUX.1-schnell's",
     )
+
+
+def _inside(file: Path) -> dict[str, Path]:
+    """Return the file for each component that it holds whole beside a transformer."""
+    found, names = {}, open_checkpoint(file).shapes
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        if find_prefix(names, _TELLING[name], file) is None:
+            continue
+        with contextlib.suppress(CheckpointError):  # what isn't whole comes from elsewhere
+            _OPENERS[name](file)
+            found[name] = file
+    return found
 
 
 def _with_schedule(
@@ -282,7 +324,7 @@ def _configs(paths: Mapping[str, Path]) -> dict[str, Any]:
         if path is None or not path.exists():
             continue
         if path.is_file():
-            configs[name] = _file_config(path)
+            configs[name] = _file_config(name, path)
         elif (path / "config.json").exists():
             configs[name] = _folder_config(path / "config.json")
     kinds = {"transformer": FluxConfig, "vae": AutoencoderKLConfig}
@@ -314,23 +356,33 @@ def _folder_scheduler(folder: Path) -> FlowMatchEulerScheduler:
         return FlowMatchEulerScheduler.from_json(values)
 
 
-def _file_config(file: Path) -> Any:
+def _file_config(name: str, file: Path) -> Any:
     checkpoint = open_checkpoint(file)
-    if is_bfl_transformer(checkpoint.shapes):
+    if name == "transformer":
         return config_from_bfl(select_bfl_transformer(checkpoint).shapes, file)
-    return vae_config_from_bfl(select_bfl_autoencoder(checkpoint).shapes, file)
+    if name == "vae":
+        return vae_config_from_bfl(select_bfl_autoencoder(checkpoint).shapes, file)
+    if name == "text_encoder":
+        return clip.config_from_shapes(clip.select_clip(checkpoint).shapes, file)
+    return t5.config_from_shapes(t5.select_t5(checkpoint).shapes, file)
 
 
 def open_component(
-    path: Path | str, dtype: jnp.dtype = jnp.bfloat16, *, check_values: bool = False
+    path: Path | str,
+    dtype: jnp.dtype = jnp.bfloat16,
+    *,
+    component: str | None = None,
+    check_values: bool = False,
 ) -> StoredModule:
     """Open one model without reading its parameters, unless that is asked for.
 
     Args:
       path: a folder such as `<model>/transformer`, with a config.json whose `_class_name`
         (diffusers) or `architectures` (transformers) decides; or a file in Black Forest Labs'
-        naming, or an index of its shards, a transformer or an autoencoder.
+        naming, or an index of its shards.
       dtype: of the parameters and the computation.
+      component: which one of a file that holds several, such as "vae"; None for the transformer,
+        or else the autoencoder.
       check_values: read every parameter once and refuse what isn't finite in bfloat16, before any
         work is done with the model.
 
@@ -339,7 +391,7 @@ def open_component(
     """
     path = Path(path)
     if path.is_file():
-        opened = _open_file(path)(path, dtype=dtype)
+        opened = _file_opener(path, component)(path, dtype=dtype)
     else:
         config = read_json(path / "config.json")
         if _class_name(config) not in _CLASSES:
@@ -394,6 +446,31 @@ def load_component(
     return open_component(path, dtype).load(dtype)
 
 
+def export_component(
+    module: nnx.Module, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
+) -> None:
+    """Write a model as the folder that diffusers or transformers, and `open_component`, read.
+
+    Args:
+      module: a transformer, autoencoder or text encoder of FLUX.1.
+      folder: made if absent.
+      dtype: floating dtype that every tensor is stored in.
+
+    Raises:
+      ValueError: the module is of another class.
+    """
+    exporters = {
+        FluxTransformer: export_flux_transformer,
+        AutoencoderKL: export_autoencoder_kl,
+        CLIPTextEncoder: clip.export_clip_text_encoder,
+        T5Encoder: t5.export_t5_encoder,
+    }
+    if type(module) not in exporters:
+        known = ", ".join(kind.__name__ for kind in exporters)
+        raise ValueError(f"module is a {type(module).__name__}; expected one of {known}")
+    exporters[type(module)](module, folder, dtype)
+
+
 def load_pipeline(
     path: Path | str,
     dtype: jnp.dtype = jnp.bfloat16,
@@ -438,7 +515,7 @@ def load_pipeline(
     }
     check_fit(configs, parts)
     parts |= {
-        name: given[name] if name in given else load_component(files.paths[name], dtype)
+        name: given[name] if name in given else files.open(name, dtype).load(dtype)
         for name in _MODULES
     }
     defaults = generation_defaults(files.index, parts["transformer"].config.guidance_embeds)
@@ -551,14 +628,13 @@ def _classify(path: Path, files: list[Path]) -> tuple[dict[str, Path], bool]:
     return {name: files[0] for name, files in found.items() if files}, guidance
 
 
-def _open_file(file: Path) -> Any:
+def _file_opener(file: Path, component: str | None) -> Callable[..., StoredModule]:
     names = open_checkpoint(file).shapes
     refuse_quantized(file, names, {})
-    if is_bfl_transformer(names):
-        return open_flux_transformer
-    if is_bfl_autoencoder(names):
-        return open_autoencoder_kl
-    raise CheckpointError(f"{file} is {_family(names)}; expected a FLUX.1 file")
+    for name in (component,) if component else ("transformer", "vae"):
+        if find_prefix(names, _TELLING[name], file) is not None:
+            return _OPENERS[name]
+    raise CheckpointError(f"{file} is {_family(names)}; expected a FLUX.1 {component or 'file'}")
 
 
 def _family(names: Mapping[str, object]) -> str:
