@@ -337,7 +337,8 @@ def save_params(
     """
     folder = Path(folder)
     partial = folder / f"{filename}.partial"
-    others = {file.name for file in folder.glob("*.safetensors*")} - {filename, partial.name}
+    found = (file.name for file in folder.glob("*.safetensors*"))
+    others = {name for name in found if name[0] != "."} - {filename, partial.name}
     if others:
         raise CheckpointError(
             f"{folder} already holds {', '.join(sorted(others))}; save to an empty folder"

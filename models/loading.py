@@ -100,9 +100,9 @@ _FAMILIES = {
     r".*lora.*": "a LoRA adapter",
     r"(en|de)coder\.(down_blocks|mid_block|up_blocks)\..*": "an autoencoder of diffusers: give the "
     "model's folder",
-    r"(text_model\.)?encoder\.layers\..*": "a CLIP text encoder",
-    r"encoder\.block\..*": "a T5 encoder",
-    r"single_transformer_blocks\..*": "a FLUX transformer of diffusers, without its config.json: "
+    r"(.+\.)?encoder\.layers\..*": "a CLIP text encoder",
+    r"(.+\.)?encoder\.block\..*": "a T5 encoder",
+    r"(.+\.)?single_transformer_blocks\..*": "a FLUX transformer of diffusers, without its config.json: "
     "give the model's folder",
 }
 # Files that together are a tokenizer's vocabulary; a folder has one of these sets.

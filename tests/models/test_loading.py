@@ -154,7 +154,7 @@ def test_whole_models_beside_a_transformer_are_taken(folder, tmp_path):
         opened = files.open(name, jnp.float32)
         for key in (key for keys, _ in opened.sources.values() for key in keys):
             np.testing.assert_array_equal(opened.checkpoint.read(key), tensors[key])
-    for name in prefixes:
+    for name in encoders:
         module = files.open(name, jnp.float32).load(jnp.float32)
         models.export_component(module, tmp_path / name)
         assert models.open_component(tmp_path / name).config == files.open(name).config
