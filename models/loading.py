@@ -8,6 +8,7 @@ model is found, from their configs alone.
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import string
@@ -102,8 +103,8 @@ _FAMILIES = {
     "model's folder",
     r"(.+\.)?encoder\.layers\..*": "a CLIP text encoder",
     r"(.+\.)?encoder\.block\..*": "a T5 encoder",
-    r"(.+\.)?single_transformer_blocks\..*": "a FLUX transformer of diffusers, without its config.json: "
-    "give the model's folder",
+    r"(.+\.)?single_transformer_blocks\..*": "a FLUX transformer of diffusers, without its "
+    "config.json: give the model's folder",
 }
 # Files that together are a tokenizer's vocabulary; a folder has one of these sets.
 _VOCABULARIES = (
@@ -565,7 +566,9 @@ def load_tokenizer(folder: Path) -> Any:
         sets = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
         raise CheckpointError(f"{folder} holds no tokenizer with its vocabulary: expected {sets}")
     with _tokenizer_errors(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Code of a model's own is never run; without a word transformers asks on the terminal.
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     length = tokenizer.model_max_length
     if type(length) not in (int, float) or not length >= 1:
         raise CheckpointError(
@@ -575,6 +578,14 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: its tokenizer has no pad token; texts must be padded")
     with _tokenizer_errors(folder):
         ids = {tuple(tokenizer(letter)["input_ids"]) for letter in string.ascii_lowercase}
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    # Byte-level BPE (CLIP's): a piece for each byte inside and at the end of a word, one a merge.
+    added = len(tokenizer.get_added_vocab())
+    if model["type"] == "BPE" and len(model["vocab"]) - len(model["merges"]) > 512 + added:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {len(model['merges'])} merges for {len(model['vocab'])} "
+            "pieces; merges are missing, so that texts would be cut otherwise"
+        )
     if len(ids) == 1:
         raise CheckpointError(f"{folder}: its tokenizer knows no letter: the vocabulary is missing")
     return tokenizer

@@ -123,6 +123,9 @@ def read_json(path: Path) -> dict:
     except RecursionError:
         raise CheckpointError(f"{path} can't be read as JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
+        told = _impostor(path)
+        if told and not told.startswith("JSON"):
+            raise CheckpointError(f"{path} is {told}") from None
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")

@@ -414,6 +414,29 @@ def test_a_vocabulary_in_two_files_gives_the_same_ids(folder, copy):
     assert found("a pizza, 3d style")["input_ids"] == wanted("a pizza, 3d style")["input_ids"]
 
 
+def test_merges_that_are_cut_off_are_missed(copy):
+    file = copy / "tokenizer/tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"]["merges"] = values["model"]["merges"][:500]
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="merges are missing"):
+        load_tokenizer(copy / "tokenizer")
+
+
+def test_a_tokenizer_s_own_code_is_not_run(copy, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    edit(
+        copy / "tokenizer/tokenizer_config.json",
+        tokenizer_class="Own",
+        auto_map={"AutoTokenizer": ["own.Own", None]},
+    )
+    (copy / "tokenizer/own.py").write_text("raise SystemExit('run')")
+    with pytest.raises(CheckpointError, match="no tokenizer that loads"):
+        load_tokenizer(copy / "tokenizer")
+    assert not asked
+
+
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [

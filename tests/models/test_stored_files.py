@@ -221,6 +221,12 @@ def test_json_that_can_t_be_read_is_named(tmp_path, content):
         read_json(tmp_path / "config.json")
 
 
+def test_a_git_lfs_pointer_in_place_of_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=r"config\.json is a Git LFS pointer"):
+        read_json(tmp_path / "config.json")
+
+
 def test_json_with_a_byte_order_mark(tmp_path):
     (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "config.json") == {"a": 1}
