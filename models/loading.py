@@ -8,10 +8,8 @@ model is found, from their configs alone.
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
-import string
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.checkpoint_io import StoredModule, TracingRngs, check_bounds, config_from_json
+from models.fit import check_fit
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
 from models.flux.params import (
@@ -44,6 +43,7 @@ from models.stored_files import (
 from models.text_encoders import clip, t5
 from models.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder, open_clip_text_encoder
 from models.text_encoders.t5 import T5Config, T5Encoder, open_t5_encoder
+from models.tokenizers import load_tokenizer
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL
 from models.vae.params import config_from_bfl as vae_config_from_bfl
@@ -106,13 +106,6 @@ _FAMILIES = {
     r"(.+\.)?single_transformer_blocks\..*": "a FLUX transformer of diffusers, without its "
     "config.json: give the model's folder",
 }
-# Files that together are a tokenizer's vocabulary; a folder has one of these sets.
-_VOCABULARIES = (
-    ("tokenizer.json",),
-    ("vocab.json", "merges.txt"),
-    ("spiece.model",),
-    ("tokenizer.model",),
-)
 SCHEDULES = ("dev", "schnell", "folder")
 
 
@@ -260,61 +253,6 @@ def model_name(path: Path | str) -> str:
             repository = folder.parent.name.removeprefix("models--").replace("--", "/")
             return repository if path.parent == folder else f"{repository}/{path.name}"
     return path.name
-
-
-def check_fit(configs: Mapping[str, Any], tokenizers: Mapping[str, Any] | None = None) -> None:
-    """Raise CheckpointError, naming both sizes, where components of a FLUX.1 model don't fit.
-
-    Args:
-      configs: of the models by component, such as a FluxConfig; those left out fit.
-      tokenizers: of transformers, by component.
-    """
-    transformer, vae = configs.get("transformer"), configs.get("vae")
-    clip, t5 = configs.get("text_encoder"), configs.get("text_encoder_2")
-    problems = []
-    if transformer and transformer.in_channels != transformer.token_channels:
-        problems.append(
-            f"the transformer takes {transformer.in_channels} channels a token and gives "
-            f"{transformer.token_channels}, so it isn't for text to image (those of FLUX.1 Fill, "
-            "Canny and Depth aren't)"
-        )
-    elif transformer and vae and transformer.in_channels != 4 * vae.latent_channels:
-        problems.append(
-            f"the transformer takes {transformer.in_channels} channels a token, and the "
-            f"autoencoder gives {4 * vae.latent_channels}"
-        )
-    if transformer and t5 and transformer.joint_attention_dim != t5.d_model:
-        problems.append(
-            f"the transformer takes text tokens of {transformer.joint_attention_dim} channels, and "
-            f"text_encoder_2 gives {t5.d_model}"
-        )
-    if transformer and clip and transformer.pooled_projection_dim != clip.hidden_size:
-        problems.append(
-            f"the transformer takes pooled text of {transformer.pooled_projection_dim} channels, "
-            f"and text_encoder gives {clip.hidden_size}"
-        )
-    if vae and (vae.in_channels, vae.out_channels) != (3, 3):
-        problems.append(
-            f"the autoencoder takes images of {vae.in_channels} channels and gives "
-            f"{vae.out_channels}, and 3 are needed"
-        )
-    tokenizers = tokenizers or {}
-    for name, encoder in {"tokenizer": clip, "tokenizer_2": t5}.items():
-        if encoder and name in tokenizers:
-            problems += _misfits(name, tokenizers[name], encoder)
-    if problems:
-        raise CheckpointError(f"components don't fit: {'; '.join(problems)}")
-
-
-def _misfits(name: str, tokenizer: Any, encoder: CLIPTextConfig | T5Config) -> Iterator[str]:
-    """Yield why ids of a tokenizer mean nothing to a text encoder."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= encoder.vocab_size:
-        yield f"{name} gives ids up to {largest}, and its encoder takes {encoder.vocab_size}"
-    # 2 stands for the highest id, see CLIPTextEncoder.
-    wanted = getattr(encoder, "eos_token_id", 2)
-    if wanted not in (2, tokenizer.eos_token_id):
-        yield f"{name} ends texts with id {tokenizer.eos_token_id}, and its encoder wants {wanted}"
 
 
 def _configs(paths: Mapping[str, Path]) -> dict[str, Any]:
@@ -550,55 +488,6 @@ def generation_defaults(index: Mapping[str, Any], guidance_embeds: bool) -> Gene
         check_bounds(defaults, **dict.fromkeys(sides, (1, LONGEST_SIDE)))
         check_bounds(defaults, **dict.fromkeys(scales, (-1e30, 1e30)))
     return defaults
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer of transformers.
-
-    Raises:
-      CheckpointError: the folder holds none that loads; or one without its vocabulary, of which
-        transformers makes an empty one, without a pad token or with a wrong length.
-    """
-    from transformers import AutoTokenizer  # here, as importing it takes seconds
-
-    folder = Path(folder)
-    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
-        sets = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
-        raise CheckpointError(f"{folder} holds no tokenizer with its vocabulary: expected {sets}")
-    with _tokenizer_errors(folder):
-        # Code of a model's own is never run; without a word transformers asks on the terminal.
-        options = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    length = tokenizer.model_max_length
-    if type(length) not in (int, float) or not length >= 1:
-        raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'}: model_max_length = {length!r} must be 1 or more"
-        )
-    if tokenizer.pad_token is None:
-        raise CheckpointError(f"{folder}: its tokenizer has no pad token; texts must be padded")
-    with _tokenizer_errors(folder):
-        ids = {tuple(tokenizer(letter)["input_ids"]) for letter in string.ascii_lowercase}
-        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    # Byte-level BPE (CLIP's): a piece for each byte inside and at the end of a word, one a merge.
-    added = len(tokenizer.get_added_vocab())
-    if model["type"] == "BPE" and len(model["vocab"]) - len(model["merges"]) > 512 + added:
-        raise CheckpointError(
-            f"{folder}: its tokenizer has {len(model['merges'])} merges for {len(model['vocab'])} "
-            "pieces; merges are missing, so that texts would be cut otherwise"
-        )
-    if len(ids) == 1:
-        raise CheckpointError(f"{folder}: its tokenizer knows no letter: the vocabulary is missing")
-    return tokenizer
-
-
-@contextlib.contextmanager
-def _tokenizer_errors(folder: Path) -> Iterator[None]:
-    """Raise CheckpointError, on one line, for whatever transformers' readers happen to raise."""
-    try:
-        yield
-    except Exception as error:
-        first = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{folder} holds no tokenizer that loads: {first}") from None
 
 
 def _find_in_diffusers_folder(folder: Path, text_encoders: Path | str | None) -> ModelFiles:

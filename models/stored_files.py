@@ -7,6 +7,7 @@ shards with an index. The names are those of diffusers and transformers.
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -88,6 +89,14 @@ class Checkpoint:
                 return tensors.get_tensor(stored)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file}: {stored} can't be read any more: {error}") from None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(
+            math.prod(shape) * int(re.search(r"\d+|$", self.dtypes[name])[0] or 8) // 8
+            for name, shape in self.shapes.items()
+        )
 
     def stored_dtype(self, name: str) -> str:
         """Return a tensor's dtype in the words of safetensors, such as "BF16"."""

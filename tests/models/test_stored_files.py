@@ -341,6 +341,13 @@ def test_a_prefix_is_found_by_a_telling_name():
         find_prefix(["ema.c.x", "model.c.x"], "c.x")
 
 
+def test_bytes_are_those_of_the_tensors(tmp_path):
+    save_file(
+        {"a": np.ones((3, 5), np.float16), "b": np.ones(2), "c": np.ones(3, bool)}, tmp_path / "x"
+    )
+    assert open_checkpoint(tmp_path / "x").bytes == 3 * 5 * 2 + 2 * 8 + 3
+
+
 def test_a_file_that_changes_after_it_was_opened_is_named(tmp_path):
     stored = opened(tmp_path / "x.safetensors")
     shutil.copy(__file__, tmp_path / "x.safetensors")
