@@ -86,7 +86,7 @@ def carry(name: str, path: Path, component: models.StoredModule | None) -> Carri
     def write(folder: Path) -> None:
         models.export_component(component.load(dtype), folder, dtype)
 
-    return Carried(name=name, bytes=path.stat().st_size, write=write, source=path)
+    return Carried(name=name, bytes=component.checkpoint.bytes, write=write, source=path)
 
 
 def texts(files: models.ModelFiles) -> list[Carried]:
