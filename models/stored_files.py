@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 _FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 FLOATING = ("BF16", "F16", "F32", "F64", *_FLOAT8)
 # Least bits, without the sign, of what isn't finite when it is rounded to bfloat16.
-_INFINITE_BITS = {2: {"float16": 0x7C00, "bfloat16": 0x7F80}, 4: {"float32": 0x7F7F8000}}
+_INFINITE_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F7F8000}
+_CHECKED_AT_ONCE = 2**18  # elements: they and their bits stay in a CPU's cache
 
 # Weights that the libraries take unasked. Of both forms diffusers takes the shards, transformers
 # the single file (`modeling_utils.py` of either).
@@ -179,12 +180,18 @@ def weights_in(folder: Path) -> list[Path]:
 
 def is_finite_in_bfloat16(value: np.ndarray) -> bool:
     """Return whether a floating array of any shape is finite, also when rounded to bfloat16."""
-    if value.dtype.itemsize == 8:
+    flat = value.ravel(order="K")  # a view where the elements lie side by side
+    starts = range(0, flat.size, _CHECKED_AT_ONCE)
+    return all(_is_finite(flat[start : start + _CHECKED_AT_ONCE]) for start in starts)
+
+
+def _is_finite(flat: np.ndarray) -> bool:  # [elements], at least one
+    if flat.dtype.itemsize == 8:
         with np.errstate(over="ignore"):
-            value = value.astype(np.float32)
-    bits = value.view(f"u{value.dtype.itemsize}")
+            flat = flat.astype(np.float32)
+    bits = flat.view(f"u{flat.dtype.itemsize}")
     magnitude = bits & bits.dtype.type(2 ** (8 * bits.dtype.itemsize - 1) - 1)
-    return int(magnitude.max(initial=0)) < _INFINITE_BITS[value.dtype.itemsize][value.dtype.name]
+    return int(magnitude.max()) < _INFINITE_BITS[flat.dtype.name]
 
 
 def find_prefix(names: Iterable[str], telling: str, path: Path | str = "") -> str | None:
