@@ -93,8 +93,7 @@ def open_16_bit(
       loras: files and scales of adapters.
       expand: keep 4-bit weights decoded to int8 on the device.
     """
-    path = models.find_model(model, text_encoders).paths["transformer"]
-    stored = models.open_component(path, compute_dtype())
+    stored = models.find_model(model, text_encoders).open("transformer", compute_dtype())
 
     def load() -> FluxTransformer:
         original = stored.load(compute_dtype())
@@ -125,10 +124,10 @@ def _open_pipeline(
 ) -> FluxPipeline:
     """Return the pipeline; what isn't given loads in 16 bits, its tensors are checked already."""
     dtype = compute_dtype()
-    paths = models.find_model(model, text_encoders).paths
+    files = models.find_model(model, text_encoders)
     deferred = dict(given)
-    for name in (name for name in _MODELS if name not in given and paths[name].exists()):
-        stored = models.open_component(paths[name], dtype)
+    for name in (name for name in _MODELS if name not in given and files.paths[name].exists()):
+        stored = files.open(name, dtype)
         config = models.component_config(stored.config)
         deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
     return load_pipeline(model, dtype, text_encoders=text_encoders, **deferred)

@@ -13,15 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+from common import EMBEDDED_MODEL
 
 import models
-from models.vae import export_autoencoder_kl
-from quartz_jax import get_recipe
-from quartz_jax.cli import arguments as cli
-from quartz_jax.conversion import checkpoint
-from quartz_jax.conversion.stream import Carried, Conversion, Source
-from quartz_jax.pipelines import EMBEDDED_MODEL
-from quartz_jax.recipes.recipe import Recipe
+from quartz_jax import checkpoint, cli, get_recipe
+from quartz_jax.conversion import Carried, Conversion, Source
+from quartz_jax.recipe import Recipe
 from quartz_jax.t5_recipe import T5_RECIPES
 
 T5 = "text_encoder_2"
@@ -49,8 +46,8 @@ def plan(model: Path, text_encoders: Path | None, recipes: dict[str, Recipe]) ->
     """Open every component, and return what is quantized and what is carried along."""
     files = models.find_model(model, text_encoders)
     opened = {
-        name: models.open_component(path)
-        for name, path in files.paths.items()
+        name: files.open(name, check_values=True)
+        for name in files.paths
         if name in ("transformer", "vae", "text_encoder", T5)
     }
     files.load_scheduler()  # what is only carried must load too
@@ -73,7 +70,7 @@ def plan(model: Path, text_encoders: Path | None, recipes: dict[str, Recipe]) ->
     ]
     carried += texts(files)
     return Conversion(
-        base_name=model.resolve().name, sources=tuple(sources), carried=tuple(carried)
+        base_name=models.model_name(model), sources=tuple(sources), carried=tuple(carried)
     )
 
 
@@ -87,9 +84,9 @@ def carry(name: str, path: Path, component: models.StoredModule | None) -> Carri
     dtype = jnp.float32 if wide else jnp.bfloat16
 
     def write(folder: Path) -> None:
-        export_autoencoder_kl(component.load(dtype), folder, dtype)
+        models.export_component(component.load(dtype), folder, dtype)
 
-    return Carried(name=name, bytes=path.stat().st_size, write=write, source=path)
+    return Carried(name=name, bytes=component.checkpoint.bytes, write=write, source=path)
 
 
 def texts(files: models.ModelFiles) -> list[Carried]:
