@@ -190,8 +190,8 @@ def _output_norm(weight: jax.Array, gram: jax.Array) -> jax.Array:
 
 
 def round_to_bf16(x: jax.Array) -> jax.Array:
-    """Return floating values rounded to bfloat16, in the dtype they have."""
-    return x.astype(jnp.bfloat16).astype(x.dtype)
+    """Return floating values rounded to bfloat16, in the dtype they have; others as they are."""
+    return x.astype(jnp.bfloat16).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def abstract_quantized(build: Callable[[], M], recipe: Recipe) -> M:
