@@ -25,7 +25,7 @@ from models.checkpoint_io import CheckpointError
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
 from models.flux.params import diffusers_rules
-from models.linear import Part, modulate
+from models.linear import EPSILON, Part, modulate
 
 _LISTED = 20  # problems that an error names; of an adapter for another model every key is one
 _DOWN, _UP, _ALPHA = "down", "up", "alpha"
@@ -105,7 +105,9 @@ class LoRALinear(nnx.Module):
             whole = x
             if isinstance(x, tuple):
                 whole = jnp.concatenate([part.value() for part in x], axis=-1)
-            whole = whole if modulation is None else modulate(whole, *modulation)
+            if modulation is not None:
+                epsilon = getattr(self.base, "norm_epsilon", EPSILON)
+                whole = modulate(whole, *modulation, epsilon)
             x = (Part(array=whole, size=whole.shape[-1]),)
         ends = np.cumsum([part.size for part in x])[:-1]
         pieces = zip(x, jnp.split(self.down.get_value(), ends), strict=True)

@@ -202,7 +202,7 @@ def abstract_quantized(build: Callable[[], M], recipe: Recipe) -> M:
       recipe: as for `quantize_model`.
 
     Raises:
-      ValueError: a rule matches nothing; it is named.
+      ValueError: a rule matches nothing, or a layer doesn't fit its recipe; it is named.
     """
     return quantize_shapes(nnx.eval_shape(build), recipe)
 
@@ -212,7 +212,10 @@ def quantize_shapes(model: M, recipe: Recipe) -> M:
     assigned = recipe.assign(sites(model))
 
     def replace(path: str, linear: nnx.Module) -> nnx.Module:
-        fitted = _abstract_layer(assigned[path], linear.out_features, linear.in_features)
+        try:
+            fitted = _abstract_layer(assigned[path], linear.out_features, linear.in_features)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return fitted.module(linear, assigned[path])
 
     return replace_linears(model, replace, only=assigned)

@@ -99,8 +99,8 @@ class QuantizedLinear(nnx.Module):
 
     def _given(self, x: jax.Array | tuple, modulation: tuple | None) -> tuple["Given", tuple]:
         """Return the input as rows, and its leading axes."""
-        if self.dtype is not None and not isinstance(x, tuple):
-            x = x.astype(self.dtype)
+        if self.dtype is not None:
+            x = _cast(x, self.dtype)
         rows, leading = _rows(x)
         if modulation is None:
             return Given(rows=rows, leading=leading), leading
@@ -256,6 +256,13 @@ def _execution(weight: Stored | PreparedWeights, activation: Format) -> str:
     k = weight.shape[1]
     x = jax.eval_shape(activation.store, jax.ShapeDtypeStruct((1, k), jnp.float32))
     return execution(x, weight)
+
+
+def _cast(x: jax.Array | tuple, dtype: Any) -> jax.Array | tuple:
+    """Return x, or all its parts, in a dtype."""
+    if not isinstance(x, tuple):
+        return x.astype(dtype)
+    return tuple(dataclasses.replace(part, array=part.array.astype(dtype)) for part in x)
 
 
 def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:

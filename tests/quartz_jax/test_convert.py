@@ -8,6 +8,7 @@ from blocks import INT8, QUARTZ, RECIPE, Block, X, build, poison, rule
 from flax import nnx
 from layers import rows_of, seen_of
 
+from models.linear import Part
 from quartz_jax import Int, QuantizedLinear, Recipe, Report, quantize_model
 from quartz_jax.conversion.model import abstract_quantized, plan_parts, stored_arrays
 from quartz_jax.formats import NVFP4
@@ -144,6 +145,8 @@ def test_a_quantized_linear_computes_in_the_dtype_of_the_linear(dtype):
     quantized, _ = quantize_model(model, everything())
     x = jnp.ones((2, 16))
     assert quantized(x).dtype == model(x).dtype
+    parts = (Part(array=x, size=8), Part(array=x, start=8, size=8))
+    assert quantized.layers[0](parts).dtype == model(x).dtype
 
 
 def every_op(**fields):
@@ -210,8 +213,13 @@ def test_a_transform_that_does_not_fit_a_layer_is_refused_by_name():
         def __init__(self):
             self.a = nnx.Linear(18, 4, rngs=nnx.Rngs(0))
 
-    with pytest.raises(ValueError, match=r"a: rotation needs a multiple of 4 channels"):
-        quantize_model(Odd(), everything(transforms=(Rotate(),)))
+    recipe = everything(transforms=(Rotate(),))
+    for quantize in (
+        lambda: quantize_model(Odd(), recipe),
+        lambda: abstract_quantized(Odd, recipe),
+    ):
+        with pytest.raises(ValueError, match=r"a: rotation needs a multiple of 4 channels"):
+            quantize()
 
 
 def test_a_traced_model_is_refused_by_name():
