@@ -296,8 +296,8 @@ def _weight_only(
     by_row = rows is not None and getattr(rows, "scale_block", None) is None
     if by_row and x.shape[0] <= FEW_ROWS and not isinstance(weight, BlockRows):
         both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_split_16_bits(x))
-        backends = "xla" if isinstance(weight, Int8Rows) else _FEW_ROWS_BACKENDS
-        y = multiply(both, weight, Epilogue(out_dtype=jnp.float32), backends)
+        backends = "xla" if isinstance(rows, Int8Rows) else _FEW_ROWS_BACKENDS
+        y = multiply(both, rows, Epilogue(out_dtype=jnp.float32), backends)
         y = y[: x.shape[0]] + y[x.shape[0] :]
     else:
         operand = int8_values(rows).astype(x.dtype) if by_row else dequantize(weight, x.dtype)

@@ -103,8 +103,11 @@ def relative_error(found, expected):
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=str)
+PAIRS = [(weight, activation) for weight in WEIGHTS for activation in (None, INT8, NVFP4())]
+PAIRS += [(weight, activation) for weight in (QUARTZ, BLOCKS) for activation in ACTIVATIONS]
+
+
+@pytest.mark.parametrize(("weight", "activation"), PAIRS, ids=str)
 def test_the_output_is_the_product_of_the_dequantized_operands(weight, activation):
     module = layer(weight, activation)
     # float32 rounding; a weight-only layer rounds few rows to 16 bits of their largest magnitude
@@ -113,7 +116,7 @@ def test_the_output_is_the_product_of_the_dequantized_operands(weight, activatio
 
 
 @chains
-@pytest.mark.parametrize("activation", [None, INT8, STRETCHED, NVFP4()], ids=str)
+@pytest.mark.parametrize("activation", [None, INT8, NVFP4()], ids=str)
 def test_ops_run_as_the_layer_defines_them(chain, activation):
     module = layer(QUARTZ, activation, chain)
     # As above: each op computes the same float32 numbers, so that no code differs.
@@ -150,7 +153,7 @@ def around(batch):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=str)
+@pytest.mark.parametrize("activation", [None, INT8, Quartz(range="minmax"), NVFP4()], ids=str)
 def test_what_surrounds_the_product_is_as_if_done_apart(activation, batch):
     given = around(batch)
     module = layer(QUARTZ, activation)
@@ -171,8 +174,11 @@ def test_ops_run_behind_the_modulation_and_what_they_add_before_gelu_and_gate(ch
     assert relative_error(module(X[:batch], **given), expected) < 3e-3
 
 
-@chains
-@pytest.mark.parametrize("activation", [None, INT8, Quartz(range="minmax")], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "chain"),
+    [*((INT8, chain) for chain in CHAINS), (None, ()), (Quartz(range="minmax"), ())],
+    ids=str,
+)
 def test_parts_of_the_input_are_as_if_joined(activation, chain):
     wide = jnp.asarray(RNG.normal(size=(2, 3, 50)), jnp.float32)
     parts = (Part(array=X, size=24), Part(array=wide, start=7, size=24, activation="gelu"))
@@ -181,12 +187,11 @@ def test_parts_of_the_input_are_as_if_joined(activation, chain):
     assert relative_error(module(parts), module(joined)) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @chains
-def test_the_output_has_the_dtype_of_the_input(chain, dtype):
-    for activation in (None, INT8, NVFP4()):
-        y = layer(QUARTZ, activation, chain)(X.astype(dtype))
-        assert (y.dtype, y.shape) == (dtype, (2, 3, N))
+def test_the_output_has_the_dtype_of_the_input(chain):
+    for activation in (None, INT8):
+        y = layer(QUARTZ, activation, chain)(X.astype(jnp.bfloat16))
+        assert (y.dtype, y.shape) == (jnp.bfloat16, (2, 3, N))
         assert relative_error(y.astype(jnp.float32), LAYER(X)) < 0.25
 
 

@@ -51,6 +51,7 @@ def gptq_directly(weight, rows, damping, format_):
     inverse = np.linalg.inv(h + damping * np.mean(np.diag(h)) * np.eye(K))
     out, scales = np.zeros_like(w), None
     row, block = format_.scale_block or K, format_.block or K
+    round_ = jax.jit(format_.round)
     _, outer, _ = cut(jnp.asarray(weight), format_)  # of rows: from the weights as they were
     for j in range(K):
         shared = jax.tree.map(
@@ -59,7 +60,7 @@ def gptq_directly(weight, rows, damping, format_):
         if j % block == 0:
             scales = format_.inner(jnp.asarray(w[:, j : j + block], jnp.float32), shared)
         column = jnp.asarray(w[:, j : j + 1], jnp.float32)
-        out[:, j] = format_.round(column, shared, scales)[:, 0]
+        out[:, j] = round_(column, shared, scales)[:, 0]
         error = (w[:, j] - out[:, j]) / inverse[0, 0]
         w[:, j:] -= error[:, None] * inverse[0]
         # the inverse Hessian without column j: one step of Gaussian elimination

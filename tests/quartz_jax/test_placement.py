@@ -122,9 +122,12 @@ EVERY_OP = (
 )
 
 
-@pytest.mark.parametrize("expand", [False, True])
-@pytest.mark.parametrize("formats", FORMATS)
-@pytest.mark.parametrize("transforms", [(), EVERY_OP], ids=["plain", "every op"])
+PLACED = [(name, (), False) for name in FORMATS]
+PLACED += [(name, (), True) for name in ("stretched", "int4", "weight-only")]
+PLACED += [(name, EVERY_OP, False) for name in ("stretched", "nvfp4", "weight-only")]
+
+
+@pytest.mark.parametrize(("formats", "transforms", "expand"), PLACED)
 def test_a_placed_layer_computes_the_same_numbers(formats, transforms, expand):
     weight, activation = FORMATS[formats]
     recipe = LayerRecipe(weight=weight, activation=activation, transforms=transforms)
