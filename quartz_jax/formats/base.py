@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import math
 from typing import Any
 
 import jax
@@ -127,7 +128,7 @@ class Format(abc.ABC):
           kept: leaves [..., blocks, 1], or [..., 1, 1] for those of whole rows.
           k: elements of a row, of which the codes hold whole blocks.
         """
-        flat = codes.reshape(*codes.shape[:-2], -1)
+        flat = joined(codes)
         width = k if self.block is None else flat.shape[-1]
         if self.code_bits == 4:
             stored, padding = codec.pack(flat[..., :width].astype(jnp.int8)), width + width % 2 - k
@@ -179,8 +180,8 @@ def _round_trip(x: jax.Array, format: Format) -> jax.Array:
     y = format.round(blocks, outer, inner)
     k = x.shape[-1]
     if format.scale_block:
-        y = y.reshape(*y.shape[:-2], -1)[..., : format.scale_block]
-    return y.reshape(*x.shape[:-1], -1)[..., :k]
+        y = joined(y)[..., : format.scale_block]
+    return joined(y)[..., :k]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -198,7 +199,12 @@ def pad(x: jax.Array, multiple: int, mode: str = "edge") -> jax.Array:
 
 def split(x: jax.Array, size: int) -> jax.Array:
     """Cut the last axis into pieces, [..., k] to [..., k / size, size]."""
-    return x.reshape(*x.shape[:-1], -1, size)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
+def joined(x: jax.Array, axes: int = 2) -> jax.Array:
+    """Make the last axes one, [..., blocks, block] to [..., k]; of no elements too."""
+    return x.reshape(*x.shape[:-axes], math.prod(x.shape[-axes:]))
 
 
 def absmax(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels import codec
 from pallas_kernels.arguments import check_choices
 from pallas_kernels.operands import PackedRows
-from quartz_jax.formats.base import Format, Kept, Scales, check_block
+from quartz_jax.formats.base import Format, Kept, Scales, check_block, joined
 from quartz_jax.schema import part
 
 
@@ -97,18 +97,18 @@ class Quartz(Format):
 
     def assemble(self, codes: jax.Array, kept: Kept, k: int) -> PackedRows:
         """Return packed rows; codes int32 [..., groups, group_size]."""
-        leading = codes.shape[:-2] if self.scale_block is None else codes.shape[:-3]
+        axes = 2 if self.scale_block is None else 3  # that stand for k
         padding = -k % self.group_size
         groups = (k + padding) // self.group_size
         # Groups that lie past k fill the last scale block only in the making.
-        flat = codes.reshape(*leading, -1)[..., : k + padding]
+        flat = joined(codes, axes)[..., : k + padding]
         inside = jnp.arange(k + padding) < k
-        shifts = kept["shifts"].reshape(*leading, -1)[..., :groups]
+        shifts = joined(kept["shifts"], axes)[..., :groups]
         row = {name: kept[f"row_{name}"] for name in ("scale", "lo") if f"row_{name}" in kept}
         return PackedRows(
             codes=codec.pack(jnp.where(inside, flat, 0).astype(jnp.uint8)),
             shifts=codec.pack(shifts),
-            **{name: leaf.reshape(*leading, -1) for name, leaf in row.items()},
+            **{name: joined(leaf, axes) for name, leaf in row.items()},
             group_size=self.group_size,
             step=self.step,
             levels=self.levels,

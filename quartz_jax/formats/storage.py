@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.arguments import CHOICES
 from pallas_kernels.operands import int8_values
-from quartz_jax.formats.base import Format
+from quartz_jax.formats.base import Format, joined
 from quartz_jax.formats.quartz import Quartz
 from quartz_jax.formats.tensors import BlockRows, Int8Rows, PackedRows, Stored
 
@@ -115,7 +115,7 @@ def exact_16(stored: BlockRows) -> tuple[jax.Array, jax.Array] | None:
 
 def _rows(blocks: jax.Array, stored: BlockRows) -> jax.Array:
     """Join blocks [..., blocks, block] to the rows of a tensor, [..., k]."""
-    return blocks.reshape(*blocks.shape[:-2], -1)[..., : stored.k]
+    return joined(blocks)[..., : stored.k]
 
 
 def _per_element(scale: jax.Array, q: PackedRows | Int8Rows) -> jax.Array:

@@ -142,7 +142,7 @@ def test_the_layers_of_every_preset_are_their_definition(recipe):
     bound = 2**-13 if recipe.activation is None else 1e-5
     assert relative_error(module(X), definition(module, X)) < bound
     assert report.execution == ("weight-only" if recipe.activation is None else "int8")
-    assert relative_error(module(X), LAYER(X)) < 0.25
+    assert relative_error(module(X), LAYER(X)) < 0.4  # truncated inputs and weights are the worst
 
 
 def around(batch):

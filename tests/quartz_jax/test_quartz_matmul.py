@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import spec_oracle
 import strategies
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -57,6 +57,7 @@ def expected(x, w):
 
 
 @every_backend
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     activation=st.sampled_from(list(ACTIVATIONS)),
@@ -178,11 +179,13 @@ def test_scale_blocks_equal_the_matmul_of_dequantized_operands(blocks, range_, s
 
 
 def test_weights_quantized_along_their_first_axis_multiply_as_their_transpose():
-    x, w = quantize(normal(3, 40)), normal(5, 40, seed=1)
-    np.testing.assert_array_equal(
-        quartz_jax.quartz_matmul(x, quantize(w.T, axis=0)),
-        quartz_jax.quartz_matmul(x, quantize(w)),
-    )
+    w = normal(5, 40, seed=1)
+    for format_ in (Quartz(), NVFP4()):
+        x = quantize(normal(3, 40), format_)
+        np.testing.assert_array_equal(
+            quartz_jax.quartz_matmul(x, quantize(w.T, axis=0)),
+            quartz_jax.quartz_matmul(x, quantize(w)),
+        )
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (0,), (2, 1, 3)])
