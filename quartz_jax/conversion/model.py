@@ -190,8 +190,8 @@ def _output_norm(weight: jax.Array, gram: jax.Array) -> jax.Array:
 
 
 def round_to_bf16(x: jax.Array) -> jax.Array:
-    """Return floating values rounded to bfloat16, in the dtype they have."""
-    return x.astype(jnp.bfloat16).astype(x.dtype)
+    """Return floating values rounded to bfloat16, in the dtype they have; others as they are."""
+    return x.astype(jnp.bfloat16).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def abstract_quantized(build: Callable[[], M], recipe: Recipe) -> M:
@@ -202,7 +202,7 @@ def abstract_quantized(build: Callable[[], M], recipe: Recipe) -> M:
       recipe: as for `quantize_model`.
 
     Raises:
-      ValueError: a rule matches nothing; it is named.
+      ValueError: a rule matches nothing, or a layer doesn't fit its recipe; it is named.
     """
     return quantize_shapes(nnx.eval_shape(build), recipe)
 
@@ -212,7 +212,10 @@ def quantize_shapes(model: M, recipe: Recipe) -> M:
     assigned = recipe.assign(sites(model))
 
     def replace(path: str, linear: nnx.Module) -> nnx.Module:
-        fitted = _abstract_layer(assigned[path], linear.out_features, linear.in_features)
+        try:
+            fitted = _abstract_layer(assigned[path], linear.out_features, linear.in_features)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return fitted.module(linear, assigned[path])
 
     return replace_linears(model, replace, only=assigned)

@@ -99,8 +99,8 @@ class QuantizedLinear(nnx.Module):
 
     def _given(self, x: jax.Array | tuple, modulation: tuple | None) -> tuple["Given", tuple]:
         """Return the input as rows, and its leading axes."""
-        if self.dtype is not None and not isinstance(x, tuple):
-            x = x.astype(self.dtype)
+        if self.dtype is not None:
+            x = _cast(x, self.dtype)
         rows, leading = _rows(x)
         if modulation is None:
             return Given(rows=rows, leading=leading), leading
@@ -258,6 +258,13 @@ def _execution(weight: Stored | PreparedWeights, activation: Format) -> str:
     return execution(x, weight)
 
 
+def _cast(x: jax.Array | tuple, dtype: Any) -> jax.Array | tuple:
+    """Return x, or all its parts, in a dtype."""
+    if not isinstance(x, tuple):
+        return x.astype(dtype)
+    return tuple(dataclasses.replace(part, array=part.array.astype(dtype)) for part in x)
+
+
 def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
     """Return x or its parts with the leading axes made one, [m, k], and those axes."""
     if not isinstance(x, tuple):
@@ -289,8 +296,8 @@ def _weight_only(
     by_row = rows is not None and getattr(rows, "scale_block", None) is None
     if by_row and x.shape[0] <= FEW_ROWS and not isinstance(weight, BlockRows):
         both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_split_16_bits(x))
-        backends = "xla" if isinstance(weight, Int8Rows) else _FEW_ROWS_BACKENDS
-        y = multiply(both, weight, Epilogue(out_dtype=jnp.float32), backends)
+        backends = "xla" if isinstance(rows, Int8Rows) else _FEW_ROWS_BACKENDS
+        y = multiply(both, rows, Epilogue(out_dtype=jnp.float32), backends)
         y = y[: x.shape[0]] + y[x.shape[0] :]
     else:
         operand = int8_values(rows).astype(x.dtype) if by_row else dequantize(weight, x.dtype)

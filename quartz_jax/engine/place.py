@@ -50,16 +50,18 @@ def place(model: M, *, expand: bool = False, dtype: Any = None) -> tuple[M, Plac
       model: as `quantize_model` or `checkpoint.load` returns it.
       expand: decode 4-bit weights to int8 once, for a device with room: nothing is left to decode
         in a call, and the weights take almost twice the memory.
-      dtype: that the model computes in; None for that of its biases, or bfloat16 without any.
+      dtype: that the model computes in; None for each layer's own, and for layers that state none
+        for that of the model's parameters, or bfloat16 without any.
     """
     model = nnx.clone(model)
     layers, attention = {}, "as the model has it"
-    dtype = dtype or _dtype(model)
+    usual = _dtype(model)
     for path, module in nnx.iter_modules(model):
         if isinstance(module, QuantizedLinear):
             how = how_it_runs(module.weight.get_value(), module.activation)
             if how == "int8":
-                weight = place_weight(module.weight.get_value(), expand, dtype)
+                results = jnp.dtype(dtype or module.dtype or usual)
+                weight = place_weight(module.weight.get_value(), expand, results)
                 module.weight.set_value(weight)
                 how = f"int8, {_backend(weight)}"
             layers[".".join(map(str, path))] = how

@@ -45,9 +45,7 @@ class LayerRecipe:
             raise ValueError(f"rounding is {self.rounding!r}; it must be a Rounding")
         if self.weight is None and (self.activation or self.transforms):
             raise ValueError("weight is None, so that nothing else can be done to the layer")
-        if getattr(self.weight, "range", "absmax") == "minmax" and isinstance(
-            self.weight, Quartz | Int
-        ):
+        if isinstance(self.weight, Quartz | Int) and self.weight.range != "absmax":
             raise ValueError(f"weight is {self.weight}; weights must be symmetric (absmax)")
         if getattr(self.activation, "search", False):
             raise ValueError(f"activation is {self.activation}; only weights can be searched")
