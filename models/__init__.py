@@ -8,6 +8,7 @@ from models.loading import (
     find_model,
     load_component,
     load_pipeline,
+    model_name,
     open_component,
 )
 from models.pipeline import FluxPipeline, GenerationDefaults
@@ -23,5 +24,6 @@ __all__ = [
     "find_model",
     "load_component",
     "load_pipeline",
+    "model_name",
     "open_component",
 ]

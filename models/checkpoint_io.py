@@ -7,7 +7,10 @@ the reading to the caller, a parameter at a time, where the whole model is too l
 
 import dataclasses
 import json
+import math
 import re
+import types
+import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,21 +19,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
+
+from models.stored_files import (
+    FLOATING,
+    Checkpoint,
+    CheckpointError,
+    is_finite_in_bfloat16,
+    refuse_quantized,
+)
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nnx.Module)
 
-# That ComfyUI puts before every name of a transformer.
-_COMFY_PREFIX = "model.diffusion_model."
 _LISTED = 20  # missing tensors that an error names, likewise misshapen and unexpected ones
+# Bounds of config fields, far from what any model has, so that none is built that can't be.
+WIDTHS = (1, 2**20)
+BLOCKS = (0, 256)
 # Leaf of an NNX module to the suffix that torch gives the same parameter.
 _LEAF_SUFFIX = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-
-
-class CheckpointError(ValueError):
-    """A model folder or checkpoint that can't be used; the message names the file or tensor."""
 
 
 class TracingRngs:
@@ -58,26 +66,6 @@ class Rule:
     convolution: bool = False  # a linear here, a 1x1 convolution there
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """Tensors of one or several safetensors files, memory-mapped and read by name."""
-
-    path: Path  # of the folder or the single file
-    files: dict[str, Path]  # tensor name to file
-    shapes: dict[str, tuple[int, ...]]  # tensor name to shape
-    prefix: str = ""  # that every name has in the files and lacks here
-
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor in its stored dtype (bfloat16 through ml_dtypes)."""
-        with safe_open(self.files[name], "np") as file:
-            return file.get_tensor(self.prefix + name)
-
-    def stored_dtype(self, name: str) -> str:
-        """Return a tensor's dtype in the words of safetensors, such as "BF16"."""
-        with safe_open(self.files[name], "np") as file:
-            return file.get_slice(self.prefix + name).get_dtype()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredModule:
     """A module whose parameters lie in a checkpoint, every one accounted for and none read yet."""
@@ -88,43 +76,52 @@ class StoredModule:
     config: dict[str, Any]  # contents of a config.json that describes the module
 
     def read(self, path: str) -> np.ndarray:
-        """Return one parameter in our layout and the stored dtype.
+        """Return one parameter in our layout and the stored dtype; float8 as bfloat16.
 
-        A linear's kernel is a transposed view: its `.T` is contiguous.
+        A linear's kernel is a transposed view: its `.T` is contiguous. What is joined from tensors
+        of several dtypes is in the float that holds them all.
         """
         names, rule = self.sources[path]
-        value = self.checkpoint.read(names[0])
-        if len(names) > 1:
-            value = np.concatenate([value, *map(self.checkpoint.read, names[1:])])
+        values = [self.checkpoint.read(name) for name in names]
+        value = values[0] if len(values) == 1 else _join(values)
         value = value[..., 0, 0] if rule.convolution and value.ndim == 4 else value
         value = value if rule.transform is None else rule.transform(value)
         return _to_ours(path.rpartition(".")[2], value)
 
     def load(self, dtype: jnp.dtype) -> nnx.Module:
-        """Return the module with every parameter read, in a floating dtype."""
+        """Return the module with every parameter read, in a floating dtype.
+
+        Raises:
+          CheckpointError: a parameter holds NaN, infinity or what bfloat16 takes for it.
+        """
         graphdef, state = nnx.split(self.abstract)
-        # Cast by NumPy: on the device every shape would be a program of its own to compile.
-        filled = [
-            (
-                path,
-                variable.replace(jnp.asarray(self.read(_dotted(path)).astype(dtype, copy=False))),
-            )
-            for path, variable in nnx.to_flat_state(state)
-        ]
+        filled = []
+        for path, variable in nnx.to_flat_state(state):
+            value = self.read(_dotted(path))
+            if not is_finite_in_bfloat16(value):
+                self._refuse([_dotted(path)])
+            # Cast by NumPy: on the device every shape would be a program of its own to compile.
+            value = jnp.asarray(value.astype(dtype, copy=False))
+            filled.append((path, variable.replace(value)))
         return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
+    def check_values(self) -> None:
+        """Read every parameter once, and raise CheckpointError where a value isn't finite.
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object; raises CheckpointError naming the file if it is absent or malformed."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; expected a diffusers model folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+        Models here are stored in 16 bits, so what is finite in float32 only is refused too.
+        """
+        bad = [path for path in self.sources if not is_finite_in_bfloat16(self.read(path))]
+        if bad:
+            self._refuse(bad)
+
+    def _refuse(self, paths: Sequence[str]) -> None:
+        checkpoint = self.checkpoint
+        names = [name for path in paths for name in self.sources[path][0]]
+        names = [x for x in names if not is_finite_in_bfloat16(checkpoint.read(x))]
+        raise CheckpointError(
+            f"{checkpoint.path} holds NaN, infinity or values too large for bfloat16 in "
+            f"{_shorten(names, ', ')}; get another copy of the model"
+        )
 
 
 def config_from_json(
@@ -146,55 +143,57 @@ def config_from_json(
             raise CheckpointError(
                 f"{cls.__name__}: {key} = {values[key]!r} is not supported; expected {names}"
             )
+    kinds = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)} & values.keys()
+    for key in sorted(known):
+        if not _is_of_kind(values[key], kinds[key]):
+            raise CheckpointError(
+                f"{cls.__name__}: {key} = {values[key]!r} has the wrong type; expected "
+                f"{_in_words(kinds[key])}"
+            )
     as_static = {
         key: tuple(values[key]) if isinstance(values[key], list) else values[key] for key in known
     }
     return cls(**as_static)
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open the safetensors of a component: a folder with an index or one file, or a file itself.
+def check_bounds(config: Any, **bounds: tuple[float, float]) -> None:
+    """Raise CheckpointError unless fields of a config lie within bounds, both included.
 
-    Raises:
-      CheckpointError: no safetensors there, a shard is missing, or a file is corrupt or truncated.
+    Args:
+      config: a dataclass; of a tuple every item is held to the bounds, None is left alone.
+      **bounds: lowest and highest value by field. NaN is within none.
     """
-    path = Path(path)
-    files = {}
-    shapes = {}
-    for file in _safetensors(path):
-        try:
-            with safe_open(file, "np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    files[name] = file
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from None
-    if not all(name.startswith(_COMFY_PREFIX) for name in files):
-        return Checkpoint(path, files, shapes)
-    length = len(_COMFY_PREFIX)
-    files, shapes = ({name[length:]: x for name, x in table.items()} for table in (files, shapes))
-    return Checkpoint(path, files, shapes, _COMFY_PREFIX)
+    for name, (lowest, highest) in bounds.items():
+        value = getattr(config, name)
+        items = value if isinstance(value, tuple) else (value,)
+        if not all(item is None or lowest <= item <= highest for item in items):
+            raise CheckpointError(
+                f"{type(config).__name__}: {name} = {value!r} is out of range; expected "
+                f"{lowest} to {highest}"
+            )
 
 
-def _safetensors(path: Path) -> list[Path]:
-    """Return the files that together hold a component."""
-    if path.is_file():
-        return [path]
-    indexes = sorted(path.glob("*.safetensors.index.json"))
-    singles = sorted(path.glob("*.safetensors"))
-    if not indexes and len(singles) == 1:
-        return singles
-    if not indexes:
-        raise CheckpointError(
-            f"{path} holds {len(singles)} safetensors files and no index; expected one file or "
-            "one *.safetensors.index.json"
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    """Return whether a value from JSON is of an annotation's type; an int will do for a float."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of_kind(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(
+            _is_of_kind(item, typing.get_args(kind)[0]) for item in value
         )
-    weight_map = read_json(indexes[0]).get("weight_map", {})
-    files = [path / shard for shard in sorted(set(weight_map.values()))]
-    if missing := [file.name for file in files if not file.exists()]:
-        raise CheckpointError(f"{indexes[0]} names missing shards: {', '.join(missing)}")
-    return files
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 2**63 and math.isfinite(value)
+    return type(value) is kind
+
+
+def _in_words(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_in_words, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "a list, each item " + _in_words(typing.get_args(kind)[0])
+    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+    return names.get(kind, "null")
 
 
 def match_params(
@@ -218,8 +217,10 @@ def match_params(
       ignore: regular expressions of checkpoint names that have no parameter here.
 
     Raises:
-      CheckpointError: lists all missing, misshapen and unexpected tensors together.
+      CheckpointError: the model is quantized; or it lists all missing, misshapen and unexpected
+        tensors, and those that aren't floats, together.
     """
+    refuse_quantized(checkpoint.path, checkpoint.shapes, {})
     abstract = nnx.eval_shape(build)
     sources, missing, misshapen, used = {}, [], [], set()
     for path, variable in nnx.to_flat_state(nnx.state(abstract)):
@@ -231,13 +232,15 @@ def match_params(
                 missing.append(f"missing {name}")
             elif found != wanted:
                 misshapen.append(f"misshapen {name}: {list(found)}, expected {list(wanted)}")
+            elif (stored := checkpoint.dtypes[name]) not in FLOATING:
+                misshapen.append(f"{name} is stored as {stored}, which holds no weights by itself")
     unexpected = [
         f"unexpected {name}"
         for name in sorted(set(checkpoint.shapes) - used)
         if not any(re.fullmatch(pattern, name) for pattern in ignore)
     ]
     if missing or misshapen or unexpected:
-        problems = [*map(_shorten, (missing, misshapen, unexpected))]
+        problems = [_shorten(several) for several in (missing, misshapen, unexpected)]
         raise CheckpointError(f"{checkpoint.path}: " + "; ".join(filter(None, problems)))
     return StoredModule(
         abstract=abstract, checkpoint=checkpoint, sources=sources, config=dict(config)
@@ -347,10 +350,20 @@ def _dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def _shorten(problems: list[str]) -> str:
+def _shorten(problems: list[str], separator: str = "; ") -> str:
     """Join problems of one kind; of a wrong model every tensor is one, so there is a limit."""
     rest = len(problems) - _LISTED
-    return "; ".join(problems[:_LISTED]) + (f"; and {rest} more like this" if rest > 0 else "")
+    more = [f"and {rest} more like this"] if rest > 0 else []
+    return separator.join([*problems[:_LISTED], *more])
+
+
+def _join(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Return tensors joined along the rows; of several dtypes in the one that holds them all."""
+    if len({value.dtype for value in values}) > 1:
+        # NumPy has no common dtype of float16 and bfloat16.
+        wide = np.float64 if any(x.dtype == np.float64 for x in values) else np.float32
+        values = [value.astype(wide) for value in values]
+    return np.concatenate(values)
 
 
 def _sources(path: tuple, rules: Sequence[Rule]) -> tuple[list[str], Rule]:

@@ -2,43 +2,59 @@
 
 A model is a diffusers folder, or a file or folder in Black Forest Labs' naming, which carries the
 transformer and perhaps the autoencoder; a diffusers folder then brings the text encoders. What a
-file is, the names of its tensors tell.
+file is, the names of its tensors tell. That the components fit each other is checked when a model
+is found, from their configs alone.
 """
 
+import contextlib
 import dataclasses
+import os
 import re
-from collections.abc import Mapping
+import string
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from models.checkpoint_io import (
-    CheckpointError,
-    StoredModule,
-    TracingRngs,
-    open_checkpoint,
-    read_json,
-)
+from models.checkpoint_io import StoredModule, TracingRngs, check_bounds, config_from_json
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
-from models.flux.params import is_bfl_transformer, open_flux_transformer
-from models.pipeline import FluxPipeline, GenerationDefaults
+from models.flux.params import (
+    config_from_bfl,
+    is_bfl_transformer,
+    open_flux_transformer,
+    select_bfl_transformer,
+)
+from models.pipeline import LONGEST_SIDE, FluxPipeline, GenerationDefaults
 from models.schedulers import FlowMatchEulerScheduler
+from models.stored_files import (
+    CheckpointError,
+    open_checkpoint,
+    quantized_by,
+    read_json,
+    refuse_quantized,
+    weights_in,
+)
 from models.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder, open_clip_text_encoder
 from models.text_encoders.t5 import T5Config, T5Encoder, open_t5_encoder
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL
-from models.vae.params import is_bfl_autoencoder, open_autoencoder_kl
+from models.vae.params import config_from_bfl as vae_config_from_bfl
+from models.vae.params import is_bfl_autoencoder, open_autoencoder_kl, select_bfl_autoencoder
 
 # Class in a config.json: how to open a folder of it, its config, its module.
 _CLASSES = {
     "AutoencoderKL": (open_autoencoder_kl, AutoencoderKLConfig, AutoencoderKL),
     "CLIPTextModel": (open_clip_text_encoder, CLIPTextConfig, CLIPTextEncoder),
+    "CLIPTextModelWithProjection": (open_clip_text_encoder, CLIPTextConfig, CLIPTextEncoder),
     "FluxTransformer2DModel": (open_flux_transformer, FluxConfig, FluxTransformer),
     "T5EncoderModel": (open_t5_encoder, T5Config, T5Encoder),
 }
+_CONFIGS = (FluxConfig, AutoencoderKLConfig, CLIPTextConfig, T5Config)
+_STEPS = {True: 28, False: 4}  # by default, of dev and of schnell
 _MODULES = ("text_encoder", "text_encoder_2", "vae", "transformer")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _SCHEDULER_CONFIG = "scheduler_config.json"
@@ -58,8 +74,8 @@ FLUX_INDEX = {
 }
 # Names that tell other families apart, tried in this order.
 _FAMILIES = {
-    r"joint_blocks\..*": "Stable Diffusion 3",
-    r"(model\.diffusion_model\.)?input_blocks\..*|down_blocks\..*": "a Stable Diffusion U-Net",
+    r"(.+\.)?joint_blocks\..*": "Stable Diffusion 3",
+    r"(.+\.)?input_blocks\..*|down_blocks\..*": "a Stable Diffusion U-Net",
     r".*lora.*": "a LoRA adapter",
     r"(en|de)coder\.(down_blocks|mid_block|up_blocks)\..*": "an autoencoder of diffusers: give the "
     "model's folder",
@@ -68,6 +84,14 @@ _FAMILIES = {
     r"single_transformer_blocks\..*": "a FLUX transformer of diffusers, without its config.json: "
     "give the model's folder",
 }
+# Files that together are a tokenizer's vocabulary; a folder has one of these sets.
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+)
+SCHEDULES = ("dev", "schnell", "folder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,36 +101,61 @@ class ModelFiles:
     paths: dict[str, Path]  # component to its folder, or to a file in Black Forest Labs' naming
     index: dict[str, Any]  # contents of model_index.json
     scheduler: dict[str, Any] | None = None  # scheduler_config.json, where paths has no scheduler
+    schedule: str = "the model's own"  # in words, whose noise levels and number of steps are taken
 
     def load_scheduler(self) -> FlowMatchEulerScheduler:
         """Return the scheduler."""
         if self.scheduler is not None:
             return FlowMatchEulerScheduler.from_json(self.scheduler)
-        config = self.paths["scheduler"] / _SCHEDULER_CONFIG
-        return FlowMatchEulerScheduler.from_json(read_json(config))
+        return _folder_scheduler(self.paths["scheduler"])
 
     def load_tokenizers(self) -> dict[str, Any]:
         """Return the tokenizers by component; raises CheckpointError where one doesn't load."""
         return {name: load_tokenizer(self.paths[name]) for name in _TOKENIZERS}
 
 
-def find_model(path: Path | str, text_encoders: Path | str | None = None) -> ModelFiles:
+def find_model(
+    path: Path | str,
+    text_encoders: Path | str | None = None,
+    schedule: str | None = None,
+) -> ModelFiles:
     """Find the components of a FLUX.1 model.
 
     Args:
       path: a diffusers folder, with model_index.json; or a file in Black Forest Labs' naming such
-        as flux1-dev.safetensors, or a folder of such files. Beside a single file, ae.safetensors
-        is the autoencoder if it is there.
+        as flux1-dev.safetensors, an index of its shards, or a folder of such files. Beside a single
+        file, ae.safetensors is the autoencoder if it is there.
       text_encoders: a diffusers folder that gives the text encoders and tokenizers, and the
         autoencoder where `path` has none. Needed for Black Forest Labs' files, which lack them.
+      schedule: the noise levels and the number of steps that are the default: those of FLUX.1
+        "dev" or "schnell", or of the "folder" that gives the text encoders. None for the model's
+        own; files in Black Forest Labs' naming have none, and take dev's with a guidance embedding
+        and schnell's, with a warning, without.
 
     Raises:
-      CheckpointError: it is no FLUX.1 model, or a component is missing.
+      ValueError: the schedule is none of these.
+      CheckpointError: it is no FLUX.1 model for text to image, a component is missing, or the
+        components don't fit each other.
     """
     path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if schedule not in (None, *SCHEDULES):
+        raise ValueError(f"schedule is {schedule!r}; use one of {', '.join(SCHEDULES)}")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is neither a regular file nor a folder")
+    files = [path] if path.is_file() else weights_in(path) if path.is_dir() else []
     if not files or (path / "model_index.json").exists():
-        return _find_in_diffusers_folder(path, text_encoders)
+        files = _find_in_diffusers_folder(path, text_encoders)
+    else:
+        files = _find_single_files(path, files, text_encoders, schedule)
+    generation_defaults(files.index, guidance_embeds=False)  # malformed ones are refused here
+    files = files if schedule is None else _with_schedule(files, schedule, text_encoders)
+    check_fit(_configs(files.paths))
+    return files
+
+
+def _find_single_files(
+    path: Path, files: list[Path], text_encoders: Path | str | None, schedule: str | None
+) -> ModelFiles:
     if path.is_file() and (beside := path.parent / "ae.safetensors") not in files:
         files += [beside] * beside.exists()
     paths, guidance = _classify(path, files)
@@ -120,29 +169,185 @@ def find_model(path: Path | str, text_encoders: Path | str | None = None) -> Mod
     if absent := [name for name in missing if not (folder / name).is_dir()]:
         raise CheckpointError(f"{folder} lacks the component folders {', '.join(absent)}")
     paths |= {name: folder / name for name in missing}
-    return ModelFiles(paths=paths, index=FLUX_INDEX, scheduler=flux_scheduler(guidance))
+    if not guidance and schedule is None:
+        warnings.warn(
+            f"{path.name} has no guidance embedding, so it is sampled as FLUX.1-schnell is, in 4 "
+            "steps by default; say so if it was made for another schedule (schedule)",
+            stacklevel=3,
+        )
+    return ModelFiles(
+        paths=paths,
+        index=FLUX_INDEX,
+        scheduler=flux_scheduler(guidance),
+        schedule="FLUX.1-dev's" if guidance else "FLUX.1-schnell's",
+    )
 
 
-def open_component(path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> StoredModule:
-    """Open one model without reading its parameters.
+def _with_schedule(
+    files: ModelFiles, schedule: str, text_encoders: Path | str | None
+) -> ModelFiles:
+    """Return a model's files with another schedule, and the number of steps that goes with it."""
+    if schedule == "folder" and text_encoders is None:
+        return files  # of a diffusers folder it is the model's own
+    if schedule == "folder":
+        folder = Path(text_encoders) / "scheduler"
+        scheduler = read_json(folder / _SCHEDULER_CONFIG)
+        dev = _folder_scheduler(folder).use_dynamic_shifting
+    else:
+        dev = schedule == "dev"
+        scheduler = flux_scheduler(dev)
+    steps = {"num_inference_steps": _STEPS[dev]}
+    return dataclasses.replace(
+        files,
+        paths={name: path for name, path in files.paths.items() if name != "scheduler"},
+        index=files.index | {_DEFAULTS_KEY: files.index.get(_DEFAULTS_KEY, {}) | steps},
+        scheduler=scheduler,
+        schedule=f"that of {text_encoders}" if schedule == "folder" else f"FLUX.1-{schedule}'s",
+    )
+
+
+def model_name(path: Path | str) -> str:
+    """Return what to call a model: the name of its file or folder, of a cache's the repository.
+
+    Links aren't followed: in the Hugging Face cache they lead to files that a hash names.
+    """
+    path = Path(os.path.abspath(path))
+    for folder in path.parents:
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+            repository = folder.parent.name.removeprefix("models--").replace("--", "/")
+            return repository if path.parent == folder else f"{repository}/{path.name}"
+    return path.name
+
+
+def check_fit(configs: Mapping[str, Any], tokenizers: Mapping[str, Any] | None = None) -> None:
+    """Raise CheckpointError, naming both sizes, where components of a FLUX.1 model don't fit.
+
+    Args:
+      configs: of the models by component, such as a FluxConfig; those left out fit.
+      tokenizers: of transformers, by component.
+    """
+    transformer, vae = configs.get("transformer"), configs.get("vae")
+    clip, t5 = configs.get("text_encoder"), configs.get("text_encoder_2")
+    problems = []
+    if transformer and transformer.in_channels != transformer.token_channels:
+        problems.append(
+            f"the transformer takes {transformer.in_channels} channels a token and gives "
+            f"{transformer.token_channels}, so it isn't for text to image (those of FLUX.1 Fill, "
+            "Canny and Depth aren't)"
+        )
+    elif transformer and vae and transformer.in_channels != 4 * vae.latent_channels:
+        problems.append(
+            f"the transformer takes {transformer.in_channels} channels a token, and the "
+            f"autoencoder gives {4 * vae.latent_channels}"
+        )
+    if transformer and t5 and transformer.joint_attention_dim != t5.d_model:
+        problems.append(
+            f"the transformer takes text tokens of {transformer.joint_attention_dim} channels, and "
+            f"text_encoder_2 gives {t5.d_model}"
+        )
+    if transformer and clip and transformer.pooled_projection_dim != clip.hidden_size:
+        problems.append(
+            f"the transformer takes pooled text of {transformer.pooled_projection_dim} channels, "
+            f"and text_encoder gives {clip.hidden_size}"
+        )
+    if vae and (vae.in_channels, vae.out_channels) != (3, 3):
+        problems.append(
+            f"the autoencoder takes images of {vae.in_channels} channels and gives "
+            f"{vae.out_channels}, and 3 are needed"
+        )
+    tokenizers = tokenizers or {}
+    for name, encoder in {"tokenizer": clip, "tokenizer_2": t5}.items():
+        if encoder and name in tokenizers:
+            problems += _misfits(name, tokenizers[name], encoder)
+    if problems:
+        raise CheckpointError(f"components don't fit: {'; '.join(problems)}")
+
+
+def _misfits(name: str, tokenizer: Any, encoder: CLIPTextConfig | T5Config) -> Iterator[str]:
+    """Yield why ids of a tokenizer mean nothing to a text encoder."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= encoder.vocab_size:
+        yield f"{name} gives ids up to {largest}, and its encoder takes {encoder.vocab_size}"
+    # 2 stands for the highest id, see CLIPTextEncoder.
+    wanted = getattr(encoder, "eos_token_id", 2)
+    if wanted not in (2, tokenizer.eos_token_id):
+        yield f"{name} ends texts with id {tokenizer.eos_token_id}, and its encoder wants {wanted}"
+
+
+def _configs(paths: Mapping[str, Path]) -> dict[str, Any]:
+    """Return the config of each model that is there in 16 bits."""
+    configs = {}
+    for name in _MODULES:
+        path = paths.get(name)
+        if path is None or not path.exists():
+            continue
+        if path.is_file():
+            configs[name] = _file_config(path)
+        elif (path / "config.json").exists():
+            configs[name] = _folder_config(path / "config.json")
+    kinds = {"transformer": FluxConfig, "vae": AutoencoderKLConfig}
+    kinds |= {"text_encoder": CLIPTextConfig, "text_encoder_2": T5Config}
+    for name, config in configs.items():
+        if not isinstance(config, kinds[name]):
+            raise CheckpointError(f"{paths[name]} is no {name} of FLUX.1: {type(config).__name__}")
+    return configs
+
+
+def _folder_config(file: Path) -> Any:
+    values = read_json(file)
+    with _naming(file):
+        return component_config(values)
+
+
+@contextlib.contextmanager
+def _naming(source: Path | str) -> Iterator[None]:
+    """Put where it comes from before an error about a config."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+
+
+def _folder_scheduler(folder: Path) -> FlowMatchEulerScheduler:
+    values = read_json(folder / _SCHEDULER_CONFIG)
+    with _naming(folder / _SCHEDULER_CONFIG):
+        return FlowMatchEulerScheduler.from_json(values)
+
+
+def _file_config(file: Path) -> Any:
+    checkpoint = open_checkpoint(file)
+    if is_bfl_transformer(checkpoint.shapes):
+        return config_from_bfl(select_bfl_transformer(checkpoint).shapes, file)
+    return vae_config_from_bfl(select_bfl_autoencoder(checkpoint).shapes, file)
+
+
+def open_component(
+    path: Path | str, dtype: jnp.dtype = jnp.bfloat16, *, check_values: bool = False
+) -> StoredModule:
+    """Open one model without reading its parameters, unless that is asked for.
 
     Args:
       path: a folder such as `<model>/transformer`, with a config.json whose `_class_name`
         (diffusers) or `architectures` (transformers) decides; or a file in Black Forest Labs'
-        naming, a transformer or an autoencoder.
+        naming, or an index of its shards, a transformer or an autoencoder.
       dtype: of the parameters and the computation.
+      check_values: read every parameter once and refuse what isn't finite in bfloat16, before any
+        work is done with the model.
 
     Raises:
       CheckpointError: the class is unknown, or a file or tensor can't be used.
     """
     path = Path(path)
     if path.is_file():
-        return _open_file(path)(path, dtype=dtype)
-    config = read_json(path / "config.json")
-    try:
-        return _CLASSES[_class_name(config)][0](path, dtype=dtype)
-    except KeyError:
-        raise CheckpointError(f"{path / 'config.json'}: {_unsupported(config)}") from None
+        opened = _open_file(path)(path, dtype=dtype)
+    else:
+        config = read_json(path / "config.json")
+        if _class_name(config) not in _CLASSES:
+            raise CheckpointError(f"{path / 'config.json'}: {_unsupported(config)}")
+        opened = _CLASSES[_class_name(config)][0](path, dtype=dtype)
+    if check_values:
+        opened.check_values()
+    return opened
 
 
 def build_component(config: Mapping[str, Any], dtype: jnp.dtype = jnp.bfloat16) -> nnx.Module:
@@ -184,9 +389,8 @@ def load_component(
     Raises:
       CheckpointError: the class is unknown, or a file or tensor can't be used.
     """
-    scheduler = Path(path) / _SCHEDULER_CONFIG
-    if scheduler.exists():
-        return FlowMatchEulerScheduler.from_json(read_json(scheduler))
+    if (Path(path) / _SCHEDULER_CONFIG).exists():
+        return _folder_scheduler(Path(path))
     return open_component(path, dtype).load(dtype)
 
 
@@ -195,24 +399,27 @@ def load_pipeline(
     dtype: jnp.dtype = jnp.bfloat16,
     *,
     text_encoders: Path | str | None = None,
+    schedule: str | None = None,
     **given: nnx.Module | None,
 ) -> FluxPipeline:
     """Load a FLUX.1 model.
 
     Args:
-      path: as for `find_model`, like `text_encoders`.
+      path: as for `find_model`, like `text_encoders` and `schedule`.
       dtype: of every model's parameters and computation.
       text_encoders: gives what `path` lacks.
+      schedule: "dev", "schnell", "folder", or None for the model's own.
       **given: components by name, such as `transformer`, to use in place of the files' (quantized
         ones, say); theirs aren't read. None is as if it weren't given.
 
     Raises:
-      CheckpointError: this is no FLUX model, or a component is missing or can't be used.
+      CheckpointError: this is no FLUX model, or a component is missing, can't be used or doesn't
+        fit the others.
     """
     given = {name: module for name, module in given.items() if module is not None}
     if unknown := set(given) - set(_MODULES):
         raise TypeError(f"load_pipeline has no argument {', '.join(sorted(unknown))}")
-    files = find_model(path, text_encoders)
+    files = find_model(path, text_encoders, schedule)
     wanted = (name for name in (*_MODULES, *_TOKENIZERS, "scheduler") if name not in given)
     lacking = [
         name
@@ -224,6 +431,12 @@ def load_pipeline(
         raise CheckpointError(f"{path} lacks the component folders {', '.join(lacking)}")
 
     parts = files.load_tokenizers()
+    configs = _configs(files.paths) | {
+        name: module.config
+        for name, module in given.items()
+        if isinstance(getattr(module, "config", None), _CONFIGS)
+    }
+    check_fit(configs, parts)
     parts |= {
         name: given[name] if name in given else load_component(files.paths[name], dtype)
         for name in _MODULES
@@ -243,23 +456,60 @@ def generation_defaults(index: Mapping[str, Any], guidance_embeds: bool) -> Gene
       guidance_embeds: whether the transformer takes a guidance scale.
 
     Raises:
-      CheckpointError: an unknown key.
+      CheckpointError: an unknown key, or a value of wrong type or range.
     """
     given = index.get(_DEFAULTS_KEY, {})
+    if not isinstance(given, dict):
+        raise CheckpointError(f"model_index.json: {_DEFAULTS_KEY} is {given!r}, no JSON object")
     known = {field.name for field in dataclasses.fields(GenerationDefaults)}
     if unknown := sorted(set(given) - known):
         raise CheckpointError(f"model_index.json: {_DEFAULTS_KEY} has unknown keys {unknown}")
-    return GenerationDefaults(**{"num_inference_steps": 28 if guidance_embeds else 4, **given})
+    values = {"num_inference_steps": _STEPS[guidance_embeds], **given}
+    sides, scales = ("height", "width"), ("guidance_scale", "true_cfg_scale")
+    with _naming(f"model_index.json: {_DEFAULTS_KEY}"):
+        defaults = config_from_json(GenerationDefaults, values)
+        check_bounds(defaults, num_inference_steps=(1, 10**5), strength=(1e-6, 1))
+        check_bounds(defaults, **dict.fromkeys(sides, (1, LONGEST_SIDE)))
+        check_bounds(defaults, **dict.fromkeys(scales, (-1e30, 1e30)))
+    return defaults
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer of transformers; raises CheckpointError, naming the folder."""
+    """Load a tokenizer of transformers.
+
+    Raises:
+      CheckpointError: the folder holds none that loads; or one without its vocabulary, of which
+        transformers makes an empty one, without a pad token or with a wrong length.
+    """
     from transformers import AutoTokenizer  # here, as importing it takes seconds
 
+    folder = Path(folder)
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        sets = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
+        raise CheckpointError(f"{folder} holds no tokenizer with its vocabulary: expected {sets}")
+    with _tokenizer_errors(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    length = tokenizer.model_max_length
+    if type(length) not in (int, float) or not length >= 1:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length = {length!r} must be 1 or more"
+        )
+    if tokenizer.pad_token is None:
+        raise CheckpointError(f"{folder}: its tokenizer has no pad token; texts must be padded")
+    with _tokenizer_errors(folder):
+        ids = {tuple(tokenizer(letter)["input_ids"]) for letter in string.ascii_lowercase}
+    if len(ids) == 1:
+        raise CheckpointError(f"{folder}: its tokenizer knows no letter: the vocabulary is missing")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _tokenizer_errors(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError, on one line, for whatever transformers' readers happen to raise."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its readers happen to
-        first = str(error).strip().splitlines()[0]
+        yield
+    except Exception as error:
+        first = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder} holds no tokenizer that loads: {first}") from None
 
 
@@ -281,10 +531,14 @@ def _classify(path: Path, files: list[Path]) -> tuple[dict[str, Path], bool]:
     found: dict[str, list[Path]] = {"transformer": [], "vae": []}
     guidance, kinds = False, []
     for file in files:
-        names = open_checkpoint(file).shapes
+        checkpoint = open_checkpoint(file)
+        names = checkpoint.shapes
         kinds.append(f"{file.name} is {_family(names)}")
+        if quantized_by(names):
+            continue
         if is_bfl_transformer(names):
             found["transformer"].append(file)
+            names = select_bfl_transformer(checkpoint).shapes
             guidance = "guidance_in.in_layer.weight" in names
         elif is_bfl_autoencoder(names):
             found["vae"].append(file)
@@ -299,6 +553,7 @@ def _classify(path: Path, files: list[Path]) -> tuple[dict[str, Path], bool]:
 
 def _open_file(file: Path) -> Any:
     names = open_checkpoint(file).shapes
+    refuse_quantized(file, names, {})
     if is_bfl_transformer(names):
         return open_flux_transformer
     if is_bfl_autoencoder(names):
@@ -308,6 +563,8 @@ def _open_file(file: Path) -> Any:
 
 def _family(names: Mapping[str, object]) -> str:
     """Say what a checkpoint seems to be, from its tensors' names."""
+    if format_ := quantized_by(names):
+        return f"quantized already, by {format_}: give the 16-bit model"
     if is_bfl_autoencoder(names):
         return "an autoencoder"
     for pattern, family in _FAMILIES.items():
@@ -331,7 +588,10 @@ def flux_scheduler(guidance: bool) -> dict[str, Any]:
 
 
 def _class_name(config: Mapping[str, Any]) -> str | None:
-    return config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    names = [config.get("_class_name")]
+    if isinstance(config.get("architectures"), list):
+        names += config["architectures"]
+    return next((name for name in names if isinstance(name, str)), None)
 
 
 def _unsupported(config: Mapping[str, Any]) -> str:

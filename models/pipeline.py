@@ -10,6 +10,7 @@ import functools
 import gc
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,12 @@ from models.vae.modeling import AutoencoderKL
 
 _MAX_T5_TOKENS = 512  # FLUX.1 was trained with up to this many (schnell: 256)
 _PIXEL_MULTIPLE = 16  # of width and height
+LONGEST_SIDE = 8192  # pixels; positions and memory end long before
+_LARGEST_SCALE = float(np.finfo(np.float32).max)
+_SHOWN = 1000  # characters of what is cut from a prompt, at its start and its end, in a warning
+# Pillow's modes that its conversion to RGB keeps whole: others are deeper, and clipped.
+_SHALLOW = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+_TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
 _OUTPUT_TYPES = ("pil", "np", "latent")
 _ENCODER_STREAM = np.uint32(
     2**31
@@ -102,7 +109,8 @@ class FluxPipeline:
             "latent" for packed latents, float32 [batch, tokens, channels].
 
         Raises:
-          ValueError: an argument can't be used; nothing has been computed then.
+          ValueError: an argument can't be used, and nothing has been computed then; or what a stage
+            gives holds NaN or infinity, and the message names the stage.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         height = self.defaults.height if height is None else height
@@ -114,7 +122,9 @@ class FluxPipeline:
         if strength is None:
             strength = self.defaults.strength if image is not None else 1.0
         images = [image] * len(prompts) if isinstance(image, Image.Image) else image
-        self._check(prompts, height, width, num_inference_steps, latents, output_type)
+        self._check([*prompts, negative_prompt], height, width, num_inference_steps)
+        self._check_call(prompts, height, width, latents, output_type)
+        _check_scales(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
         self._check_image(images, strength, len(prompts))
         guidance_scale = self._guidance_scale(guidance_scale)
 
@@ -160,7 +170,11 @@ class FluxPipeline:
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
         """Return T5's tokens [batch, text tokens, channels] and CLIP's pooled [batch, channels].
 
-        Texts are padded and truncated to the tokenizers' lengths, T5's to 512 at most.
+        Texts are padded and truncated to the tokenizers' lengths, T5's to 512 at most; a warning
+        says what is cut.
+
+        Raises:
+          ValueError: an encoder gives NaN or infinity.
         """
         clip_length = self.text_encoder.config.max_position_embeddings
         clip_ids = _token_ids(self.tokenizer, prompts, clip_length)
@@ -168,9 +182,11 @@ class FluxPipeline:
         with self._loaded("text_encoder") as text_encoder, self.times.measure("encode prompts"):
             _, pooled = compiled(_apply, text_encoder)(clip_ids)
             pooled.block_until_ready()
+        _check_finite("encode prompts", "the pooled text of text_encoder", pooled)
         del text_encoder  # before the larger one comes
         with self._loaded("text_encoder_2") as text_encoder_2, self.times.measure("encode prompts"):
             embeds = compiled(_apply, text_encoder_2)(t5_ids).block_until_ready()
+        _check_finite("encode prompts", "the text tokens of text_encoder_2", embeds)
         return embeds, pooled
 
     def initial_noise(self, key: jax.Array, batch: int, height: int, width: int) -> jax.Array:
@@ -192,7 +208,9 @@ class FluxPipeline:
             encode = compiled(_encode, vae)
             pairs = zip(images, unpack(noise, rows, columns), strict=True)
             latents = [encode(image[None], sample[None]) for image, sample in pairs]
-            return pack(jnp.concatenate(latents)).block_until_ready()
+            latents = pack(jnp.concatenate(latents)).block_until_ready()
+        _check_finite("encode images", "the latents", latents)
+        return latents
 
     def denoise(
         self,
@@ -225,6 +243,9 @@ class FluxPipeline:
           image_latents: start from these with noise added, as `encode_images` gives them.
           strength: the share of the steps, the last ones, that run; 1 starts from noise alone.
           progress: show a bar over the steps.
+
+        Raises:
+          ValueError: a step gives NaN or infinity; no further one runs.
         """
         latents = jnp.asarray(latents, jnp.float32)
         if negative is not None:
@@ -247,31 +268,37 @@ class FluxPipeline:
             # A step's result is committed to the weights' device if they are. Latents that aren't
             # would be another program's.
             latents, *fixed = jax.device_put((latents, *fixed), _device(transformer))
-            for done, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas), -1):
+            for done, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
                 last, latents = latents, step(latents, *fixed, sigma, next_sigma, guidance, scale)
-                if done >= 0:  # the next step is queued before the last one is waited for
-                    start = self._finish_step(last, start, bar)
-            self._finish_step(latents, start, bar)
+                if done:  # the next step is queued before the last one is waited for
+                    start = self._finish_step(done, last, start, bar)
+            self._finish_step(len(sigmas) - 1, latents, start, bar)
         return latents
 
-    def _finish_step(self, latents: jax.Array, start: float, bar: tqdm) -> float:
-        """Wait for a step, show and record it; returns the time."""
+    def _finish_step(self, number: int, latents: jax.Array, start: float, bar: tqdm) -> float:
+        """Wait for a step, show, record and check it; returns the time."""
         latents.block_until_ready()
         now = time.perf_counter()
         self.times.add("step", now - start)
         bar.update()
+        _check_finite("denoise", f"the latents after step {number}", latents)
         return now
 
     def decode(self, latents: jax.Array, height: int, width: int) -> jax.Array:
         """Return images, float32 [batch, height, width, 3] in 0..1, from packed latents.
 
         One image at a time: at 1024 pixels the decoder's activations take gigabytes.
+
+        Raises:
+          ValueError: pixels are NaN or infinity.
         """
         rows, columns = height // self.token_pixels, width // self.token_pixels
         with self._loaded("vae") as vae, self.times.measure("decode"):
             decode = compiled(_decode, vae)
             images = [decode(unpack(row[None], rows, columns)) for row in latents]
-            return jnp.concatenate(images).block_until_ready()
+            images = jnp.concatenate(images).block_until_ready()
+        _check_finite("decode", "the pixels", images)
+        return images
 
     def load(self) -> "FluxPipeline":
         """Return a copy that keeps all its models loaded."""
@@ -313,20 +340,28 @@ class FluxPipeline:
             )
         return None
 
-    def _check(self, prompts, height, width, num_inference_steps, latents, output_type) -> None:
-        if not prompts:
-            raise ValueError("prompts is empty; give at least one text")
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompts holds {prompt!r}; every prompt must be a string")
+    def _check(self, texts, height, width, num_inference_steps) -> None:
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"prompts holds {text!r}; every prompt must be a string")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(
+                    f"prompts holds {text!r}, which isn't valid Unicode; write it in UTF-8"
+                )
         multiple = max(_PIXEL_MULTIPLE, self.token_pixels)
         for name, pixels in {"height": height, "width": width}.items():
             if pixels < 1 or pixels % multiple:
                 raise ValueError(
                     f"{name} is {pixels}; it must be a positive multiple of {multiple}"
                 )
+            if pixels > LONGEST_SIDE:
+                raise ValueError(f"{name} is {pixels}; it must be at most {LONGEST_SIDE}")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be 1 or more")
+
+    def _check_call(self, prompts, height, width, latents, output_type) -> None:
+        if not prompts:
+            raise ValueError("prompts is empty; give at least one text")
         channels = self.transformer.config.in_channels
         wanted = (len(prompts), self._image_tokens(height, width), channels)
         if latents is not None and latents.shape != wanted:
@@ -343,6 +378,36 @@ class FluxPipeline:
             raise ValueError(f"strength is {strength}, but there is no image to start from")
         if images is not None and len(images) != prompts:
             raise ValueError(f"image holds {len(images)}; give one, or one for each prompt")
+        for image in images or ():
+            _check_mode(image)
+
+
+def _check_scales(**scales: float | None) -> None:
+    """Raise ValueError for a scale that float32 can't hold; None is left alone."""
+    for name, scale in scales.items():
+        if scale is not None and not abs(scale) <= _LARGEST_SCALE:
+            raise ValueError(f"{name} is {scale}; it must be a finite number, also in float32")
+
+
+def _check_mode(image: Image.Image) -> None:
+    """Raise ValueError for an image that a plain conversion to RGB would change unseen."""
+    if image.mode in _TRANSPARENT or "transparency" in image.info:
+        # What lies under transparent pixels is never seen, and would become the picture.
+        if image.convert("RGBA").getextrema()[3][0] < 255:
+            raise ValueError("image has transparent pixels; put it on a colour first")
+    elif image.mode not in _SHALLOW:
+        raise ValueError(
+            f"image has mode {image.mode!r}, deeper than 8 bits; scale it to 8 bits a channel first"
+        )
+
+
+def _check_finite(stage: str, what: str, values: jax.Array) -> None:
+    """Raise ValueError, naming the stage, if values hold NaN or infinity."""
+    if not np.isfinite(np.asarray(values)).all():
+        raise ValueError(
+            f"{stage}: {what} hold NaN or infinity; a weight or a setting such as a guidance scale "
+            "is out of range, and no picture can come of it"
+        )
 
 
 def image_ids(rows: int, columns: int) -> np.ndarray:
@@ -381,9 +446,25 @@ def to_pil(image: np.ndarray) -> Image.Image:  # float32 [height, width, 3] in 0
 
 
 def _token_ids(tokenizer: Any, prompts: Sequence[str], longest: int) -> np.ndarray:
-    length = min(tokenizer.model_max_length, longest)
+    length = int(min(tokenizer.model_max_length, longest))
+    _warn_of_cuts(tokenizer, prompts, length)
     encoded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
     return np.asarray(encoded["input_ids"], np.int32)
+
+
+def _warn_of_cuts(tokenizer: Any, prompts: Sequence[str], length: int) -> None:
+    """Warn of each prompt that has more tokens than are taken, with the words that are dropped."""
+    whole = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    kept = length - tokenizer.num_special_tokens_to_add()
+    for prompt, ids in zip(prompts, whole, strict=True):
+        if len(ids) > kept:
+            cut = tokenizer.decode(ids[kept:])
+            cut = cut if len(cut) <= 2 * _SHOWN else f"{cut[:_SHOWN]} ... {cut[-_SHOWN:]}"
+            warnings.warn(
+                f"prompt {prompt[:40]!r} is too long: {type(tokenizer).__name__} takes {kept} "
+                f"tokens of its {len(ids)}, and this was cut: {cut!r}",
+                stacklevel=4,
+            )
 
 
 def compiled(function: Callable, module: nnx.Module) -> Callable:
@@ -455,4 +536,6 @@ def _encode(vae, image, noise):
 
 def _decode(vae, latents):
     images = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0))
-    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+    images = images.astype(jnp.float32)
+    # An infinite pixel is a fault like NaN: clipped, it would look like a bright one.
+    return jnp.where(jnp.isfinite(images), jnp.clip(images / 2 + 0.5, 0, 1), jnp.nan)

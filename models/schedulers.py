@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.checkpoint_io import config_from_json
+from models.checkpoint_io import CheckpointError, check_bounds, config_from_json
 
 _NO = (False, None)
 _SUPPORTED = {
@@ -40,6 +40,16 @@ class FlowMatchEulerScheduler:
     max_image_seq_len: int = 4096
     time_shift_type: str = "exponential"  # or "linear": whether mu is the log of a shift or one
     shift_terminal: float | None = None  # stretch so that the last step starts at this sigma
+
+    def __post_init__(self):
+        check_bounds(self, shift=(1e-3, 1e3), base_shift=(-100, 100), max_shift=(-100, 100))
+        check_bounds(self, shift_terminal=(0, 0.999))
+        check_bounds(self, base_image_seq_len=(1, 2**31), max_image_seq_len=(1, 2**31))
+        if self.base_image_seq_len == self.max_image_seq_len:
+            raise CheckpointError(
+                f"FlowMatchEulerScheduler: base_image_seq_len and max_image_seq_len are both "
+                f"{self.max_image_seq_len}; a shift lies on the line between two lengths"
+            )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "FlowMatchEulerScheduler":

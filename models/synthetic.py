@@ -19,12 +19,13 @@ from flax import nnx
 from scipy.special import ndtri
 from tqdm import tqdm
 
-from models.checkpoint_io import CheckpointError, Rule, TracingRngs, read_json, stored_tensors
+from models.checkpoint_io import CheckpointError, Rule, TracingRngs, stored_tensors
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
 from models.flux.params import bfl_rules as bfl_transformer_rules
 from models.flux.params import diffusers_rules
 from models.loading import FLUX_INDEX, flux_scheduler
+from models.stored_files import read_json
 from models.text_encoders import clip, t5
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL

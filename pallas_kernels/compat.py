@@ -1,11 +1,14 @@
 """Every shim for differences between JAX versions; no other file checks the version."""
 
+import contextlib
+import importlib
 import importlib.metadata
 import inspect
 from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
@@ -43,3 +46,19 @@ def gpu_load(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Array:
     index = inspect.signature(plgpu.load).parameters.get("idx")
     required = index is not None and index.default is inspect.Parameter.empty
     return plgpu.load(ref, *(((),) if required else ()), layout=layout, optimized=optimized)
+
+
+# What 8-bit attention needs of JAX's private parts: the layout of 32-bit sums as wgmma leaves them
+# (with WGMMA's own, LLVM packs registers in pairs of 64 bits), and MLIR's LLVM dialect.
+GPU_SUMS_LAYOUT: Any = getattr(plgpu.Layout, "_WGMMA_ACC_32BIT", None)
+GPU_SUMS_REGISTERS: Any = getattr(fragmented_array, "WGMMA_LAYOUT_ACC_32BIT", None)
+LLVM_DIALECT: Any = None
+with contextlib.suppress(ImportError):
+    LLVM_DIALECT = importlib.import_module("jaxlib.mlir.dialects.llvm")
+
+
+def gpu_attention_why_not() -> str | None:
+    """Say what this JAX lacks for the 8-bit attention kernel, or return None."""
+    if None in (GPU_SUMS_LAYOUT, GPU_SUMS_REGISTERS, LLVM_DIALECT):
+        return f"needs private parts of JAX that {jax.__version__} doesn't have"
+    return None

@@ -8,6 +8,7 @@ images = pipeline(["a pizza, 3d style"], seed=0)
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import models
 from models import build_component
@@ -24,6 +26,8 @@ from models.pipeline import FluxPipeline
 from models.stages import Deferred
 from models.vae import export_autoencoder_kl
 from quartz_jax.conversion import checkpoint
+from quartz_jax.conversion.calibrate import Calibration
+from quartz_jax.conversion.checkpoint import CalibrationRecord
 from quartz_jax.conversion.model import quantize_model
 from quartz_jax.conversion.report import Report
 from quartz_jax.conversion.stream import Carried, Conversion, Source
@@ -154,7 +158,7 @@ def open_checkpoint(
             folder / TRANSFORMER, TRANSFORMER, get_recipe("bf16"), reports
         )
     given = _prepared(given, loras, expand)
-    return Opened(pipeline=_open_pipeline(folder, None, given), reports=reports)
+    return Opened(pipeline=_open_pipeline(folder, given), reports=reports)
 
 
 def load_16_bit(model: Path) -> FluxPipeline:
@@ -172,6 +176,7 @@ def open_16_bit(
     recipes: Mapping[str, Recipe],
     *,
     text_encoders: Path | None = None,
+    schedule: str | None = None,
     loras: Sequence[tuple[Path, float]] = (),
     expand: bool = False,
 ) -> Opened:
@@ -181,6 +186,7 @@ def open_16_bit(
       model: a diffusers folder or a file in Black Forest Labs' naming.
       recipes: by component; without one for the transformer it stays 16-bit.
       text_encoders: gives what `model` lacks.
+      schedule: "dev", "schnell" or "folder", as `models.find_model` takes it.
       loras: files and scales of adapters.
       expand: keep 4-bit weights decoded to int8 on the device.
 
@@ -195,13 +201,14 @@ def open_16_bit(
                 f"recipe {recipe.name!r} is calibrated: make a checkpoint with quantize.py, and "
                 "give that as --model"
             )
-    paths = models.find_model(model, text_encoders).paths
+    paths = models.find_model(model, text_encoders, schedule).paths
     reports: dict[str, Report] = {}
     given = {
         name: _quantized(paths[name], name, recipe, reports) for name, recipe in recipes.items()
     }
     given = _prepared(given, loras, expand)
-    return Opened(pipeline=_open_pipeline(model, text_encoders, given), reports=reports)
+    pipeline = _open_pipeline(model, given, text_encoders, schedule)
+    return Opened(pipeline=pipeline, reports=reports)
 
 
 def _quantized(path: Path, name: str, recipe: Recipe, reports: dict[str, Report]) -> Deferred:
@@ -237,63 +244,84 @@ def _prepared(
 
 
 def _open_pipeline(
-    model: Path, text_encoders: Path | None, given: dict[str, Deferred]
+    model: Path,
+    given: Mapping[str, Deferred],
+    text_encoders: Path | None = None,
+    schedule: str | None = None,
 ) -> FluxPipeline:
     """Return the pipeline; what isn't given loads in 16 bits, its tensors are checked already."""
     dtype = compute_dtype()
-    paths = models.find_model(model, text_encoders).paths
+    paths = models.find_model(model, text_encoders, schedule).paths
     deferred = dict(given)
     for name in (name for name in COMPONENTS if name not in given and paths[name].exists()):
         stored = models.open_component(paths[name], dtype)
         config = models.component_config(stored.config)
         deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
-    return models.load_pipeline(model, dtype, text_encoders=text_encoders, **deferred)
+    files = {"text_encoders": text_encoders, "schedule": schedule}
+    return models.load_pipeline(model, dtype, **files, **deferred)
 
 
-def sample_for_calibration(
-    model: Path,
-    text_encoders: Path | None,
-    prompts: list[str],
+def calibrate(
+    pipeline: FluxPipeline,  # of the 16-bit model
+    prompts: Sequence[str],
     *,
     seed: int = 0,
-    size: tuple[int, int] | tuple[None, None] = (None, None),
-    steps: int | None = None,
-) -> list[dict[str, Any]]:
-    """Return what the transformer of a 16-bit model is called with while it samples prompts.
+    steps: int = 4,
+    propagate: bool = False,
+) -> Calibration:
+    """Return what a conversion calibrates a transformer on; nothing is sampled before it starts.
 
     Args:
-      model: a diffusers folder or a file in Black Forest Labs' naming.
-      text_encoders: gives what `model` lacks.
-      prompts: one image each.
+      pipeline: draws the prompts, at its own size and steps.
+      prompts: an image each.
       seed: of the noise.
-      size: width and height; None for the model's own.
-      steps: of sampling; None for the model's own.
+      steps: of sampling that statistics are taken at, evenly spaced; all if there are no more.
+      propagate: let blocks see what the quantized blocks before them made.
     """
-    given = {TRANSFORMER: get_recipe("bf16")}
-    pipeline = open_16_bit(model, given, text_encoders=text_encoders).pipeline
-    options = SamplingOptions.of(pipeline, size, steps)
-    count = len(prompts)
-    noise = pipeline.initial_noise(jax.random.key(seed), count, options.height, options.width)
-    most = min(_IMAGES_AT_ONCE, max(1, _TOKENS_AT_ONCE // noise.shape[1]))
+    options, count = SamplingOptions.of(pipeline), len(prompts)
+    total = options.num_inference_steps
+    taken = sorted({int(step) for step in np.linspace(0, total - 1, min(steps, total)).round()})
+    tokens = options.height * options.width // pipeline.token_pixels**2
+    most = min(_IMAGES_AT_ONCE, max(1, _TOKENS_AT_ONCE // tokens))
     batch = max(size for size in range(1, most + 1) if count % size == 0)  # all of one shape
-    return calibration_samples(pipeline, prompts, noise, options, batch)
+
+    def make() -> list[dict[str, Any]]:
+        key = jax.random.key(seed)
+        noise = pipeline.initial_noise(key, count, options.height, options.width)
+        return calibration_samples(pipeline, list(prompts), noise, options, batch, taken)
+
+    record = CalibrationRecord(
+        prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        samples=count // batch * len(taken),
+        steps=tuple(taken),
+        seed=seed,
+        propagate=propagate,
+    )
+    return Calibration(make=make, record=record)
 
 
 def plan_conversion(
-    model: Path, text_encoders: Path | None, recipes: Mapping[str, Recipe]
+    model: Path,
+    recipes: Mapping[str, Recipe],
+    *,
+    text_encoders: Path | None = None,
+    schedule: str | None = None,
+    calibration: Calibration | None = None,
 ) -> Conversion:
     """Open every component of a 16-bit model, and return what is quantized and what is carried.
 
     Args:
       model: a diffusers folder or a file in Black Forest Labs' naming.
-      text_encoders: gives what `model` lacks.
       recipes: by component.
+      text_encoders: gives what `model` lacks.
+      schedule: "dev", "schnell" or "folder", as `models.find_model` takes it.
+      calibration: of the transformer, see `calibrate`; None without a calibrated recipe.
 
     Raises:
       ValueError: a component is missing, can't be read, or isn't one of `COMPONENTS`.
     """
     check_components(recipes)
-    files = models.find_model(model, text_encoders)
+    files = models.find_model(model, text_encoders, schedule)
     opened = {
         name: models.open_component(path)
         for name, path in files.paths.items()
@@ -301,18 +329,23 @@ def plan_conversion(
     }
     files.load_scheduler()  # what is only carried must load too
     files.load_tokenizers()
-    sources = tuple(_source(name, recipe, opened[name]) for name, recipe in recipes.items())
+    given = {TRANSFORMER: calibration}
+    sources = tuple(
+        _source(name, recipe, opened[name], given.get(name)) for name, recipe in recipes.items()
+    )
     carried = [
         _carry(name, path, opened.get(name))
         for name, path in files.paths.items()
         if name not in recipes
     ]
     return Conversion(
-        base_name=model.resolve().name, sources=sources, carried=(*carried, *_texts(files))
+        base_name=models.model_name(model), sources=sources, carried=(*carried, *_texts(files))
     )
 
 
-def _source(name: str, recipe: Recipe, opened: models.StoredModule) -> Source:
+def _source(
+    name: str, recipe: Recipe, opened: models.StoredModule, calibration: Calibration | None
+) -> Source:
     return Source(
         name=name,
         recipe=recipe,
@@ -320,6 +353,7 @@ def _source(name: str, recipe: Recipe, opened: models.StoredModule) -> Source:
         read=opened.read,
         config=opened.config,
         files=tuple(sorted(set(opened.checkpoint.files.values()))),
+        calibration=calibration,
     )
 
 

@@ -5,8 +5,9 @@
 Fresh random inputs. Integers are compared with == on activations of two +-1 a row, whose sums are
 exact in bfloat16, then the whole result within one rounding; what differs is marked and not timed,
 and the exit status is 1. Times are medians over batches of calls: the device's own record of its
-kernels where the profiler gives one, else wall time. 4-bit weights have groups of 16 unless the
-name says otherwise, and lie in the order that the kernel reads ("prepared") where it has one.
+kernels where the profiler gives one, else wall time. 4-bit weights are of the kind that the name
+says and lie in the order that the kernel reads ("prepared") where it has one; a branch is one of
+rank 32 in bfloat16.
 `of bf16` and, for 4-bit weights, `of int8` are speeds relative to XLA's bfloat16 dot on the same
 values and to the fastest plain int8 kernel, both of this run.
 """
@@ -26,12 +27,14 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pallas_kernels import codec, device, timing
+from pallas_kernels import aot, codec, device, timing
 from pallas_kernels.dispatch import Backend, Operation
-from pallas_kernels.matmul import MATMUL, MATMUL_INT8, reference, xla
+from pallas_kernels.functions import Part
+from pallas_kernels.matmul import MATMUL, MATMUL_INT8, xla
 from pallas_kernels.matmul.shapes import SHAPES, Shape
+from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
-from pallas_kernels.quantize import QUANTIZE, Norm, Part
+from pallas_kernels.quantize import QUANTIZE
 from pallas_kernels.quantize import reference as quantize_reference
 from quartz_jax.cli import arguments as cli
 from quartz_jax.io import provenance
@@ -45,8 +48,18 @@ HEADS, HEAD_DIM = 24, 128
 # units in the last place of float32), GELU may be approximate (a few more, and a row's largest
 # element moves all of the row); one such unit is 2**-16 of a bfloat16's.
 DIFFERING = {"norm": 1e-4, "gelu": 1e-3, "rotation": 1e-3}
-FORMATS = ({"group_size": 16, "step": "power"}, {"group_size": 32, "step": "power"})
-FORMATS += ({"group_size": 16, "step": "integer"},)
+# Kinds of 4-bit weights, by name
+STRETCHED = {"step": "integer", "levels": "stretched"}
+FORMATS = {
+    "g16": {"group_size": 16},
+    "g32": {"group_size": 32},
+    "g16 integer": {"group_size": 16, "step": "integer"},
+    "g16 stretched": {"group_size": 16, **STRETCHED},
+    "g8 stretched": {"group_size": 8, **STRETCHED},
+}
+ANY_BACKEND = ("g16", "g16 stretched")  # timed on backends that read the packed order too
+BRANCH = "g16 stretched"  # also timed with a 16-bit branch
+RANK = 32  # of the branch
 COPIED = 1 << 28  # int32 elements of the copy that measures bandwidth
 SETS_BYTES = 200e6  # of weights that calls rotate among: more than a cache holds
 # Operations a second of the matrix units, dense, from the makers' data sheets.
@@ -84,8 +97,8 @@ class Case:
 
     name: str  # of the backend and format
     function: Callable  # of one set of arguments
-    arrange: Callable[..., tuple]  # operands to the function's arguments
-    # (key, operands, arrange, compiled function) to whether its results are right
+    arrange: Callable[..., tuple]  # int8 x and w to the function's arguments
+    # (key, x, w, arrange, compiled function) to whether its results are right
     check: Callable[..., bool] | None = None
     weight_bytes: float  # of an element of w
 
@@ -131,7 +144,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     add("--out", type=Path, help="JSON file for the results")
     add("--batches", type=cli.positive, default=5, help="batches whose median counts")
-    add("--only", default="", help="only backends whose name contains this")
+    add("--only", nargs="+", default=[""], help="only backends whose name contains one of these")
     add("--matmuls-only", action="store_true", help="neither quantize nor qk_norm_rope")
     cli.add_seed(parser)
     return parser.parse_args(argv)
@@ -144,19 +157,24 @@ def check_only(options: argparse.Namespace) -> None:
         for shape in QUANTIZE_SHAPES:
             names += [b.name for b in able(QUANTIZE, jax.ShapeDtypeStruct(shape, jnp.bfloat16))]
         names += [b.name for shape in QK_SHAPES for b in qk_backends(*shape)]
-    if not any(options.only in name for name in names):
-        known = ", ".join(dict.fromkeys(names))
-        raise ValueError(f"--only {options.only!r} is in no name of what runs here: {known}")
+    if not any(is_asked(options, name) for name in names):
+        known, asked = ", ".join(dict.fromkeys(names)), " ".join(options.only)
+        raise ValueError(f"--only {asked!r} is in no name of what runs here: {known}")
+
+
+def is_asked(options: argparse.Namespace, name: str) -> bool:
+    """Whether `--only` leaves a backend's name."""
+    return any(part in name for part in options.only)
 
 
 def run_matmuls(name: str, shape: Shape, options, copy_rate: float, pool) -> list[Row]:
     """Check and time every backend that can run a shape; all of them compile at the same time."""
     m, n, k = shape.m, shape.n, shape.k
     peak = next((p for chip, p in PEAK.items() if chip in device.current().kind), {})
-    cases = [case for case in matmul_cases(shape) if options.only in case.name]
+    cases = [case for case in matmul_cases(shape) if is_asked(options, case.name)]
     key, *keys = jax.random.split(jax.random.key(options.seed), 1 + weight_sets(n, k, 8))
     operands = [make_operands(key, m, n, k) for key in keys if cases]
-    sets = [[case.arrange(**o) for o in operands] for case in cases]
+    sets = [[case.arrange(*pair) for pair in operands] for case in cases]
     compiled = [
         pool.submit(compile_function, case.function, arguments[0])
         for case, arguments in zip(cases, sets, strict=True)
@@ -170,7 +188,7 @@ def run_matmuls(name: str, shape: Shape, options, copy_rate: float, pool) -> lis
         with report_failure(row):
             function = future.result()
             if case.check:
-                row.exact = case.check(key, operands[0], case.arrange, function)
+                row.exact = case.check(key, *operands[0], case.arrange, function)
             rate = peak.get("bfloat16" if bfloat16 else "int8", float("inf"))
             floor = max(moved / copy_rate, row.operations / rate)
             time_row(row, function, arguments, options.batches, floor)
@@ -186,30 +204,43 @@ def run_matmuls(name: str, shape: Shape, options, copy_rate: float, pool) -> lis
 
 def matmul_cases(shape: Shape) -> Iterator[Case]:
     """Yield what can run a shape here."""
-    x = jax.ShapeDtypeStruct((shape.m, shape.k), jnp.int8)
-    w = jax.ShapeDtypeStruct((shape.n, shape.k), jnp.int8)
+    x, w = aot.abstract_rows(shape.m, shape.k), aot.abstract_rows(shape.n, shape.k)
     yield Case(name="bfloat16 xla", function=bf16_dot, arrange=to_bfloat16, weight_bytes=2.0)
-    check = functools.partial(check_exact, plain=True)
-    for backend in able(MATMUL_INT8, x, w):
-        name, rest = f"int8 {backend.name}", {"check": check, "weight_bytes": 1.0}
-        yield Case(name=name, function=backend.run, arrange=as_they_are, **rest)
+    for backend in able(MATMUL_INT8, x, w, Epilogue()):
+        rest = {"check": check_exact, "weight_bytes": 1.0}
+        name, run = f"int8 {backend.name}", call(backend.run)
+        yield Case(name=name, function=run, arrange=lambda x, w: (x, w), **rest)
         if backend.prepare:
-            arrange = functools.partial(prepare_int8, backend=backend)
-            run = backend.run_prepared
+            arrange, run = functools.partial(prepared, backend), call(backend.run_prepared)
             yield Case(name=f"{name} prepared", function=run, arrange=arrange, **rest)
-    for options in FORMATS:
-        label = f"g{options['group_size']}" + " integer" * (options["step"] == "integer")
-        rest = {"weight_bytes": 0.5 + 0.5 / options["group_size"]}
-        rest["check"] = functools.partial(check_exact, **options)
-        for backend in able(MATMUL, x, w, **options):
-            name = f"{label} {backend.name}"
-            if backend.prepare:
-                arrange = functools.partial(prepare, backend=backend, **options)
-                yield Case(name=name, function=backend.run_prepared, arrange=arrange, **rest)
-            elif options == FORMATS[0] or "few_rows" in backend.name:
-                arrange = functools.partial(pack, **options)
-                run = functools.partial(backend.run, **options)
-                yield Case(name=name, function=run, arrange=arrange, **rest)
+    for label, kind in FORMATS.items():
+        yield from packed_cases(label, kind, x, w)
+
+
+def packed_cases(label: str, kind: dict, x: Int8Rows, w: Int8Rows) -> Iterator[Case]:
+    """Yield what can multiply shapes of x and w, the latter in 4 bits."""
+    rest = {"weight_bytes": 0.5 + 0.5 / kind["group_size"]}
+    rest["check"] = functools.partial(check_exact, kind=kind)
+    packed = aot.abstract_packed(*w.shape, **kind)
+    for backend in able(MATMUL, x, packed, Epilogue()):
+        name = f"{label} {backend.name}"
+        if backend.prepare:
+            arrange, run = functools.partial(prepared, backend, kind=kind), backend.run_prepared
+        elif label in ANY_BACKEND or "few_rows" in backend.name:
+            arrange, run = functools.partial(pack, kind=kind), backend.run
+        else:
+            continue
+        yield Case(name=name, function=call(run), arrange=arrange, **rest)
+        branch = make_branch(x, w)
+        if label == BRANCH and backend in able(MATMUL, x, packed, Epilogue(branch=branch)):
+            arrange = functools.partial(add_branch, arrange)
+            name = f"{label} branch {backend.name}"
+            yield Case(name=name, function=call(run), arrange=arrange, **rest)
+
+
+def call(run: Callable) -> Callable:
+    """Return a backend's function of x, w and perhaps a branch."""
+    return lambda x, w, branch=None: run(x, w, Epilogue(branch=branch))
 
 
 def weight_sets(n: int, k: int, limit: int) -> int:
@@ -237,74 +268,86 @@ def bf16_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.bfloat16)
 
 
-def make_operands(key: jax.Array, m: int, n: int, k: int) -> dict[str, jax.Array]:
-    """Return random int8 x [m, k] and w [n, k], and positive scales."""
+def make_operands(key: jax.Array, m: int, n: int, k: int) -> tuple[Int8Rows, Int8Rows]:
+    """Return random x [m, k] and w [n, k] under positive scales."""
     keys = jax.random.split(key, 4)
-    return {
-        "x": jax.random.randint(keys[0], (m, k), -112, 113, jnp.int8),
-        "w": jax.random.randint(keys[1], (n, k), -112, 113, jnp.int8),
-        "x_scale": jax.random.uniform(keys[2], (m, 1), jnp.float32, 0.5, 2),
-        "w_scale": jax.random.uniform(keys[3], (n, 1), jnp.float32, 0.5, 2),
-    }
+
+    def rows(values_key, scale_key, rows):
+        return Int8Rows(
+            values=jax.random.randint(values_key, (rows, k), -112, 113, jnp.int8),
+            scale=jax.random.uniform(scale_key, (rows, 1), jnp.float32, 0.5, 2),
+        )
+
+    return rows(keys[0], keys[2], m), rows(keys[1], keys[3], n)
 
 
-def to_bfloat16(x, w, x_scale, w_scale) -> tuple:
+def to_bfloat16(x: Int8Rows, w: Int8Rows) -> tuple:
     """Arguments of the bfloat16 dot."""
-    return x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return x.values.astype(jnp.bfloat16), w.values.astype(jnp.bfloat16)
 
 
-def as_they_are(x, w, x_scale, w_scale) -> tuple:
-    """Arguments of an int8 matmul."""
-    return x, w, x_scale, w_scale
+def prepared(backend: Backend, x: Int8Rows, w: Int8Rows, kind: dict | None = None) -> tuple:
+    """Arguments of a matmul whose weights, int8 or packed, are in the kernel's own order."""
+    return x, jax.jit(backend.prepare)(encode(w, **kind) if kind else w)
 
 
-def prepare_int8(x, w, x_scale, w_scale, *, backend: Backend) -> tuple:
-    """Arguments of an int8 matmul whose weights are in the kernel's own order."""
-    return x, jax.jit(backend.prepare)(w, w_scale), x_scale
-
-
-def pack(x, w, x_scale, w_scale, **options) -> tuple:
+def pack(x: Int8Rows, w: Int8Rows, kind: dict) -> tuple:
     """Arguments of a 4-bit matmul."""
-    return x, *encode(w, **options), x_scale, w_scale
+    return x, encode(w, **kind)
 
 
-def prepare(x, w, x_scale, w_scale, *, backend: Backend, **options) -> tuple:
-    """Arguments of a 4-bit matmul whose weights are in the kernel's own order."""
-    arrange = jax.jit(functools.partial(backend.prepare, k=x.shape[1], **options))
-    return x, arrange(*encode(w, **options), w_scale), x_scale
+def add_branch(arrange: Callable, x: Int8Rows, w: Int8Rows) -> tuple:
+    """Arguments with a branch behind them."""
+    return *arrange(x, w), make_branch(x, w)
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "step"))
-def encode(w: jax.Array, *, group_size: int, step: str) -> tuple[jax.Array, jax.Array]:
-    """Return packed codes and shifts of int8 weights."""
-    codes, shifts = codec.encode(w, group_size=group_size, step=step)
-    return codec.pack(codes), codec.pack(shifts)
+def make_branch(x: Int8Rows, w: Int8Rows) -> Branch:
+    """Return a branch of integers, whose products' sums float32 holds; of shapes, its shapes."""
+
+    def make(x, w):
+        sides = (rows.values[:, :RANK].astype(jnp.bfloat16) for rows in (x, w))
+        return Branch(**dict(zip(("input", "up"), sides, strict=True)))
+
+    abstract = isinstance(x.values, jax.ShapeDtypeStruct)
+    return jax.eval_shape(make, x, w) if abstract else make(x, w)
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "step", "levels"))
+def encode(
+    w: Int8Rows, *, group_size: int, step: str = "power", levels: str = "uniform"
+) -> PackedRows:
+    """Return int8 weights in 4 bits."""
+    kind = {"group_size": group_size, "step": step, "levels": levels}
+    codes, shifts = codec.encode(w.values, **kind)
+    packed = {"codes": codec.pack(codes), "shifts": codec.pack(shifts), "scale": w.scale}
+    return PackedRows(**packed, **kind, padding=-w.k % group_size)
 
 
 def check_exact(
     key: jax.Array,
-    operands: dict,
+    x: Int8Rows,
+    w: Int8Rows,
     arrange: Callable,
     function: Callable,
     *,
-    plain: bool = False,
-    **options,
+    kind: dict | None = None,
 ) -> bool:
     """Compare integers with == on sparse activations, and random ones' results within a rounding.
 
     Two products of int8 are exact in bfloat16, so that scales of one leave the integers themselves.
     """
-    w = operands["w"]
-    if not plain:
-        w = jax.jit(functools.partial(codec.decode_packed, **options))(*encode(w, **options))
-    ones = {name: jnp.ones_like(operands[name]) for name in ("x_scale", "w_scale")}
-    sparse = operands | ones | {"x": two_a_row(key, operands["x"].shape)}
-    found, wanted = function(*arrange(**sparse)), expected(w=w, **without_w(sparse))
-    if not bool(jnp.all(found == wanted)):
-        return False
-    found, wanted = function(*arrange(**operands)), expected(w=w, **without_w(operands))
-    # A fused product and sum may round the float32 result, and so the bfloat16, the other way.
-    return within_a_rounding(found, wanted) and float(jnp.mean(found == wanted)) > 0.999
+    ones = Int8Rows(values=two_a_row(key, x.shape), scale=jnp.ones_like(x.scale))
+    unscaled = dataclasses.replace(w, scale=jnp.ones_like(w.scale))
+    for operands, exact in (((ones, unscaled), True), ((x, w), False)):
+        arguments = arrange(*operands)
+        weights = encode(operands[1], **kind) if kind else operands[1]
+        found, right = function(*arguments), expected(operands[0], weights, *arguments[2:])
+        if exact and not bool(jnp.all(found == right)):
+            return False
+    # A fused product and sum may round the float32 result, and so the bfloat16, the other way; the
+    # branch may cancel the dot, which leaves float32's error of both.
+    slack = float(jnp.max(jnp.abs(right))) * 2.0**-20 if len(arguments) > 2 else 0.0
+    return within_a_rounding(found, right, slack) and float(jnp.mean(found == right)) > 0.999
 
 
 def within_a_rounding(found: jax.Array, wanted: jax.Array, slack: float = 0.0) -> bool:
@@ -312,15 +355,10 @@ def within_a_rounding(found: jax.Array, wanted: jax.Array, slack: float = 0.0) -
     return bool(jnp.all(jnp.abs(found - wanted) <= 2.0**-7 * jnp.abs(wanted) + slack))
 
 
-def without_w(operands: dict) -> dict:
-    """Return all operands but the weights."""
-    return {name: value for name, value in operands.items() if name != "w"}
-
-
 @jax.jit
-def expected(x: jax.Array, w: jax.Array, x_scale: jax.Array, w_scale: jax.Array) -> jax.Array:
+def expected(x: Int8Rows, w: Int8Rows | PackedRows, branch: Branch | None = None) -> jax.Array:
     """Return the result by XLA's int8 dot."""
-    return reference.epilogue(xla.int8_dot(x, w), w, x_scale, w_scale)
+    return xla.matmul(x, w, Epilogue(branch=branch))
 
 
 def two_a_row(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -334,7 +372,7 @@ def two_a_row(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
     """Check and time the quantize backends."""
     x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
-    backends = [b for b in able(QUANTIZE, x) if options.only in b.name]
+    backends = [b for b in able(QUANTIZE, x) if is_asked(options, b.name)]
     if not backends:
         return []
     keys = jax.random.split(jax.random.key(options.seed), 6)
@@ -347,7 +385,7 @@ def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
         "integer step": {"step": "integer"},
         "8 bits": {"bits": 8},
         "packed": {"packed": True},
-        "norm": {"norm": Norm(shift=shift, scale=1 + scale.astype(jnp.float32))},
+        "norm": {"norm": (shift, scale)},
         "gelu": {"activation": "gelu"},
     }.items():
         settings = {"bits": 4, "group_size": 16, "step": "power", "rounding": "nearest"}
@@ -394,7 +432,7 @@ def run_qk_norm_rope(
     wanted = jax.jit(qk_call(QK_NORM_ROPE.backend("reference")))(*sets[0])
     rows = []
     for backend in qk_backends(tokens, columns):
-        if options.only not in backend.name:
+        if not is_asked(options, backend.name):
             continue
         row = Row(work=f"qk_norm_rope {'+'.join(map(str, tokens))}", backend=backend.name)
         row.bytes_moved = 2 * 3 * sum(tokens) * HEADS * HEAD_DIM * 2
@@ -421,8 +459,7 @@ def qk_call(backend: Backend) -> Callable:
 
 def as_streams(qkv: Sequence, scale) -> tuple[Stream, ...]:
     """Return streams of one scale."""
-    norm = {"query_scale": scale, "key_scale": scale, "epsilon": 1e-6}
-    return tuple(Stream(qkv=x, **norm) for x in qkv)
+    return tuple(Stream(qkv=x, query_scale=scale, key_scale=scale) for x in qkv)
 
 
 def same_rotations(wanted: tuple, found: tuple) -> bool:
@@ -489,7 +526,7 @@ class report_failure:
 def show(row: Row) -> None:
     """Print a row."""
     exact = {None: "", True: "exact", False: "WRONG"}[row.exact]
-    line = f"{row.work:28} {row.backend:22} {exact:6}"
+    line = f"{row.work:28} {row.backend:32} {exact:6}"
     if row.ms:
         line += f" {row.ms:8.4f} ms {row.bytes_moved / row.ms / 1e6:6.0f} GB/s"
         if row.operations:

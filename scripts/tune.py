@@ -9,7 +9,6 @@ were searched before are searched again and replaced; the others stay.
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import statistics
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from benchmark import (
     compile_function,
     encode,
@@ -33,15 +31,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pallas_kernels import codec, device, timing
+from pallas_kernels import aot, device, timing
 from pallas_kernels.matmul import MATMUL, mosaic_gpu, triton, triton_few_rows, tuned
 from pallas_kernels.matmul.shapes import SHAPES, Shape
+from pallas_kernels.operands import Epilogue, Int8Rows
 from quartz_jax.cli import arguments as cli
 from quartz_jax.io import provenance
 from quartz_jax.io.files import check_output
 
 FOLDER = Path(tuned.__file__).parent / "tuning"
-GROUP = {"group_size": 16, "step": "power"}
+# What the searches pack weights as: the sizes serve every kind of them.
+GROUP = {"group_size": 16, "step": "integer", "levels": "stretched"}
 WRONG = "differs from the reference"
 
 
@@ -105,9 +105,9 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 def why_not(shape: Shape, kernel: str) -> str | None:
     """Say why a kernel can't be searched on a shape here, or return None."""
-    x = jax.ShapeDtypeStruct((shape.m, shape.k), jnp.int8)
-    w = jax.ShapeDtypeStruct((shape.n, shape.k), jnp.int8)
-    reason = MATMUL.backend(kernel.removesuffix("_int8")).why_not(device.current(), x, w)
+    x, w = aot.abstract_rows(shape.m, shape.k), aot.abstract_rows(shape.n, shape.k)
+    backend = MATMUL.backend(kernel.removesuffix("_int8"))
+    reason = backend.why_not(device.current(), x, w, Epilogue())
     if reason is None and not list(SEARCHES[kernel][2](shape.m)):
         reason = f"has no sizes for {shape.m} rows"
     return reason
@@ -119,14 +119,15 @@ def search(shape: Shape, kernel: str, seed: int, pool) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(seed), weight_sets(n, k, 6))
     operands = [make_operands(key, m, n, k) for key in keys]
     run, arrange, configs = SEARCHES[kernel]
-    sets = [arrange(**o) for o in operands]
-    w = jax.jit(functools.partial(codec.decode_packed, **GROUP))(*encode(operands[0]["w"], **GROUP))
-    if kernel.endswith("_int8"):
-        w = operands[0]["w"]
-    wanted = expected(**operands[0] | {"w": w})
+    sets = [arrange(*pair) for pair in operands]
+    x, w = operands[0]
+    wanted = expected(x, w if kernel.endswith("_int8") else encode(w, **GROUP))
+
+    def with_config(config):
+        return lambda x, w: run(x, w, Epilogue(), config=config)
+
     compiled = {
-        config: pool.submit(compile_function, functools.partial(run, config=config), sets[0])
-        for config in configs(m)
+        config: pool.submit(compile_function, with_config(config), sets[0]) for config in configs(m)
     }
     times = []
     for config, future in tqdm(compiled.items(), f"{kernel} {m}x{n}x{k}", leave=False):
@@ -174,29 +175,28 @@ def _few_rows_configs(m: int) -> Iterator[triton_few_rows.Config]:
         yield triton_few_rows.Config(tile_n=n, words=words, warps=warps)
 
 
-def _int8(x, w, x_scale, w_scale) -> tuple:
-    return x, w, x_scale, w_scale
+def _int8(x: Int8Rows, w: Int8Rows) -> tuple:
+    return x, w
 
 
-def _packed(x, w, x_scale, w_scale) -> tuple:
-    return x, *encode(w, **GROUP), x_scale, w_scale
+def _packed(x: Int8Rows, w: Int8Rows) -> tuple:
+    return x, encode(w, **GROUP)
 
 
-def _tiled(x, w, x_scale, w_scale) -> tuple:
-    arrange = jax.jit(functools.partial(mosaic_gpu.prepare_weights, k=x.shape[1], **GROUP))
-    return x, arrange(*encode(w, **GROUP), w_scale), x_scale
+def _tiled(x: Int8Rows, w: Int8Rows) -> tuple:
+    return x, jax.jit(mosaic_gpu.prepare)(encode(w, **GROUP))
+
+
+def _tiled_int8(x: Int8Rows, w: Int8Rows) -> tuple:
+    return x, jax.jit(mosaic_gpu.prepare)(w)
 
 
 # Name in the file to what runs, how its arguments are made, and the configurations for m rows.
 SEARCHES: dict[str, tuple[Callable, Callable, Callable]] = {
     "mosaic_gpu": (mosaic_gpu.matmul_prepared, _tiled, _mosaic_configs),
-    "mosaic_gpu_int8": (mosaic_gpu.matmul_int8, _int8, _mosaic_configs),
-    "triton_int8": (triton.matmul_int8, _int8, _triton_configs),
-    "triton_few_rows": (
-        functools.partial(triton_few_rows.matmul, **GROUP),
-        _packed,
-        _few_rows_configs,
-    ),
+    "mosaic_gpu_int8": (mosaic_gpu.matmul_prepared, _tiled_int8, _mosaic_configs),
+    "triton_int8": (triton.matmul, _int8, _triton_configs),
+    "triton_few_rows": (triton_few_rows.matmul, _packed, _few_rows_configs),
 }
 
 

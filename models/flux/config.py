@@ -4,7 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from models.checkpoint_io import CheckpointError, config_from_json
+from models.checkpoint_io import (
+    BLOCKS,
+    WIDTHS,
+    CheckpointError,
+    check_bounds,
+    config_from_json,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,10 +34,14 @@ class FluxConfig:
     )  # channels of a head that each position axis turns
 
     def __post_init__(self):
+        sizes = ("in_channels", "out_channels", "attention_head_dim", "num_attention_heads")
+        sizes = (*sizes, "joint_attention_dim", "pooled_projection_dim", "axes_dims_rope")
+        check_bounds(self, **dict.fromkeys(sizes, WIDTHS), patch_size=(1, 64))
+        check_bounds(self, num_layers=BLOCKS, num_single_layers=BLOCKS)
         axes = self.axes_dims_rope
-        if sum(axes) != self.attention_head_dim or any(dim % 2 for dim in axes):
+        if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(dim % 2 for dim in axes):
             raise CheckpointError(
-                f"axes_dims_rope {axes} must be even numbers that add up to "
+                f"axes_dims_rope {axes} must be three even numbers that add up to "
                 f"attention_head_dim {self.attention_head_dim}"
             )
 

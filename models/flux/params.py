@@ -8,17 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.checkpoint_io import (
-    CheckpointError,
     Rule,
     StoredModule,
     TracingRngs,
     match_params,
-    open_checkpoint,
-    read_json,
     save_params,
 )
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
+from models.stored_files import (
+    Checkpoint,
+    CheckpointError,
+    find_prefix,
+    open_checkpoint,
+    open_folder,
+)
+
+_TELLING = "double_blocks.0.img_attn.qkv.weight"
+# What names of other models begin with in files that hold several.
+_BESIDE = r"(vae|first_stage_model|text_encoders?|text_encoder_2|cond_stage_model|conditioner)\."
 
 
 def _swap_halves(value: np.ndarray) -> np.ndarray:
@@ -106,8 +114,21 @@ def bfl_rules() -> list[Rule]:
 
 
 def is_bfl_transformer(names: Mapping[str, object]) -> bool:
-    """Return whether tensor names are those of a FLUX transformer in Black Forest Labs' naming."""
-    return "double_blocks.0.img_attn.qkv.weight" in names
+    """Return whether names hold those of a FLUX transformer in Black Forest Labs' naming.
+
+    They may have a prefix, and other models' names may stand beside them.
+    """
+    return find_prefix(names, _TELLING) is not None
+
+
+def select_bfl_transformer(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the tensors of the FLUX transformer in a file, under Black Forest Labs' names.
+
+    Raises:
+      CheckpointError: it holds several.
+    """
+    prefix = find_prefix(checkpoint.shapes, _TELLING, checkpoint.path)
+    return checkpoint.under(prefix) if prefix else checkpoint.without(_BESIDE)
 
 
 def config_from_bfl(shapes: Mapping[str, tuple[int, ...]], path: Path | str = "") -> FluxConfig:
@@ -131,8 +152,11 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
         raise CheckpointError(
             f"{path}: no FLUX.1 transformer: missing {'; missing '.join(missing)}"
         )
-    image, text, pooled, head, last = (shapes[name] for name in telling)
-    if head[0] % 32:
+    image, text, pooled, head, last = found = [shapes[name] for name in telling]
+    if [len(shape) for shape in found] != [2, 2, 2, 1, 2]:
+        listed = ", ".join(f"{name} {list(shapes[name])}" for name in telling)
+        raise CheckpointError(f"{path}: no FLUX.1 transformer: misshapen {listed}")
+    if not head[0] or head[0] % 32:
         raise CheckpointError(
             f"{path}: heads of {head[0]} channels: how positions turn them is known for multiples "
             "of 32 only; convert to a diffusers folder, whose config.json says it"
@@ -161,8 +185,8 @@ def open_flux_transformer(path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> 
     """Open the transformer of a FLUX.1 model without reading its parameters.
 
     Args:
-      path: the `transformer` folder of a diffusers model, or a file in Black Forest Labs' naming,
-        with ComfyUI's prefix or without.
+      path: the `transformer` folder of a diffusers model; or a file in Black Forest Labs' naming or
+        an index of such files, with any prefix or none, and perhaps with other models beside it.
       dtype: of the parameters and the computation.
 
     Raises:
@@ -170,11 +194,12 @@ def open_flux_transformer(path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> 
     """
     path = Path(path)
     if path.is_file():
-        checkpoint = open_checkpoint(path)
+        checkpoint = select_bfl_transformer(open_checkpoint(path))
         config, rules = config_from_bfl(checkpoint.shapes, path), bfl_rules()
     else:
-        config = FluxConfig.from_json(read_json(path / "config.json"))
-        checkpoint, rules = open_checkpoint(path), diffusers_rules(config)
+        values, checkpoint = open_folder(path, "x_embedder.weight")
+        config = FluxConfig.from_json(values)
+        rules = diffusers_rules(config)
     return match_params(
         lambda: FluxTransformer(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
         checkpoint,

@@ -11,16 +11,19 @@ from flax import nnx
 
 from models.attention import dot_product_attention
 from models.checkpoint_io import (
+    BLOCKS,
+    WIDTHS,
+    CheckpointError,
     Rule,
     StoredModule,
     TracingRngs,
+    check_bounds,
     config_from_json,
     match_params,
-    open_checkpoint,
-    read_json,
     save_params,
 )
 from models.linear import Linear
+from models.stored_files import open_folder, unwrap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,16 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"  # "quick_gelu" or "gelu" (exact)
     layer_norm_eps: float = 1e-5  # added to the variance before its root
     eos_token_id: int = 49407  # token whose state is the pooled output; 2 has a meaning of its own
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+        check_bounds(self, **dict.fromkeys((*sizes, "max_position_embeddings"), WIDTHS))
+        check_bounds(self, num_hidden_layers=BLOCKS, layer_norm_eps=(0, 1), eos_token_id=(0, 2**31))
+        if self.hidden_size % self.num_attention_heads:
+            raise CheckpointError(
+                f"CLIPTextConfig: hidden_size = {self.hidden_size} must be a multiple of "
+                f"num_attention_heads = {self.num_attention_heads}"
+            )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "CLIPTextConfig":
@@ -189,6 +202,8 @@ def checkpoint_rules(prefix: str = "text_model.") -> list[Rule]:
 def open_clip_text_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
     """Open a transformers CLIPTextModel folder without reading its parameters.
 
+    A projection behind the model (CLIPTextModelWithProjection) is left alone.
+
     Args:
       folder: holds config.json and safetensors.
       dtype: of the parameters and the computation.
@@ -197,15 +212,16 @@ def open_clip_text_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -
       CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
     """
     folder = Path(folder)
-    config = CLIPTextConfig.from_json(read_json(folder / "config.json"))
-    checkpoint = open_checkpoint(folder)
+    values, checkpoint = open_folder(folder, "text_model.final_layer_norm.weight")
+    config = CLIPTextConfig.from_json(values)
     prefixed = any(name.startswith("text_model.") for name in checkpoint.shapes)
+    checkpoint = checkpoint if prefixed else unwrap(checkpoint, "final_layer_norm.weight")
     return match_params(
         lambda: CLIPTextEncoder(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
         checkpoint,
         checkpoint_rules("text_model." if prefixed else ""),
         config=config.to_json(),
-        ignore=(r".*position_ids",),
+        ignore=(r".*position_ids", r"text_projection\.weight", "logit_scale"),
     )
 
 

@@ -13,16 +13,19 @@ from flax import nnx
 
 from models.attention import dot_product_attention
 from models.checkpoint_io import (
+    BLOCKS,
+    WIDTHS,
+    CheckpointError,
     Rule,
     StoredModule,
     TracingRngs,
+    check_bounds,
     config_from_json,
     match_params,
-    open_checkpoint,
-    read_json,
     save_params,
 )
 from models.linear import Linear
+from models.stored_files import open_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,19 @@ class T5Config:
     relative_attention_max_distance: int = 128  # distances from here on share the last bucket
     layer_norm_epsilon: float = 1e-6  # added to the mean square before its root
     feed_forward_proj: str = "relu"  # "relu", or "gated-gelu" (v1.1)
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads")
+        sizes = (*sizes, "relative_attention_max_distance")
+        check_bounds(self, **dict.fromkeys(sizes, WIDTHS), num_layers=BLOCKS)
+        check_bounds(self, layer_norm_epsilon=(0, 1), relative_attention_num_buckets=(4, 2**20))
+        # Half the buckets of a direction hold a distance each, the others what lies beyond.
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            raise CheckpointError(
+                f"T5Config: relative_attention_max_distance = "
+                f"{self.relative_attention_max_distance} must be above a quarter of "
+                f"relative_attention_num_buckets = {self.relative_attention_num_buckets}"
+            )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "T5Config":
@@ -235,8 +251,8 @@ def open_t5_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> Store
       CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
     """
     folder = Path(folder)
-    config = T5Config.from_json(read_json(folder / "config.json"))
-    checkpoint = open_checkpoint(folder)
+    values, checkpoint = open_folder(folder, "encoder.final_layer_norm.weight")
+    config = T5Config.from_json(values)
     shared = "shared.weight" in checkpoint.shapes
     return match_params(
         lambda: T5Encoder(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),

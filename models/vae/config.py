@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from models.checkpoint_io import CheckpointError, config_from_json
+from models.checkpoint_io import WIDTHS, CheckpointError, check_bounds, config_from_json
 
 _SUPPORTED = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
 
@@ -25,6 +25,18 @@ class AutoencoderKLConfig:
     use_post_quant_conv: bool = True  # 1x1 convolution before the decoder
     mid_block_add_attention: bool = True  # attention at the coarsest level
 
+    def __post_init__(self):
+        sizes = ("in_channels", "out_channels", "block_out_channels", "latent_channels")
+        check_bounds(self, **dict.fromkeys((*sizes, "norm_num_groups"), WIDTHS))
+        check_bounds(self, layers_per_block=(1, 64), scaling_factor=(1e-9, 1e9))
+        check_bounds(self, shift_factor=(-1e9, 1e9))
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if not 1 <= len(widths) <= 16 or any(width % groups for width in widths):
+            raise CheckpointError(
+                f"AutoencoderKLConfig: block_out_channels = {list(widths)} must be 1 to 16 "
+                f"multiples of norm_num_groups = {groups}"
+            )
+
     @property
     def downsampling(self) -> int:
         """Image pixels along one side of a latent pixel."""
@@ -35,7 +47,7 @@ class AutoencoderKLConfig:
         """Build from a parsed config.json; raises CheckpointError on what isn't supported."""
         config = config_from_json(cls, values, _SUPPORTED)
         for key, supported in config._block_types().items():
-            if list(values.get(key, supported)) != supported:
+            if values.get(key, supported) != supported:
                 raise CheckpointError(
                     f"AutoencoderKLConfig: {key} = {values[key]!r} is not supported; expected "
                     f"{supported}"

@@ -7,18 +7,23 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from models.checkpoint_io import (
-    CheckpointError,
     Rule,
     StoredModule,
     TracingRngs,
     match_params,
-    open_checkpoint,
-    read_json,
     save_params,
+)
+from models.stored_files import (
+    Checkpoint,
+    CheckpointError,
+    find_prefix,
+    open_checkpoint,
+    open_folder,
 )
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL
 
+_TELLING = "decoder.up.0.block.0.norm1.weight"
 _ATTENTION = r"(.+\.mid_block)\.attention\."
 
 RULES = (
@@ -83,8 +88,18 @@ def bfl_rules(config: AutoencoderKLConfig) -> list[Rule]:
 
 
 def is_bfl_autoencoder(names: Mapping[str, object]) -> bool:
-    """Return whether tensor names are those of an autoencoder in Black Forest Labs' naming."""
-    return "decoder.up.0.block.0.norm1.weight" in names
+    """Return whether names hold those of an autoencoder in Black Forest Labs' naming."""
+    return find_prefix(names, _TELLING) is not None
+
+
+def select_bfl_autoencoder(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the tensors of the autoencoder in a file, under Black Forest Labs' names.
+
+    Raises:
+      CheckpointError: it holds several.
+    """
+    prefix = find_prefix(checkpoint.shapes, _TELLING, checkpoint.path)
+    return checkpoint.under(prefix) if prefix else checkpoint
 
 
 def config_from_bfl(
@@ -101,19 +116,21 @@ def config_from_bfl(
     Raises:
       CheckpointError: a tensor that tells a size is missing.
     """
-    first = re.compile(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
-    levels = sorted((int(m[1]), shapes[m[0]][0]) for m in map(first.fullmatch, shapes) if m)
-    block = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
     telling = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
     if missing := [name for name in telling if name not in shapes]:
         raise CheckpointError(
             f"{path}: no FLUX.1 autoencoder: missing {'; missing '.join(missing)}"
         )
+    if misshapen := [name for name in telling if len(shapes[name]) != 4]:
+        raise CheckpointError(f"{path}: no FLUX.1 autoencoder: misshapen {', '.join(misshapen)}")
+    first = re.compile(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    levels = sorted((int(m[1]), shapes[m[0]][:1]) for m in map(first.fullmatch, shapes) if m)
+    block = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
     image, latent, out = (shapes[name] for name in telling)
     return AutoencoderKLConfig(
         in_channels=image[1],
         out_channels=out[0],
-        block_out_channels=tuple(width for _, width in levels),
+        block_out_channels=tuple(size for _, width in levels for size in width),
         layers_per_block=sum(bool(block.fullmatch(name)) for name in shapes),
         latent_channels=latent[1],
         scaling_factor=0.3611,
@@ -136,12 +153,12 @@ def open_autoencoder_kl(path: Path | str, dtype: jnp.dtype = jnp.float32) -> Sto
     """
     path = Path(path)
     if path.is_file():
-        checkpoint = open_checkpoint(path)
+        checkpoint = select_bfl_autoencoder(open_checkpoint(path))
         config = config_from_bfl(checkpoint.shapes, path)
         rules = bfl_rules(config)
     else:
-        config = AutoencoderKLConfig.from_json(read_json(path / "config.json"))
-        checkpoint = open_checkpoint(path)
+        values, checkpoint = open_folder(path, "decoder.conv_in.weight")
+        config = AutoencoderKLConfig.from_json(values)
         old = any(name.endswith(".proj_attn.weight") for name in checkpoint.shapes)
         rules = _OLD_RULES if old else RULES
     return match_params(

@@ -5,14 +5,20 @@ if the weights are int8, from registers if they are 4 bits wide and decoded on t
 the second, so one decoded weight serves `tokens` of them. One warpgroup copies tiles to shared
 memory, two multiply 64 weight rows each; while a tile multiplies, the next one is decoded.
 
-A 32-bit register of the operand holds four consecutive k of one row. With U four codes plus 8 as
-unsigned bytes and P the step of their group, U * P + (0x80808080 - 0x08080808 * P) has the bytes
-code * P + 128, without a carry between them since |code * P| <= 112; flipping the top bits gives
-code * P as int8. P is 2**shift or the integer step, so one kernel serves both.
+A 32-bit register of the operand holds four consecutive k of one row. With c_b the four signed
+levels and P the step of their group, sum_b c_b 256**b, times P, plus 0x80808080 has the bytes
+c_b * P + 128, without a carry between them since |c_b * P| <= 127; flipping the top bits gives
+c_b * P as int8. P is 2**shift or the integer step, so one kernel serves both. The sum of uniform
+levels is four codes plus 8 as bytes, less 0x08080808. That of stretched levels is the difference
+of two byte permutes of one table of eight bytes: four nibbles of sign and magnitude select the
+levels of their magnitudes, except that a nibble whose top bit is set selects copies of the top bit
+of a table byte, which are zeros; so one permute sees the positive codes and another, of flipped
+top bits, the negative ones.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +41,7 @@ ROWS = 64  # weight rows of a warpgroup: the first extent of wgmma
 WARPGROUPS = 2  # that multiply
 TILE_N = ROWS * WARPGROUPS
 OUTPUT_TOKENS = 128  # tokens of a warpgroup's results that shared memory holds, at most
-STEP_UNIT = 16  # k that share one register's step: groups must be multiples of this
+REGISTER_K = 16  # k of a row that the same register of its four threads holds
 SHARED_MEMORY = 227 * 1024  # bytes a block may use on Hopper
 # Extents that integer wgmma takes as its second
 TOKEN_TILES = (256, 240, 224, 208, 192, 176, 160, 128, 96, 64, 32, 16, 8)
@@ -53,16 +59,16 @@ class Config:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["tiles", "scale", "column_sums"],
-    meta_fields=["n", "k"],
+    meta_fields=["n", "k", "levels"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TiledWeights:
     """Weights in the kernel's order; see `prepare`.
 
     The tiles are 4-bit codes and steps in the order in which the kernel's threads read them:
-    int32 [n_tiles, k_tiles, 16, 128], codes plus 8, eight a word, and
-    int32 [n_tiles, k_tiles, 128], step minus 1 of 16 k, eight a word;
-    or int8 [n padded, k padded] alone.
+    int32 [n_tiles, k_tiles, 16, 128], eight codes a word, and int32 [n_tiles, k_tiles, 1, 128],
+    step minus 1 of 16 k, eight a word, or [n_tiles, k_tiles, 2, 128] for groups of 8, those of
+    the first and of the second half of each 16 k; or int8 [n padded, k padded] alone.
     """
 
     tiles: tuple[jax.Array, ...]
@@ -70,6 +76,7 @@ class TiledWeights:
     column_sums: jax.Array  # int32 [n]: sum over k of the decoded weights
     n: int  # weight rows
     k: int  # contraction length
+    levels: str  # of the codes: "uniform" or "stretched"
 
 
 def prepare(
@@ -79,29 +86,42 @@ def prepare(
     sums = jnp.sum(int8_values(w), axis=1, dtype=jnp.int32)
     tiles = _tile_packed(w) if isinstance(w, PackedRows) else (_pad(w.values, TILE_N, TILE_K),)
     n, k = w.shape
-    return TiledWeights(tiles=tiles, scale=w.scale, column_sums=sums, n=n, k=k)
+    levels = w.levels if isinstance(w, PackedRows) else "uniform"
+    return TiledWeights(tiles=tiles, scale=w.scale, column_sums=sums, n=n, k=k, levels=levels)
 
 
 def _tile_packed(w: PackedRows) -> tuple[jax.Array, jax.Array]:
     """Reorder packed weights.
 
     Thread t of a warpgroup holds rows 16 (t // 32) + t % 32 // 4 and 8 further, and of each 32 k
-    those from 4 (t % 4) and from 16 further; the first four k are the low nibbles of a word.
+    those from 4 (t % 4) and from 16 further. A word holds these eight codes: plus 8, the first four
+    k in the low nibbles of its bytes; or for stretched levels a sign bit above the magnitude, in
+    order.
     """
-    signed = codec.unpack(w.codes, signed=True)
-    groups = codec.unpack(w.shifts, signed=False)[:, : signed.shape[1] // w.group_size]
+    codes = codec.unpack(w.codes, signed=True).astype(jnp.int32)
+    groups = codec.unpack(w.shifts, signed=False)[:, : codes.shape[1] // w.group_size]
     groups = groups.astype(jnp.int32)
     steps = groups if w.step == "integer" else (1 << groups) - 1
-    steps = jnp.repeat(steps, w.group_size // STEP_UNIT, axis=1)
-    nibbles = _pad(signed.astype(jnp.int32) + 8, TILE_N, TILE_K, value=8)
-    steps = _pad(steps, TILE_N, TILE_K // STEP_UNIT)
+    halves = REGISTER_K // min(w.group_size, REGISTER_K)
+    steps = jnp.repeat(steps, max(w.group_size // REGISTER_K, 1), axis=1)
+    stretched = w.levels == "stretched"
+    codes = _pad(codes, TILE_N, TILE_K)
+    nibbles = jnp.where(codes < 0, 8 - codes, codes) if stretched else codes + 8
+    steps = _pad(steps, TILE_N, TILE_K // REGISTER_K * halves)
     n_tiles, k_tiles = nibbles.shape[0] // TILE_N, nibbles.shape[1] // TILE_K
     # n: tile, warpgroup, warp, half, row; k: tile, pair, step of 32, half, quad, byte
     nibbles = nibbles.reshape(n_tiles, WARPGROUPS, 4, 2, 8, k_tiles, 2, 2, 2, 4, 4)
-    words = _join(nibbles.transpose(0, 5, 1, 6, 2, 4, 9, 7, 3, 8, 10), (0, 8, 16, 24))
-    words = _join(words, (0, 4))
-    steps = steps.reshape(n_tiles, TILE_N, k_tiles, 8).transpose(0, 2, 1, 3)
-    return words.reshape(n_tiles, k_tiles, TILE_N // 8, 128), _join(steps, range(0, 32, 4))
+    nibbles = nibbles.transpose(0, 5, 1, 6, 2, 4, 9, 7, 3, 8, 10)
+    half, byte = (16, 4) if stretched else (4, 8)
+    words = _join(nibbles.reshape(*nibbles.shape[:-2], 8), _offsets(2, half, 4, byte))
+    steps = steps.reshape(n_tiles, TILE_N, k_tiles, TILE_K // REGISTER_K, halves)
+    steps = _join(steps.transpose(0, 2, 4, 1, 3), range(0, 32, 4))
+    return words.reshape(n_tiles, k_tiles, TILE_N // 8, 128), steps
+
+
+def _offsets(first: int, stride: int, second: int, step: int) -> list[int]:
+    """Return the bit offsets of fields [first, second], flat."""
+    return [stride * i + step * j for i in range(first) for j in range(second)]
 
 
 def _pad(x: jax.Array, rows: int, columns: int, value: int = 0) -> jax.Array:
@@ -135,8 +155,6 @@ def why_not(target: device.Device, x: Int8Rows, w: Any, epilogue: Epilogue) -> s
     """Say why the device can't run these kernels with these arguments, or return None."""
     if target.platform != "gpu" or target.generation != 90:
         return f"needs a Hopper GPU, not {target.kind}"
-    if isinstance(w, PackedRows) and w.group_size % STEP_UNIT:
-        return f"needs groups of a multiple of {STEP_UNIT}, not {w.group_size}"
     dtype = jnp.dtype(epilogue.out_dtype)
     if dtype.itemsize != 2:
         return "writes 16-bit floats only"
@@ -199,14 +217,18 @@ def matmul_prepared(
     slots, part = _slots(config.tokens, residual is not None)
     kernel = plgpu.kernel(
         functools.partial(
-            _kernel, config=config, activation=epilogue.activation, interpret=interpret
+            _kernel,
+            config=config,
+            levels=w.levels,
+            activation=epilogue.activation,
+            interpret=interpret,
         ),
         out_type=jax.ShapeDtypeStruct((values.shape[0], columns), epilogue.out_dtype),
         grid=(sms,),
         grid_names=("sm",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(config, decode, (slots, part), epilogue.out_dtype, interpret),
+        scratch_types=_scratch(config, w.tiles, (slots, part), epilogue.out_dtype, interpret),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=compat.gpu_interpret_params() if interpret else False,
     )
@@ -237,18 +259,19 @@ def _multiprocessors() -> int:
 
 
 def _scratch(
-    config: Config, decode: bool, output: tuple[int, int], out_dtype, interpret: bool
+    config: Config,
+    tiles: tuple[jax.Array, ...],
+    output: tuple[int, int],
+    out_dtype,
+    interpret: bool,
 ) -> dict:
 
     def swizzled(columns):
         return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
 
-    stages = config.stages
+    stages, decode = config.stages, len(tiles) == 2
     if decode:
-        weights = (
-            plgpu.SMEM((stages, TILE_N // 8, 128), jnp.int32),
-            plgpu.SMEM((stages, TILE_N), jnp.int32),
-        )
+        weights = tuple(plgpu.SMEM((stages, *tile.shape[2:]), jnp.int32) for tile in tiles)
     else:
         weights = (plgpu.SMEM((stages, TILE_N, TILE_K), jnp.int8, transforms=swizzled(TILE_K)),)
     return {
@@ -271,12 +294,13 @@ def _scratch(
 
 def _kernel(
     x,  # [m, k], int8
-    weights,  # codes [n_tiles, k_tiles, 16, 128] and steps [n_tiles, k_tiles, 128]; or [n, k]
+    weights,  # codes and steps, tiled as `TiledWeights` says; or [n, k]
     vectors,  # x_scale, x_lo [m padded]; w_scale, sums, bias, gate [n padded]; those given
     residual,  # [m, n padded] or None
     out,  # [m, n padded]
     *,
     config: Config,
+    levels: str,
     activation: str | None,
     interpret: bool,
     x_tiles,  # [stages, tokens, TILE_K]
@@ -331,13 +355,16 @@ def _kernel(
             codes.at[slot, pl.ds(warpgroup * part, part)],
             layout=plgpu.Layout.WG_STRIDED((part, 128), vec_size=4),
         )
-        steps = compat.gpu_load(
-            steps.at[slot, pl.ds(warpgroup * ROWS, ROWS)],
-            layout=plgpu.Layout.WGMMA_8BIT.reduce(1),
-        )
+        steps = [
+            compat.gpu_load(
+                steps.at[slot, half, pl.ds(warpgroup * ROWS, ROWS)],
+                layout=plgpu.Layout.WGMMA_8BIT.reduce(1),
+            )
+            for half in range(steps.shape[1])
+        ]
         if not interpret:
-            return decode_tile(words, steps)
-        decoded[0][warpgroup] = decode_tile_jnp(words, steps)
+            return decoder(levels, len(steps))(words, *steps)
+        decoded[0][warpgroup] = decode_tile_jnp(words, jnp.stack(steps), levels)
         return ()
 
     def multiply_step(acc, weight, step, prefetch):
@@ -458,68 +485,129 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-@plgpu.inline_mgpu(
-    arg_types=(
-        plgpu.Layout.WG_STRIDED((TILE_N // 8 // WARPGROUPS, 128), vec_size=4),
-        plgpu.Layout.WGMMA_8BIT.reduce(1),
-    ),
-    return_type=plgpu.ShapeDtypeStruct((ROWS, TILE_K), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT),
-)
-def decode_tile(ctx, words, steps):
-    """Decode a warpgroup's [ROWS, TILE_K] weights to the first operand of wgmma.
+@functools.cache
+def decoder(levels: str, halves: int) -> Callable:
+    """Return what decodes a warpgroup's [ROWS, TILE_K] weights to the first operand of wgmma.
 
     Args:
-      ctx: unused.
-      words: int32 [8, 128]: see `_tile_packed`.
-      steps: int32 [ROWS]: step minus 1 of each 16 k, four bits each.
+      levels: "uniform" or "stretched".
+      halves: steps of each 16 k: 1, or 2 for groups of 8.
 
     Returns:
-      int8 [ROWS, TILE_K].
+      A function from words, int32 [8, 128], see `_tile_packed`, and as many arrays of steps,
+      int32 [ROWS], step minus 1 of each 16 k, four bits each, to int8 [ROWS, TILE_K].
     """
-    del ctx
-    i32, i8 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+    words_of = _stretched_words if levels == "stretched" else _uniform_words
 
-    def constant(value):
-        return mgpu.c(value, i32)
-
-    def item(register, i):
-        return vector.extract(register, [], [i])
-
-    registers = np.empty((1, TILE_K // 16, 1, 1, 2, 1, 1, 1, 1), dtype=object)
-    for half, packed in enumerate(steps.registers.flat):
-        packed = item(packed, 0)
-        low, one = constant(0x0F0F0F0F), constant(0x01010101)
-        even = arith.addi(arith.andi(packed, low), one)
-        odd = arith.addi(arith.andi(arith.shrui(packed, constant(4)), low), one)
-        for k in range(TILE_K // 32):
-            word = item(words.registers.flat[k // 2], 2 * (k % 2) + half)
-            shift = constant(8 * k)
-            pair = [arith.andi(arith.shrui(p, shift), constant(255)) for p in (even, odd)]
-            for j, register in enumerate(_decode_word(word, pair, constant)):
-                register = vector.bitcast(
-                    ir.VectorType.get((4,), i8),
-                    vector.broadcast(ir.VectorType.get((1,), i32), register),
-                )
-                registers[0, 2 * k + j, 0, 0, half, 0, 0, 0, 0] = register
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=True
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.Layout.WG_STRIDED((TILE_N // 8 // WARPGROUPS, 128), vec_size=4),
+            *(plgpu.Layout.WGMMA_8BIT.reduce(1),) * halves,
+        ),
+        return_type=plgpu.ShapeDtypeStruct(
+            (ROWS, TILE_K), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT
+        ),
     )
+    def decode_tile(ctx, words, *steps):
+        del ctx
+        registers = np.empty((1, TILE_K // 16, 1, 1, 2, 1, 1, 1, 1), dtype=object)
+        for half, stored in enumerate(zip(*(part.registers.flat for part in steps), strict=True)):
+            even, odd = _steps_of(*(_item(part, 0) for part in stored))
+            for k in range(TILE_K // 32):
+                word = _item(words.registers.flat[k // 2], 2 * (k % 2) + half)
+                for j, (sums, packed) in enumerate(zip(words_of(word), (even, odd), strict=True)):
+                    step = _permute(packed, _constant(0), _constant(0x4440 + k))
+                    registers[0, 2 * k + j, 0, 0, half, 0, 0, 0, 0] = _bytes(_scale(sums, step))
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=True
+        )
+
+    return decode_tile
 
 
-def _decode_word(word, steps, constant):
-    """Decode the eight codes of a word to two registers of four int8; see the file's docstring."""
-    low, bias, sign = constant(0x0F0F0F0F), constant(0x08080808), constant(-0x7F7F7F80)
-    codes = (arith.andi(word, low), arith.andi(arith.shrui(word, constant(4)), low))
-    for code, step in zip(codes, steps, strict=True):
-        offset = arith.subi(sign, arith.muli(step, bias))
-        yield arith.xori(arith.addi(arith.muli(code, step), offset), sign)
+def _steps_of(*stored):
+    """Return the steps of the even and of the odd 16 k of this thread, four bytes each."""
+    packed = stored[0]
+    if len(stored) == 2:  # groups of 8: the third and fourth of a row's threads hold the second
+        thread = _assembly("mov.u32 $0, %tid.x;", "=r")
+        first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, _constant(2)), _constant(0))
+        packed = arith.select(first, *stored)
+    low, one = _constant(0x0F0F0F0F), _constant(0x01010101)
+    even, odd = packed, arith.shrui(packed, _constant(4))
+    return [arith.addi(arith.andi(part, low), one) for part in (even, odd)]
 
 
-def decode_tile_jnp(words: jax.Array, steps: jax.Array) -> jax.Array:
-    """Do what `decode_tile` does where there are no registers: in interpret mode."""
+def _uniform_words(word):
+    """Yield sum_b c_b 256**b of the first and of the second four codes of a word."""
+    low, bias = _constant(0x0F0F0F0F), _constant(0x08080808)
+    for part in (word, arith.shrui(word, _constant(4))):
+        yield arith.subi(arith.andi(part, low), bias)
+
+
+def _stretched_words(word):
+    """Yield sum_b L(c_b) 256**b of the first and of the second four codes of a word."""
+    small, large = _constant(0x03020100), _constant(0x09070504)
+    flipped = arith.xori(word, _constant(-0x77777778))
+    for shift in (0, 16):
+        positive, negative = (
+            _permute(small, large, arith.shrui(part, _constant(shift)) if shift else part)
+            for part in (word, flipped)
+        )
+        yield arith.subi(positive, negative)
+
+
+def _scale(sums, step):
+    """Return the bytes of sum_b c_b 256**b times a step; see the file's docstring."""
+    sign = _constant(-0x7F7F7F80)
+    return arith.xori(arith.addi(arith.muli(sums, step), sign), sign)
+
+
+def _constant(value: int):
+    return mgpu.c(value, ir.IntegerType.get_signless(32))
+
+
+def _item(register, i: int):
+    return vector.extract(register, [], [i])
+
+
+def _bytes(register):
+    """Return a 32-bit register as vector<4xi8>."""
+    word = vector.broadcast(ir.VectorType.get((1,), register.type), register)
+    return vector.bitcast(ir.VectorType.get((4,), ir.IntegerType.get_signless(8)), word)
+
+
+def _permute(low, high, selector):
+    """Return the four of eight bytes that the low four nibbles of a selector choose.
+
+    A nibble whose top bit is set chooses eight copies of the top bit of its byte.
+    """
+    return _assembly("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", low, high, selector)
+
+
+def _assembly(text: str, constraints: str, *operands):
+    """Return the 32-bit result of PTX without side effects."""
+    attributes = {"asm_string": text, "constraints": constraints}
+    return ir.Operation.create(
+        "llvm.inline_asm",
+        results=[ir.IntegerType.get_signless(32)],
+        operands=operands,
+        attributes={name: ir.StringAttr.get(value) for name, value in attributes.items()},
+    ).result
+
+
+def decode_tile_jnp(
+    words: jax.Array,  # int32 [8, 128]
+    steps: jax.Array,  # int32 [halves, ROWS]
+    levels: str,
+) -> jax.Array:
+    """Do what `decoder`'s functions do where there are no registers: in interpret mode."""
+    stretched = levels == "stretched"
+    half, byte = (16, 4) if stretched else (4, 8)
     # pair of 32 k, warp, row, quad, step of 32, half of 16 rows, then a word's 16 k and 4 bytes
-    shifts = 4 * jnp.arange(2)[:, None] + 8 * jnp.arange(4)
+    shifts = half * jnp.arange(2)[:, None] + byte * jnp.arange(4)
     words = words.reshape(2, 4, 8, 4, 2, 2, 1, 1) >> shifts
-    codes = words.transpose(1, 5, 2, 0, 4, 6, 3, 7).reshape(ROWS, TILE_K) & 15
-    steps = (steps[:, None] >> 4 * jnp.arange(8)) & 15
-    return ((codes - 8) * (jnp.repeat(steps, STEP_UNIT, axis=1) + 1)).astype(jnp.int8)
+    nibbles = words.transpose(1, 5, 2, 0, 4, 6, 3, 7).reshape(ROWS, TILE_K) & 15
+    codes = jnp.where(nibbles < 8, nibbles, 8 - nibbles) if stretched else nibbles - 8
+    steps = (steps.T[:, None] >> 4 * jnp.arange(8)[:, None]) & 15  # [ROWS, 8, halves]
+    steps = jnp.repeat(steps.reshape(ROWS, -1), REGISTER_K // steps.shape[2], axis=1)
+    return (codec.level_of(codes, levels) * (steps + 1)).astype(jnp.int8)

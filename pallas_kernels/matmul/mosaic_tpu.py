@@ -7,7 +7,7 @@ The order of the weights is made for 32-bit arithmetic on packed bytes. A word h
 its low nibbles are four consecutive k of one column, its high nibbles the four that lie 32 later.
 Masking a nibble of each byte and bitcasting 8 rows of words to int8 therefore yields 32
 consecutive k, and the steps of their groups are one shift or multiplication of whole words:
-sum_b c_b 256**b, times the step, plus 128 in every byte, has no carries since |c * step| <= 112.
+sum_b c_b 256**b, times the step, plus 128 in every byte, has no carries since |c * step| <= 127.
 
 Chips without int8 units multiply in float8_e4m3fn or bfloat16, with float32 sums kept below 2**24
 and added up as int32. All products and partial sums are then integers that float32 holds, so the
@@ -30,6 +30,7 @@ from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows, int8
 
 _LOW_NIBBLES = 0x0F0F0F0F
 _EIGHTS = 0x08080808  # the bias that makes stored nibbles unsigned
+_ONES = 0x01010101
 _SIGN_BITS = -0x7F7F7F80  # 0x80808080 as int32
 
 # The limits divide the layers of FLUX, DiT and PixArt evenly, and fit the smallest VMEM.
@@ -44,7 +45,7 @@ _LARGEST = {"bfloat16": (128, 127), "float8_e4m3fn": (240, 112)}
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "shifts", "scale", "column"],
-    meta_fields=["k", "n", "group_size", "step"],
+    meta_fields=["k", "n", "group_size", "step", "levels"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuWeights:
@@ -58,6 +59,7 @@ class TpuWeights:
     n: int  # logical number of output channels
     group_size: int | None  # elements that share a shift; None if int8
     step: str | None  # "power" or "integer"; None if int8
+    levels: str = "uniform"  # or "stretched"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ class _Plan:
     k_tiles: int
     group_size: int | None  # of packed weights
     step: str | None  # of packed weights
+    levels: str  # of packed weights
     keep: bool  # decoded weights stay in VMEM for all rows
     x_largest: int  # bounds of the operands, for exact float32 sums
     w_largest: int
@@ -84,15 +87,16 @@ def prepare(
 def _prepare_packed(w: PackedRows) -> TpuWeights:
     """Reorder packed weights.
 
-    Word [8 i + s, n] holds codes + 8: in nibble 2 b that of k = 64 i + 4 s + b and in nibble
-    2 b + 1 that of k = 64 i + 32 + 4 s + b. Word [i, n] of the shifts holds those of groups
-    8 i ... 8 i + 7, the first in its lowest nibble. Both are padded to whole tiles with zeros,
-    which meet zeros of x.
+    Word [8 i + s, n] holds codes + 8 (with stretched levels those from -6 down one less, see
+    `_stretch`): in nibble 2 b that of k = 64 i + 4 s + b and in nibble 2 b + 1 that of
+    k = 64 i + 32 + 4 s + b. Word [i, n] of the shifts holds those of groups 8 i ... 8 i + 7, the
+    first in its lowest nibble. Both are padded to whole tiles with zeros, which meet zeros of x.
     """
     n, k = w.shape
     tile_k, tile_n = _weight_tiles(k, n, w.group_size)
     # [i, half, s, b // 2, n] of bytes with two k each; n last, which is what TPUs lay out well.
-    rows = codec.pad(w.codes, 32).T.reshape(-1, 2, 8, 2, n)
+    codes = w.codes if w.levels == "uniform" else _lower_outer(w.codes)
+    rows = codec.pad(codes, 32).T.reshape(-1, 2, 8, 2, n)
     low, high = rows[:, 0], rows[:, 1]
     even, odd = (low & 15) | (high << 4), (low >> 4) | (high & 0xF0)
     # Flipping the sign bit of a two's complement nibble adds 8.
@@ -107,7 +111,14 @@ def _prepare_packed(w: PackedRows) -> TpuWeights:
         n=n,
         group_size=w.group_size,
         step=w.step,
+        levels=w.levels,
     )
+
+
+def _lower_outer(codes: jax.Array) -> jax.Array:
+    """Return packed codes, those from -6 down one less."""
+    signed = codec.unpack(codes, signed=True)
+    return codec.pack(signed - (signed <= -6).astype(jnp.int8))
 
 
 def _prepare_int8(w: Int8Rows) -> TpuWeights:
@@ -173,6 +184,7 @@ def matmul_prepared(
         k_tiles=k_tiles,
         group_size=weights.group_size,
         step=weights.step,
+        levels=weights.levels,
         keep=m_tiles > 1 and k_tiles * tile_k * tile_n * operand.itemsize <= _KEPT_BYTES,
         x_largest=largest[0] if x.lo is not None else min(largest[0], 128),
         w_largest=largest[1],
@@ -305,12 +317,23 @@ def _decode_tile(w_refs, decoded_ref, k, plan: _Plan) -> None:
         shifts = jnp.broadcast_to(w_refs["shifts"][pl.ds(row, 1), :], words.shape)
         nibble = start // plan.group_size % 8 + within
         shifts = lax.shift_right_logical(shifts, 4 * nibble) & 15
-        codes = nibbles - _EIGHTS
+        codes = nibbles - _EIGHTS if plan.levels == "uniform" else _stretch(nibbles)
         scaled = codes * (shifts + 1) if plan.step == "integer" else codes << shifts
         decoded = pltpu.bitcast((scaled + _SIGN_BITS) ^ _SIGN_BITS, jnp.int8)
         if decoded_ref.dtype != jnp.int8:
             decoded = decoded.astype(jnp.float32)
         decoded_ref[start : start + 32, :] = decoded.astype(decoded_ref.dtype)
+
+
+def _stretch(nibbles: jax.Array) -> jax.Array:
+    """Return the sum of a word's four stretched levels times 256**b.
+
+    Byte v stands for v - 8 in the middle, 0 for -9, 1 for -7, 14 for 7 and 15 for 9, that is
+    v - 9 + (v >= 1) + (v >= 14) + (v == 15); carries of a nibble make the comparisons.
+    """
+    above_zero = ((nibbles + 15 * _ONES) >> 4) & _ONES
+    outer = ((nibbles + 2 * _ONES) >> 4) & _ONES
+    return nibbles - 9 * _ONES + above_zero + outer + (outer & nibbles)
 
 
 def _dot(x_ref, w_ref, plan: _Plan) -> jax.Array:

@@ -24,17 +24,12 @@ DECODE_ROWS = 4  # weight rows of a program of the decoding kernel
 DECODE_BYTES = 1024  # bytes of codes of each of them, at most
 _OF_X = ("x_scale", "x_lo")  # of the scales, those of rows of x
 
-# Eight int8 from a register of four bytes of codes and one of four equal steps: `mosaic_gpu` has
-# the arithmetic. The last two instructions put low and high nibbles back in turn.
-_DECODE = """{
-.reg .b32 p, o, l, h;
-and.b32 p, $3, 255; mul.lo.u32 o, p, 0x08080808; sub.u32 o, 0x80808080, o;
-and.b32 l, $2, 0x0F0F0F0F; xor.b32 l, l, 0x08080808;
-mad.lo.u32 l, l, p, o; xor.b32 l, l, 0x80808080;
-shr.u32 h, $2, 4; and.b32 h, h, 0x0F0F0F0F; xor.b32 h, h, 0x08080808;
-mad.lo.u32 h, h, p, o; xor.b32 h, h, 0x80808080;
-prmt.b32 $0, l, h, 0x5140; prmt.b32 $1, l, h, 0x7362;
-}"""
+# Bytes that the low three bits of a code choose, two words: of codes from 0 up, and the magnitudes
+# of codes from -8 up.
+TABLES = {
+    "uniform": ((0x03020100, 0x07060504), (0x05060708, 0x01020304)),
+    "stretched": ((0x03020100, 0x09070504), (0x05070900, 0x01020304)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +100,43 @@ def _call(
     return y[:m, :n]
 
 
+def decoding(
+    levels: str,
+    halves: tuple[int, ...],  # 0 for a word's first four codes, 1 for the others
+) -> str:
+    """Return assembly from a word of eight codes and their step to words of four int8.
+
+    The arithmetic is that of `mosaic_gpu`: permutes look up the positive and the negative codes.
+    """
+    positive, negative = (", ".join(map(hex, table)) for table in TABLES[levels])
+    word, step = (f"${len(halves) + i}" for i in range(2))
+    lines = [f"and.b32 p, {step}, 255; xor.b32 f, {word}, 0x88888888;"]
+    for half in halves:
+        lines.append(
+            f"shr.u32 a{half}, {word}, {16 * half}; shr.u32 b, f, {16 * half}; "
+            f"prmt.b32 a{half}, {positive}, a{half}; prmt.b32 b, {negative}, b; "
+            f"sub.u32 a{half}, a{half}, b; mad.lo.u32 a{half}, a{half}, p, 0x80808080;"
+        )
+    # Written last, since a result may share its register with the word or the step.
+    lines += [f"xor.b32 ${i}, a{half}, 0x80808080;" for i, half in enumerate(halves)]
+    return "\n".join(["{", ".reg .b32 p, f, a0, a1, b;", *lines, "}"])
+
+
+def decoding_jnp(
+    codes: jax.Array,  # integers, any number of codes each
+    step: jax.Array,  # int32, of their shape
+    first: int,  # code of each that comes first
+    count: int,  # codes
+    levels: str,
+) -> jax.Array:
+    """Return the int8 of some codes as the bytes of an int32: for interpret mode."""
+    joined = jnp.zeros(codes.shape, jnp.int32)
+    for i in range(count):
+        code = ((codes.astype(jnp.int32) >> 4 * (first + i) & 15) ^ 8) - 8
+        joined |= (codec.level_of(code, levels) * step & 255) << 8 * i
+    return joined
+
+
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def decode(
     w: PackedRows,  # [n, k]
@@ -121,7 +153,7 @@ def decode(
     codes = codes.reshape(codes.shape[0], blocks, group_size)
     spec = pl.BlockSpec((DECODE_ROWS, part, group_size), lambda i, j: (i, j, 0))
     pairs = pl.pallas_call(
-        functools.partial(_decode_kernel, step=w.step, interpret=interpret),
+        functools.partial(_decode_kernel, step=w.step, levels=w.levels, interpret=interpret),
         out_shape=jax.ShapeDtypeStruct(codes.shape, jnp.int16),
         grid=(codes.shape[0] // DECODE_ROWS, blocks // part),
         in_specs=[spec, pl.BlockSpec((DECODE_ROWS, part), lambda i, j: (i, j))],
@@ -250,6 +282,7 @@ def _decode_kernel(
     out_ref,  # [rows, blocks, group_size], int16: two int8 each
     *,
     step: str,
+    levels: str,
     interpret: bool,
 ):
     codes, shifts = codes_ref[...], shifts_ref[...].astype(jnp.int32)
@@ -258,12 +291,11 @@ def _decode_kernel(
     first, last = (jnp.broadcast_to(s, codes.shape) for s in steps)
     steps = jnp.where(second, last, first)
     if interpret:
-        low, high = (((codes >> s & 15) ^ 8).astype(jnp.int32) - 8 for s in (0, 4))
-        p = steps.astype(jnp.int32)
-        out_ref[...] = (low * p & 255 | (high * p) << 8).astype(jnp.int16)
+        pairs = decoding_jnp(codes, steps.astype(jnp.int32), 0, 2, levels)
+        out_ref[...] = pairs.astype(jnp.int16)
         return
     out_ref[...] = plgpu.elementwise_inline_asm(
-        _DECODE,
+        decoding(levels, (0, 1)),
         args=[codes, steps],
         constraints="=r,=r,r,r",
         pack=4,

@@ -1,8 +1,8 @@
 """4-bit matmul for few rows on NVIDIA GPUs: reading the weights is the whole cost.
 
-Each program reads the codes of a few weight rows, whole words of eight codes, decodes them by the
-arithmetic that `mosaic_gpu` describes and multiplies with dp4a, which the ordinary cores have. The
-checkpoint's own order serves: a word's low nibbles are its even elements, its high ones the odd.
+Each program reads the codes of a few weight rows, whole words of eight codes in the checkpoint's
+own order, decodes them by the arithmetic that `mosaic_gpu` describes and multiplies with dp4a,
+which the ordinary cores have.
 """
 
 import dataclasses
@@ -22,7 +22,6 @@ from pallas_kernels.operands import Epilogue, Int8Rows, PackedRows
 MAX_ROWS = 64  # of x; more are bound by arithmetic
 MAX_ROWS_HOPPER = 4  # where `mosaic_gpu` is faster beyond
 UNROLLED = 8  # parts of a weight row up to which all are loaded before the first is used
-_LOW, _BIAS, _SIGN = 0x0F0F0F0F, 0x08080808, -0x7F7F7F80
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,9 @@ def matmul(
         return i % m_tiles, i // m_tiles
 
     y = pl.pallas_call(
-        functools.partial(_kernel, step=w.step, words=config.words, interpret=interpret),
+        functools.partial(
+            _kernel, step=w.step, levels=w.levels, words=config.words, interpret=interpret
+        ),
         out_shape=jax.ShapeDtypeStruct((rows, codes.shape[0]), epilogue.out_dtype),
         grid=(m_tiles * n_tiles,),
         in_specs=[
@@ -105,6 +106,7 @@ def _kernel(
     out_ref,  # [tile_m, tile_n]
     *,
     step: str,
+    levels: str,
     words: int,
     interpret: bool,
 ):
@@ -112,7 +114,7 @@ def _kernel(
     # The largest power of two that cuts the row into equal parts.
     part = min(max(words // block, 1), blocks & -blocks)
     dot = _dot_jnp if interpret else _dot
-    even_odd = _even_odd_jnp if interpret else _even_odd
+    decode = _decode_jnp if interpret else _decode
     asymmetric = "x_lo" in scales
 
     def load(start):
@@ -120,13 +122,12 @@ def _kernel(
         return plgpu.load(words_ref.at[:, span]), plgpu.load(shifts_ref.at[:, span])
 
     def multiply(carry, start, codes, shifts):
-        halves = _decode(codes, shifts, step)
+        halves = decode(codes, _steps(shifts, codes.shape, step), levels)
         sums = []
         for m, acc in enumerate(carry[: x_ref.shape[0]]):
             at = pl.ds(m, 1), pl.ds(start, part), slice(None)
-            pair = [plgpu.load(x_ref.at[(*at, pl.ds(i, 1))]) for i in range(2)]
-            xs = even_odd(*(x.reshape(1, part, block) for x in pair))
-            for x, w in zip(xs, halves, strict=True):
+            for i, w in enumerate(halves):
+                x = plgpu.load(x_ref.at[(*at, pl.ds(i, 1))]).reshape(1, part, block)
                 acc = dot(w, jnp.broadcast_to(x, w.shape), acc)
             sums.append(acc)
         if asymmetric:
@@ -166,47 +167,30 @@ def _write(sums: list[jax.Array], scales, epilogue, added, out_ref):
         plgpu.store(out_ref.at[row], y)
 
 
-def _decode(words: jax.Array, shifts: jax.Array, step: str) -> tuple[jax.Array, jax.Array]:
-    """Decode words of eight codes to words of four int8: the even elements, the odd elements.
-
-    Args:
-      words: int32 [rows, blocks, words].
-      shifts: uint8 [rows, blocks], of two groups each.
-      step: "power" or "integer".
-    """
-    shifts = jnp.broadcast_to(shifts.astype(jnp.int32)[..., None], words.shape)
-    second = lax.broadcasted_iota(jnp.int32, words.shape, 2) >= words.shape[2] // 2
-    p = triton.step_of(jnp.where(second, shifts >> 4, shifts & 15), step)
-    offset = jnp.int32(_SIGN) - p * _BIAS
-    low, high = words & _LOW, (words >> 4) & _LOW
-    even, odd = (((half ^ _BIAS) * p + offset) ^ jnp.int32(_SIGN) for half in (low, high))
-    return even, odd
+def _steps(shifts: jax.Array, shape: tuple[int, ...], step: str) -> jax.Array:
+    """Return the step of each word, int32 [rows, blocks, words], of two groups a block."""
+    shifts = jnp.broadcast_to(shifts.astype(jnp.int32)[..., None], shape)
+    second = lax.broadcasted_iota(jnp.int32, shape, 2) >= shape[2] // 2
+    return triton.step_of(jnp.where(second, shifts >> 4, shifts & 15), step)
 
 
-def _even_odd(first: jax.Array, second: jax.Array) -> list[jax.Array]:
-    """Return the even and the odd bytes of two words of four, a word each."""
-    result = jax.ShapeDtypeStruct(first.shape, jnp.int32)
+def _decode(words: jax.Array, steps: jax.Array, levels: str) -> list[jax.Array]:
+    """Decode words of eight codes to two words of four int8 each, int32 of their shape."""
     return [
         plgpu.elementwise_inline_asm(
-            f"prmt.b32 $0, $1, $2, {order};",
-            args=[first, second],
+            triton.decoding(levels, (half,)),
+            args=[words, steps],
             constraints="=r,r,r",
             pack=1,
-            result_shape_dtypes=(result,),
+            result_shape_dtypes=(jax.ShapeDtypeStruct(words.shape, jnp.int32),),
         )[0]
-        for order in ("0x6420", "0x7531")
+        for half in range(2)
     ]
 
 
-def _even_odd_jnp(first: jax.Array, second: jax.Array) -> list[jax.Array]:
-    """Do what `_even_odd` does in interpret mode."""
-
-    def gather(shift):
-        pieces = [(first >> shift & 255), (first >> (16 + shift) & 255) << 8]
-        pieces += [(second >> shift & 255) << 16, (second >> (16 + shift) & 255) << 24]
-        return functools.reduce(jnp.bitwise_or, pieces)
-
-    return [gather(0), gather(8)]
+def _decode_jnp(words: jax.Array, steps: jax.Array, levels: str) -> list[jax.Array]:
+    """Do what `_decode` does in interpret mode."""
+    return [triton.decoding_jnp(words, steps, first, 4, levels) for first in (0, 4)]
 
 
 def _dot(a: jax.Array, b: jax.Array, acc: jax.Array) -> jax.Array:

@@ -4,11 +4,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import check_array, check_tuple
+from pallas_kernels.attention.operands import QuantizedHeads
 from pallas_kernels.dispatch import Backend, Implementation, Operation
-from pallas_kernels.qk_norm_rope import reference, triton
+from pallas_kernels.qk_norm_rope import reference, triton, triton_8bit
 from pallas_kernels.qk_norm_rope.reference import Stream
 
-__all__ = ["QK_NORM_ROPE", "Stream", "qk_norm_rope"]
+__all__ = [
+    "QK_NORM_ROPE",
+    "QK_NORM_ROPE_8BIT",
+    "Stream",
+    "qk_norm_rope",
+    "qk_norm_rope_8bit",
+]
 
 # The first that can run does.
 QK_NORM_ROPE = Operation(
@@ -16,6 +23,13 @@ QK_NORM_ROPE = Operation(
     backends=(
         Backend(name="triton", run=triton.qk_norm_rope, why_not=triton.why_not),
         Backend(name="reference", run=reference.qk_norm_rope),
+    ),
+)
+QK_NORM_ROPE_8BIT = Operation(
+    name="qk_norm_rope_8bit",
+    backends=(
+        Backend(name="triton", run=triton_8bit.qk_norm_rope_8bit, why_not=triton_8bit.why_not),
+        Backend(name="reference", run=reference.qk_norm_rope_8bit),
     ),
 )
 
@@ -48,6 +62,43 @@ def qk_norm_rope(
     """
     _check(streams, rope, heads)
     return QK_NORM_ROPE(streams, rope, heads=heads, implementation=implementation)
+
+
+def qk_norm_rope_8bit(
+    streams: tuple[Stream, ...],
+    rope: jax.Array,  # float32 [2, t, d / 2]: cosine and sine of each token's rotation
+    *,
+    heads: int,
+    v_scale: jax.Array | None = None,  # float32 [b, heads, d]
+    implementation: Implementation = None,
+) -> QuantizedHeads:
+    """Return what 8-bit attention reads of all streams one after another.
+
+    The queries, keys and values of `qk_norm_rope`, rounded as there to the dtype of qkv, and then
+    quantized as `pallas_kernels.attention.quantize_heads` defines.
+
+    Args:
+      streams: with the same batch, width, head_dim and dtype.
+      rope: for the tokens of all streams, t of them.
+      heads: of queries, of keys and of values.
+      v_scale: a scale for each channel of the values, known beforehand; None takes them as they
+        are, up to +-448.
+      implementation: a backend's name, several in order of preference, or None for the best.
+
+    Returns:
+      Codes and scales; queries and keys of equal token counts and heads.
+
+    Raises:
+      ValueError: shapes or dtypes that don't fit together, or a named implementation can't run.
+    """
+    _check(streams, rope, heads)
+    batch, d = streams[0].qkv.shape[0], streams[0].query_scale.shape[0]
+    if d & (d - 1):
+        raise ValueError(f"heads have {d} channels; a Hadamard matrix needs a power of two")
+    if v_scale is not None:
+        check_array("v_scale", v_scale, (batch, heads, d), jnp.float32)
+    options = {"heads": heads, "v_scale": v_scale, "implementation": implementation}
+    return QK_NORM_ROPE_8BIT(streams, rope, **options)
 
 
 def _check(streams: tuple[Stream, ...], rope: jax.Array, heads: int) -> None:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention.operands import QuantizedHeads, quantize_heads
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,17 @@ def qk_norm_rope(
     parts = zip(*(_project(stream, heads) for stream in streams), strict=True)
     q, k, v = (jnp.concatenate(part, axis=1) for part in parts)
     return *(_rotate(x, rope).astype(v.dtype) for x in (q, k)), v
+
+
+def qk_norm_rope_8bit(
+    streams: tuple[Stream, ...],
+    rope: jax.Array,  # float32 [2, t, d / 2]
+    *,
+    heads: int,
+    v_scale: jax.Array | None = None,  # float32 [b, heads, d]
+) -> QuantizedHeads:
+    """Return codes and scales; see `pallas_kernels.qk_norm_rope.qk_norm_rope_8bit`."""
+    return quantize_heads(*qk_norm_rope(streams, rope, heads=heads), v_scale=v_scale)
 
 
 def _project(stream: Stream, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -49,6 +49,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="WxH", help="multiples of 16; default: the model's")
 
 
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """Add whose noise levels are taken, which single files don't say."""
+    parser.add_argument(
+        "--schedule",
+        choices=("dev", "schnell", "folder"),
+        help="noise levels of FLUX.1-dev, -schnell or of --text-encoders; default: the model's own",
+    )
+
+
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """Add the seed of random inputs that a figure mustn't depend on: a fresh one, or a given."""
     parser.add_argument(

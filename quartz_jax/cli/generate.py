@@ -70,7 +70,7 @@ def open_model(args: argparse.Namespace) -> tuple[pipelines.Opened, pipelines.Op
     if checkpoint.is_checkpoint(args.model):
         _check_checkpoint(args)
         return pipelines.open_checkpoint(args.model, **options), None
-    options["text_encoders"] = args.text_encoders
+    options |= {"text_encoders": args.text_encoders, "schedule": args.schedule}
     recipes = cli.component_recipes(args.recipe or "w4a8x")
     opened = pipelines.open_16_bit(args.model, recipes, **options)
     return opened, pipelines.open_16_bit(args.model, {}, **options) if args.compare else None
@@ -89,6 +89,8 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
         raise ValueError(f"--compare needs a 16-bit model, and {args.model} is quantized")
     if args.text_encoders:
         raise ValueError(f"{args.model} has text encoders; leave out --text-encoders")
+    if args.schedule:
+        raise ValueError(f"{args.model} has a schedule; leave out --schedule")
 
 
 def sample(pipeline: Any, args: argparse.Namespace, options: dict[str, Any]) -> np.ndarray:
@@ -138,6 +140,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--text-encoders", type=Path, help="diffusers folder that gives what --model lacks")
     add("--recipe", help=f"{cli.COMPONENT_RECIPES}; default w4a8x, or the checkpoint's own")
+    cli.add_schedule(parser)
     add("--prompt", nargs="*", default=[], metavar="TEXT", help="one image for each")
     add("--init-image", type=Path, help="image file to start from, resized to --size")
     add("--strength", type=float, help="how far it is replaced, 0 to 1; default: the model's")

@@ -25,7 +25,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint.is_checkpoint(args.model):
         raise ValueError(f"{args.model} is quantized already; give the 16-bit model as --model")
     prompts = read_lines(args.calibration)[: args.calibration_samples]
-    conversion = pipelines.plan_conversion(args.model, args.text_encoders, recipes)
+    files = {"text_encoders": args.text_encoders, "schedule": args.schedule}
+    given = {}
+    if any(recipe.calibrated for recipe in recipes.values()):
+        pipeline = pipelines.open_16_bit(args.model, {}, **files).pipeline
+        options = {"steps": args.calibration_steps, "propagate": args.propagate}
+        given["calibration"] = pipelines.calibrate(pipeline, prompts, seed=args.seed, **options)
+    conversion = pipelines.plan_conversion(args.model, recipes, **files, **given)
     if args.dry_run:
         print(conversion.plan())
         return
@@ -42,6 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=model, help="16-bit model: folder or single file")
     add("--recipe", default="w4a8x", help=cli.COMPONENT_RECIPES)
     add("--text-encoders", type=Path, help="diffusers folder with what a single file lacks")
+    cli.add_schedule(parser)
     add("--out", type=Path, required=True, help="folder to make")
     add("--overwrite", action="store_true", help="replace the checkpoint at --out; start anew")
     add("--dry-run", action="store_true", help="print layers, formats and bytes; write nothing")
@@ -49,6 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = calibration.add_argument
     add("--calibration", type=Path, default=prompts, help="prompts, one a line; default: ours")
     add("--calibration-samples", type=cli.positive, default=64, help="images to draw, at most")
+    add("--calibration-steps", type=cli.positive, default=4, help="steps to look at, of each image")
     add("--seed", type=cli.seed, default=0, help="of their noise")
     add("--propagate", action="store_true", help="let layers see what quantized ones before give")
     return parser.parse_args(argv)

@@ -1,25 +1,27 @@
 """Quantized checkpoints: a model folder with packed components, and quartz.json beside them.
 
-Layout of a checkpoint folder, version 2:
-  quartz.json         what `Manifest` holds
+Layout of a checkpoint folder, version 3:
+  quartz.json         what `Manifest` holds, and a hash of it
   transformer/        a quantized component, one Orbax checkpoint a part: a block, or "other" for
     double_blocks.0/  all outside of blocks. A part is a flat dict from "path.of.module.leaf" to
-    ...               array: quantized weights as they are in memory (uint8, int8, float32),
-    other/            everything else bfloat16
+    ...               array: of a quantized layer weight.codes, weight.scale and such, and what its
+    other/            ops hold, ops.0.factor and such, as they are in memory; 16-bit floats else
   text_encoder_2/     the same, if it is quantized too
   everything else     the base model's other components, as diffusers lays them out
-Version 1 had one component, the transformer, as a single Orbax checkpoint. It still loads.
+Version 2 had no ops, no hashes of what is carried along, and 4-bit integers under other names.
+Version 1 had one component, the transformer, as a single Orbax checkpoint. Both still load.
 """
 
 import collections
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,26 +32,42 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from quartz_jax.conversion.model import abstract_quantized, part_of, stored_arrays
+from quartz_jax import schema
+from quartz_jax.conversion.model import abstract_quantized, leaf_name, part_of, stored_arrays
 from quartz_jax.conversion.report import Report
+from quartz_jax.engine.place import is_placed
 from quartz_jax.io.files import (
+    atomic_file,
     atomic_folder,
     check_apart,
     check_output,
     copy_synced,
+    hash_file,
     hash_files,
     recover_folder,
     tree_bytes,
+    unchanged,
 )
 from quartz_jax.recipes.recipe import Recipe
 
 M = TypeVar("M", bound=nnx.Module)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TRANSFORMER = "transformer"
 _MANIFEST = "quartz.json"
 # Files of the base that travel with its components; others may be large single-file weights.
 TEXTS = ("*.json", "*.md", "*.txt", "LICENSE*", "NOTICE*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationRecord:
+    """What statistics of a component's inputs were gathered from."""
+
+    prompts_sha256: str  # of the prompts, one a line
+    samples: int  # calls of the model
+    steps: tuple[int, ...]  # of sampling, those that calls were taken at
+    seed: int  # of the noise
+    propagate: bool  # whether blocks saw what the quantized blocks before them made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,21 +79,28 @@ class Component:
     config: dict[str, Any]  # its config.json
     base_sha256: str  # of the 16-bit model's safetensors files, see `hash_files`
     parts: dict[str, str]  # part to the SHA-256 of its files; "" for the component's own folder
+    calibration: CalibrationRecord | None = None  # None where the recipe needs none
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
         nested = {"recipe": self.recipe.to_json(), "report": self.report.to_json()}
-        return dataclasses.asdict(self) | nested
+        return schema.to_json(self) | nested
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Inverse of `to_json`; raises ValueError for a missing, unknown or malformed field."""
-        _check_fields(cls, value)
-        nested = {
-            "recipe": Recipe.from_json(value["recipe"]),
-            "report": Report.from_json(value["report"]),
-        }
-        return cls(**value | nested)
+        """Undo `to_json`; raises ValueError for a missing, unknown or malformed field."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(value, dict) or not names - {"calibration"} <= set(value) <= names:
+            raise ValueError("a component has missing or unknown fields")
+        found = value.get("calibration")
+        return cls(
+            recipe=Recipe.from_json(value["recipe"]),
+            report=Report.from_json(value["report"]),
+            config=schema.from_json(dict[str, Any], value["config"], "config"),
+            base_sha256=schema.from_json(str, value["base_sha256"], "base_sha256"),
+            parts=schema.from_json(dict[str, str], value["parts"], "parts"),
+            calibration=found and schema.from_json(CalibrationRecord, found, "calibration"),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +110,8 @@ class Manifest:
     components: dict[str, Component]  # the quantized ones, by folder
     base_name: str  # name of the 16-bit model's folder or file
     library_version: str  # of quartz-jax when it was written
+    # of everything else in the folder, by name: the SHA-256 of a file, or `hash_files` of a folder
+    carried: dict[str, str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -98,28 +125,30 @@ class Manifest:
         return self.components[TRANSFORMER].report
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON object."""
+        """Return a JSON object with a hash of itself."""
         components = {name: component.to_json() for name, component in self.components.items()}
-        return {
-            "format_version": self.format_version,
-            "library_version": self.library_version,
-            "base_name": self.base_name,
-            "components": components,
-        }
+        value = schema.to_json(self) | {"components": components}
+        return value | {"sha256": _hash_json(value)}
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Inverse of `to_json`; raises ValueError for a newer version or a malformed field."""
+        """Undo `to_json`; raises ValueError for a newer version or a malformed or changed field."""
         version = value.get("format_version") if isinstance(value, dict) else None
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise ValueError(f"format_version is {version!r}; expected 1 to {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {version}, but this quartz-jax reads up to {FORMAT_VERSION}; "
                 "install a newer one"
             )
-        value = _from_version_1(value) if version == 1 else value
-        _check_fields(cls, value)
+        value = _from_version_1(value) if version == 1 else dict(value)
+        if version >= 3 and value.pop("sha256", None) != _hash_json(value):
+            raise ValueError("it was changed since it was written: its sha256 isn't its own")
+        names = {field.name for field in dataclasses.fields(cls)}
+        names -= {"carried"} if version < 3 else set()
+        if set(value) != names:
+            odd = ", ".join(sorted(names ^ set(value)))
+            raise ValueError(f"missing or unknown fields: {odd}")
         if not isinstance(value["components"], dict) or TRANSFORMER not in value["components"]:
             raise ValueError("components must be a JSON object with a transformer")
         components = {
@@ -166,12 +195,45 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 
 def write_manifest(folder: Path, base_name: str, components: dict[str, Component]) -> Manifest:
-    """Write quartz.json, which makes a folder a checkpoint, and return its contents."""
+    """Write quartz.json, which makes a folder a checkpoint, and return its contents.
+
+    What else the folder holds by then is hashed.
+    """
+    carried = {
+        path.name: hash_files(path, "*") if path.is_dir() else hash_file(path)
+        for path in sorted(folder.iterdir())
+        if path.name not in components and path.name != _MANIFEST
+    }
     manifest = Manifest(
-        components=components, base_name=base_name, library_version=_library_version()
+        components=components,
+        base_name=base_name,
+        library_version=_library_version(),
+        carried=carried,
     )
-    (folder / _MANIFEST).write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
+    with atomic_file(folder / _MANIFEST) as partial:
+        partial.write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
     return manifest
+
+
+def check_carried(folder: Path | str, manifest: Manifest) -> None:
+    """Raise ValueError unless what a checkpoint carries along is what was written.
+
+    Files that nobody wrote there are left alone. A file that was checked before, and has had the
+    same size and time since, isn't read again.
+    """
+    folder = Path(folder)
+    for name, sha256 in manifest.carried.items():
+        path = folder / name
+        if not path.exists():
+            raise ValueError(f"{path} is missing; {folder} is incomplete")
+        if not unchanged(path, sha256):
+            raise ValueError(f"{path} is corrupt or was replaced: its SHA-256 isn't quartz.json's")
+
+
+def _hash_json(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, however it is laid out."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_part(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> str:
@@ -180,9 +242,27 @@ def write_part(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> st
     Raises:
       OSError: they can't be written.
     """
+    arrays = dict(sorted(arrays.items()))
     with _write_errors(folder):
-        ocp.save(folder.absolute(), dict(sorted(arrays.items())))
+        ocp.save(folder.absolute(), arrays)
+    # A path that the writer takes otherwise than the reader leaves a part that nobody can read.
+    try:
+        found = ocp.metadata(folder.absolute()).metadata
+    except (OSError, ValueError) as error:
+        raise OSError(f"{folder} can't be read back: {error}") from error
+    if {name: x.shape for name, x in found.items()} != {n: x.shape for n, x in arrays.items()}:
+        raise OSError(f"{folder} can't be read back; choose a path without brackets and the like")
     return hash_files(folder, "*")
+
+
+def read_part(folder: Path) -> dict[str, jax.Array]:
+    """Return the arrays of one part of this version, by dotted path of the model."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = ocp.metadata(folder.absolute()).metadata
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in shapes.items()
+    }
+    return ocp.load(folder.absolute(), wanted)
 
 
 def save(
@@ -208,8 +288,14 @@ def save(
       overwrite: replace a checkpoint that exists.
 
     Raises:
-      ValueError: the folder exists or can't be written, or base is no 16-bit model folder or in it.
+      ValueError: the model is placed, the folder exists or can't be written, or base is no 16-bit
+        model folder or in it.
     """
+    if is_placed(model):
+        raise ValueError(
+            "model is placed: its weights are in the order of some kernel; save the model that was "
+            "given to place"
+        )
     base, folder = Path(base).resolve(), Path(folder).resolve()
     index = _read_base(base, "model_index.json")
     config = _read_base(base, f"{TRANSFORMER}/config.json")
@@ -285,7 +371,7 @@ def load(
     graphdef, state = nnx.split(model)
     stored = _read(path, described.parts, stored_arrays(state))
     filled = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: stored[_name(path)].astype(leaf.dtype), nnx.to_pure_dict(state)
+        lambda path, leaf: stored[leaf_name(path)].astype(leaf.dtype), nnx.to_pure_dict(state)
     )
     nnx.replace_by_pure_dict(state, filled)
     return nnx.merge(graphdef, state), manifest
@@ -348,10 +434,6 @@ def _write_errors(folder: Path) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
 def _read(
     path: Path, parts: Mapping[str, str], expected: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
@@ -360,7 +442,8 @@ def _read(
         part: {name: x.shape for name, x in ocp.metadata(path / part).metadata.items()}
         for part in parts
     }
-    found = {name: shape for part in shapes.values() for name, shape in part.items()}
+    names = {found: now for part in shapes.values() for found, now in _names_now(part, expected)}
+    found = {names[name]: shape for part in shapes.values() for name, shape in part.items()}
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]
     problems += [
@@ -372,13 +455,22 @@ def _read(
         raise ValueError(f"{path}: {'; '.join(problems)}")
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = {}
-    for part, names in shapes.items():
-        wanted = {
-            name: jax.ShapeDtypeStruct(expected[name].shape, expected[name].dtype, sharding=place)
-            for name in names
-        }
-        arrays |= ocp.load(path / part, wanted)
+    for part, stored in shapes.items():
+        wanted = {}
+        for name in stored:
+            like = expected[names[name]]
+            wanted[name] = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=place)
+        loaded = ocp.load(path / part, wanted)
+        arrays |= {names[name]: array for name, array in loaded.items()}
     return arrays
+
+
+def _names_now(found: Iterable[str], expected: Container[str]) -> Iterator[tuple[str, str]]:
+    """Yield names of arrays and what they are called now; version 2 had others for 4-bit ints."""
+    for name in found:
+        base, _, leaf = name.rpartition(".")
+        now = {"values": f"{base}.codes", "scale": f"{base}.scales.scale"}.get(leaf, name)
+        yield name, name if name in expected or now not in expected else now
 
 
 def _from_version_1(value: dict[str, Any]) -> dict[str, Any]:
@@ -391,14 +483,6 @@ def _from_version_1(value: dict[str, Any]) -> dict[str, Any]:
     del component["sha256"]
     rest = {name: value[name] for name in whole - names}
     return rest | {"components": {TRANSFORMER: component}}
-
-
-def _check_fields(cls: type, value: Any) -> None:
-    names = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(value, dict):
-        raise ValueError(f"{cls.__name__.lower()} must be a JSON object")
-    if set(value) != names:
-        raise ValueError(f"missing or unknown fields: {', '.join(sorted(names ^ set(value)))}")
 
 
 def _read_base(base: Path, name: str) -> dict[str, Any]:

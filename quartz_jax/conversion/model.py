@@ -246,6 +246,7 @@ class Part:
     name: str  # such as "double_blocks.0"
     params: dict[str, jax.ShapeDtypeStruct]  # of the 16-bit model, by dotted path
     layers: dict[str, LayerRecipe]  # the linears to quantize, by dotted path
+    roles: dict[str, str]  # of those linears in the model
     arrays: dict[str, jax.ShapeDtypeStruct]  # as stored, by dotted path
 
     @property
@@ -279,7 +280,7 @@ class Part:
                 recipe,
                 (seen or {}).get(path),
             )
-            reports.append(report)
+            reports.append(dataclasses.replace(report, role=self.roles[path]))
             for prefix, tree in (("weight", fitted.weight), ("ops", fitted.ops)):
                 for leaf, value in jax.tree_util.tree_leaves_with_path(tree):
                     arrays[f"{path}.{prefix}.{leaf_name(leaf)}"] = np.asarray(value)
@@ -306,9 +307,12 @@ def plan_parts(model: nnx.Module, recipe: Recipe) -> list[Part]:
     Raises:
       ValueError: a rule matches nothing; it is named.
     """
+    found = sites(model)
+    assigned = recipe.assign(found)
     tables: dict[str, dict[str, Any]] = {
         "params": stored_arrays(nnx.state(model)),
-        "layers": recipe.assign(sites(model)),
+        "layers": assigned,
+        "roles": {site.path: site.role for site in found if site.path in assigned},
         "arrays": stored_arrays(nnx.state(quantize_shapes(model, recipe))),
     }
     names = sorted(set(map(part_of, tables["params"])), key=_natural_order)

@@ -2,7 +2,8 @@
 
 Memory holds two parts at most, the one that is quantized and the one that is read ahead. A killed
 conversion goes on where it was when it is run again; its arrays are those of an uninterrupted one
-(its files aren't: Orbax names and stamps them anew).
+(its files aren't: Orbax names and stamps them anew). A calibrated one holds its samples too, as
+they are between two blocks, and one block's statistics: see `calibrate`.
 """
 
 import collections
@@ -19,7 +20,9 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from quartz_jax.conversion import checkpoint
+from quartz_jax import schema
+from quartz_jax.conversion import calibrate, checkpoint
+from quartz_jax.conversion.calibrate import Calibration
 from quartz_jax.conversion.checkpoint import Component, Manifest
 from quartz_jax.conversion.model import Part, plan_parts
 from quartz_jax.conversion.report import LayerReport, Report
@@ -51,11 +54,26 @@ class Source:
     read: Callable[[str], np.ndarray]  # gives a parameter by dotted path, kernels [k, n]
     config: dict[str, Any]  # contents of its config.json
     files: tuple[Path, ...]  # the safetensors files that hold it
+    calibration: Calibration | None = None  # for recipes that are calibrated
 
     @functools.cached_property
     def parts(self) -> list[Part]:
-        """The parts to quantize; raises ValueError where a rule matches nothing."""
-        return plan_parts(self.model, self.recipe)
+        """The parts to quantize, in the order in which they are.
+
+        Raises:
+          ValueError: a rule matches nothing, or the recipe needs a calibration that isn't there or
+            that the model can't have.
+        """
+        parts = plan_parts(self.model, self.recipe)
+        if not any(layer.needs for part in parts for layer in part.layers.values()):
+            return parts
+        calibrate.check(self.model, self.recipe, parts, self.calibration)
+        return calibrate.in_order(self.model, parts)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its parts are quantized one after another, with statistics."""
+        return any(layer.needs for part in self.parts for layer in part.layers.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,9 +120,9 @@ class Conversion:
             stored = sum(part.bytes for part in source.parts)
             before = sum(part.bytes_bf16 for part in source.parts)
             rows = [
-                (path, str(rule.weight), str(rule.activation), *_layer_bytes(part, path))
+                (path, layer.words(), str(layer.activation or "bf16"), *_layer_bytes(part, path))
                 for part in source.parts
-                for path, rule in part.layers.items()
+                for path, layer in part.layers.items()
             ]
             kept = stored - sum(row[3] for row in rows)
             rows.append(("everything else", "bf16", "bf16", kept, kept))
@@ -165,43 +183,92 @@ class Conversion:
             "format_version": checkpoint.FORMAT_VERSION,
             "recipes": {source.name: source.recipe.to_json() for source in self.sources},
             "configs": {source.name: source.config for source in self.sources},
+            "calibration": {
+                source.name: schema.to_json(source.calibration.record)
+                for source in self.sources
+                if source.calibration and source.calibrated
+            },
             "files": [[str(x), x.stat().st_size, x.stat().st_mtime_ns] for x in files],
             "carried": [[item.name, item.bytes] for item in self.carried],
         }
 
     def _write_parts(self, work: WorkFolder, progress: bool) -> None:
-        jobs = [(source, part) for source in self.sources for part in source.parts]
-        todo = collections.deque(job for job in jobs if not _is_finished(work, *job))
-        total, left = (sum(part.bytes_bf16 for _, part in x) for x in (jobs, todo))
-        bar = {"total": total, "initial": total - left, "unit": "B", "unit_scale": True}
+        total = sum(part.bytes_bf16 for source in self.sources for part in source.parts)
+        done = sum(
+            part.bytes_bf16
+            for source in self.sources
+            for part in source.parts
+            if _is_finished(work, source, part)
+        )
+        bar = {"total": total, "initial": done, "unit": "B", "unit_scale": True}
         with (
             ThreadPoolExecutor(1, "read") as reader,
             tqdm(desc="quantizing", disable=not progress, **bar) as shown,
         ):
-            ahead = _read_ahead(reader, todo)
-            while todo:
-                source, part = todo.popleft()
-                params = ahead.result()
-                ahead = _read_ahead(reader, todo)
-                _write_part(work, source.name, part, params)
-                shown.update(part.bytes_bf16)
+            for source in self.sources:
+                write = _write_calibrated if source.calibrated else _write_plain
+                write(work, source, reader, shown)
 
 
-def _read_ahead(reader: ThreadPoolExecutor, todo: collections.deque) -> Future | None:
+def _write_plain(work: WorkFolder, source: Source, reader: ThreadPoolExecutor, shown: tqdm) -> None:
+    """Write the parts of a component that aren't there yet."""
+    todo = collections.deque(x for x in source.parts if not _is_finished(work, source, x))
+    ahead = _read_ahead(reader, source, todo)
+    while todo:
+        part = todo.popleft()
+        params = ahead.result()
+        ahead = _read_ahead(reader, source, todo)
+        _write_part(work, source.name, part, params)
+        shown.update(part.bytes_bf16)
+
+
+def _write_calibrated(
+    work: WorkFolder, source: Source, reader: ThreadPoolExecutor, shown: tqdm
+) -> None:
+    """Write the parts in their order, each with statistics of what those before it made.
+
+    Parts that are there already only hand the samples on.
+    """
+    assert source.calibration is not None
+    todo = collections.deque(source.parts)
+    last = max((i for i, x in enumerate(todo) if not _is_finished(work, source, x)), default=-1)
+    if last < 0:
+        return
+    samples = source.calibration.load(work.records / f"{source.name}.samples.npz")
+    run = calibrate.BlockRun(source.model, samples)
+    ahead = _read_ahead(reader, source, todo)
+    for _ in range(last + 1):
+        part = todo.popleft()
+        params = ahead.result()
+        ahead = _read_ahead(reader, source, todo)
+        folder = work.contents / source.name / part.name
+        if not _is_finished(work, source, part):
+            seen = run.observe(part, params)
+            _write_part(work, source.name, part, params, seen)
+            shown.update(part.bytes_bf16)
+        quantized = None
+        if source.calibration.record.propagate and part.layers:
+            quantized = functools.partial(checkpoint.read_part, folder)
+        run.advance(part, params, source.recipe, quantized)
+
+
+def _read_ahead(reader: ThreadPoolExecutor, source: Source, todo: collections.deque) -> Future:
     """Start to read the next part's parameters."""
-    if not todo:
-        return None
-    source, part = todo[0]
-    return reader.submit(lambda: {path: source.read(path) for path in part.params})
+    part = todo[0] if todo else None
+    return reader.submit(
+        lambda: {path: source.read(path) for path in (part.params if part else ())}
+    )
 
 
-def _write_part(work: WorkFolder, component: str, part: Part, params: dict) -> None:
+def _write_part(
+    work: WorkFolder, component: str, part: Part, params: dict, seen: dict | None = None
+) -> None:
     folder = work.contents / component / part.name
-    arrays, layers = part.quantize(params)
+    arrays, layers = part.quantize(params, seen)
     folder.parent.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     sha256 = checkpoint.write_part(folder, arrays)
-    layers = [dataclasses.asdict(layer) for layer in layers]
+    layers = [schema.to_json(layer) for layer in layers]
     work.write_record(f"{component}.{part.name}", {"sha256": sha256, "layers": layers})
 
 
@@ -251,7 +318,9 @@ def _hash_once(file: Path, work: WorkFolder) -> str:
 def _component(source: Source, work: WorkFolder, base_sha256: str) -> Component:
     records = {part.name: work.read_record(f"{source.name}.{part.name}") for part in source.parts}
     layers = [
-        LayerReport.from_json(layer) for record in records.values() for layer in record["layers"]
+        schema.from_json(LayerReport, layer)
+        for record in records.values()
+        for layer in record["layers"]
     ]
     elements_bf16 = sum(part.bytes_bf16 for part in source.parts)
     other = elements_bf16 - sum(layer.bytes_bf16 for layer in layers)
@@ -261,6 +330,7 @@ def _component(source: Source, work: WorkFolder, base_sha256: str) -> Component:
         config=source.config,
         base_sha256=base_sha256,
         parts={name: record["sha256"] for name, record in records.items()},
+        calibration=source.calibration.record if source.calibration and source.calibrated else None,
     )
 
 

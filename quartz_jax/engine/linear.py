@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import functions
+from pallas_kernels.arguments import CHOICES
 from pallas_kernels.functions import Norm, Part
 from pallas_kernels.matmul import PreparedWeights, reference
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, int8_values
@@ -102,14 +103,14 @@ class QuantizedLinear(nnx.Module):
             x = x.astype(self.dtype)
         rows, leading = _rows(x)
         if modulation is None:
-            return Given(rows=rows), leading
+            return Given(rows=rows, leading=leading), leading
         shift, scale = (part.astype(jnp.float32) for part in modulation)
         norm = Norm(shift=shift, scale=1 + scale, epsilon=self.norm_epsilon)
         if shift.size == self.in_features:
             norm = dataclasses.replace(norm, shift=shift.reshape(-1), scale=norm.scale.reshape(-1))
-            return Given(rows=rows, norm=norm), leading
+            return Given(rows=rows, leading=leading, norm=norm), leading
         whole = functions.modulate(functions.join(rows).reshape(*leading, -1), norm)
-        return Given(rows=whole.reshape(-1, whole.shape[-1])), leading
+        return Given(rows=whole.reshape(-1, whole.shape[-1]), leading=leading), leading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,7 @@ class Given:
     """The input of a product as it is handed to the quantize pass: what is still to be done."""
 
     rows: jax.Array | tuple[Part, ...]  # [m, k], or parts of it
+    leading: tuple[int, ...] = (-1,)  # axes that m stands for: tokens last, images before
     norm: Norm | None = None  # of [k]
     multiplier: jax.Array | None = None  # float32 [k]
     rotation: int | None = None  # channels of a block
@@ -136,9 +138,18 @@ class Given:
             x = channels.rotate(x.astype(jnp.float32), self.rotation)
         return x
 
+    def images(self, format: Format) -> jax.Array:
+        """Return the input as a format takes it: images apart if rows share something there."""
+        x = self.value()
+        return x if format.rows_apart else x.reshape(*self.leading, x.shape[-1])
+
+    def behind(self, rows: jax.Array) -> "Given":
+        """Return rows [m, k] for which nothing is left to be done."""
+        return Given(rows=rows, leading=self.leading)
+
     def quantized(self, format: Format) -> Stored:
         """Return the input in a format; 4-bit codes come decoded, as matmuls want them."""
-        if isinstance(format, Quartz) and format.scale_block is None:
+        if _passes_quartz(format):
             kind = {"bits": 4, "group_size": format.group_size, "rounding": format.rounding}
             kind |= {"range": format.range, "step": format.step, "levels": format.levels}
         elif isinstance(format, Int) and format.is_operand:
@@ -147,7 +158,7 @@ class Given:
             # The scale, a block's step and the rounding must see the same numbers. Without the
             # barrier QuaRTZ's error grew by a quarter on an H100 (JAX 0.11.2), presumably since
             # XLA computes what comes before anew for each, in other roundings.
-            return format.store(jax.lax.optimization_barrier(self.value()))
+            return format.store(jax.lax.optimization_barrier(self.images(format)))
         return quantize_and_decode(
             self.rows,
             norm=self.norm,
@@ -159,7 +170,7 @@ class Given:
     def scaled(self, factor: jax.Array) -> "Given":
         """Return it with channels multiplied by factors [k]: in the norm, where there is one."""
         if self.rotation is not None:
-            return Given(rows=channels.scale_channels(self.value(), factor))
+            return self.behind(channels.scale_channels(self.value(), factor))
         if self.multiplier is not None:
             return dataclasses.replace(self, multiplier=self.multiplier * factor)
         if self.norm is None:
@@ -173,7 +184,7 @@ class Given:
         """Return it with blocks of channels rotated, in the pass if that has the size."""
         if self.rotation is None and size in channels.SIZES:
             return dataclasses.replace(self, rotation=size)
-        return Given(rows=channels.rotate(self.value().astype(jnp.float32), size))
+        return self.behind(channels.rotate(self.value().astype(jnp.float32), size))
 
 
 def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Given, Epilogue]:
@@ -191,16 +202,16 @@ def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Give
             whole = given.value()
             taken = whole[:, op.index].astype(dtype)
             epilogue = _with_branch(epilogue, taken, op.weight.astype(dtype))
-            given = Given(rows=whole.at[:, op.index].set(0))
+            given = given.behind(whole.at[:, op.index].set(0))
         elif isinstance(op, Offset):
-            bias = op.back if epilogue.bias is None else epilogue.bias.astype(jnp.float32) + op.back
-            given = Given(rows=given.value().astype(jnp.float32) + op.amount)
+            bias = op.bias if epilogue.bias is None else epilogue.bias.astype(jnp.float32) + op.bias
+            given = given.behind(given.value().astype(jnp.float32) + op.amount)
             epilogue = dataclasses.replace(epilogue, bias=bias)
         else:
             x, added = op(given.value().astype(jnp.float32))
             if added is not None:
                 raise ValueError(f"{type(op).__name__} adds to the output, and nothing runs that")
-            given = Given(rows=x)
+            given = given.behind(x)
     return given, epilogue
 
 
@@ -223,14 +234,22 @@ def product(
         return _weight_only(given.value().astype(given.dtype), weight, epilogue)
     if how_it_runs(weight, activation) == "simulated":
         # A format without an operand: what it makes of the input, in float32, and never packed.
-        x = activation(jax.lax.optimization_barrier(given.value()))
-        return reference.finish(simulated_dot(x, dequantize(weight)), epilogue)
+        x = activation(jax.lax.optimization_barrier(given.images(activation)))
+        y = simulated_dot(x.reshape(-1, x.shape[-1]), dequantize(weight))
+        return reference.finish(y, epilogue)
     return multiply(given.quantized(activation), weight, epilogue)
 
 
 def how_it_runs(weight: Stored | PreparedWeights, activation: Format | None) -> str:
     """Return how a layer computes: what `execution` says, or "weight-only"."""
     return "weight-only" if activation is None else _execution(weight, activation)
+
+
+def _passes_quartz(format: Format) -> bool:
+    """Whether the quantize pass has a QuaRTZ format."""
+    if not isinstance(format, Quartz) or format.scale_block is not None:
+        return False
+    return format.group_size in CHOICES["group_size"]
 
 
 def _execution(weight: Stored | PreparedWeights, activation: Format) -> str:

@@ -156,13 +156,15 @@ def _in_bf16(x: BlockRows, w: BlockRows) -> jax.Array:
 
 
 def _multiply_blocks(
-    x: Int8Rows | PackedRows,
-    w: Int8Rows | PackedRows,
+    x: Stored,
+    w: Stored,
     epilogue: Epilogue,
     implementation: Implementation,
 ) -> jax.Array:
     """Add up one matmul for each scale block, x [m, k], scales [m, 1 or blocks]."""
     block = _block(x) or _block(w)
+    x, w = row_operand(x), row_operand(w)
+    assert x is not None and w is not None
     values, x_scale, x_lo = jax.tree.map(_flatten, (int8_values(x), x.scale, x.lo))
     blocks = -(-values.shape[1] // block)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -106,12 +107,21 @@ def calibration_samples(
     noise: jax.Array,  # [prompts, tokens, channels], as `initial_noise` gives it
     options: SamplingOptions,
     batch: int,
+    steps: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Return what the transformer is called with on its way from noise to images.
 
     These are keyword arguments, on the host, one entry a batch and step, for
     `engine.observe.observe`. Deferred models are loaded once each, the encoders first. True
     classifier-free guidance is left out.
+
+    Args:
+      pipeline: of the 16-bit model.
+      prompts: an image each.
+      noise: to start from.
+      options: of sampling.
+      batch: images at a time.
+      steps: those of which entries are returned, from 0 up; None for all.
     """
     parts = [slice(start, start + batch) for start in range(0, len(prompts), batch)]
     encoders = _kept(pipeline, "text_encoder", "text_encoder_2")
@@ -120,7 +130,8 @@ def calibration_samples(
     sampler, samples = _kept(pipeline, "transformer"), []
     for part, texts in zip(tqdm(parts, "sampling", unit="batch"), encoded, strict=True):
         path = _walk(sampler, texts, noise[part], options)
-        samples += _arguments(sampler, path, options)
+        entries = _arguments(sampler, path, options)
+        samples += entries if steps is None else [entries[step] for step in steps]
     return samples
 
 

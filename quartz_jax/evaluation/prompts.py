@@ -25,8 +25,10 @@ def read_prompts(path: Path, count: int) -> Prompts:
     deepcompressor's MJHQ.py): ids in the file's order, shuffled by Python's generator of seed 0,
     the first `count`, sorted. Prompts are in the sample's order, in the file's if all are taken.
 
+    A byte order mark at the start, as Windows' editors write it, is no part of a prompt.
+
     Raises:
-      ValueError: there is no prompt, or a .json file isn't of the form.
+      ValueError: there is no prompt, the file isn't UTF-8, or a .json file isn't of the form.
     """
     if path.suffix != ".json":
         return Prompts(texts=_repeated(read_lines(path), count), images=None)
@@ -44,11 +46,10 @@ def read_lines(path: Path) -> list[str]:
     """Return the prompts of a text file, one a line; blank lines are left out.
 
     Raises:
-      ValueError: it holds none.
+      ValueError: it holds none, or isn't UTF-8.
       OSError: it can't be read.
     """
-    text = path.read_text(encoding="utf-8-sig")
-    return check_prompts([line for line in text.splitlines() if line.strip()])
+    return check_prompts([line for line in _read_text(path).splitlines() if line.strip()])
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
@@ -60,11 +61,22 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     return list(prompts)
 
 
+def _read_text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"prompts {path} can't be read: it is no regular file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts {path} isn't UTF-8, save it as that: {error}") from None
+
+
 def _read_entries(path: Path) -> dict[str, dict[str, str]]:
     form = f'{path} must be an object {{"id": {{"category": "...", "prompt": "..."}}, ...}}'
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+        entries = json.loads(_read_text(path))
+    except RecursionError:
+        raise ValueError(f"{form}; it is nested too deeply") from None
+    except json.JSONDecodeError as error:
         raise ValueError(f"{form}; it is no JSON: {error}") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{form}; it is a {type(entries).__name__}")
@@ -72,6 +84,8 @@ def _read_entries(path: Path) -> dict[str, dict[str, str]]:
         found = entry if isinstance(entry, dict) else {}
         if not all(isinstance(found.get(key), str) for key in ("category", "prompt")):
             raise ValueError(f"{form}; entry {name!r} isn't")
+        if any("\ud800" <= letter <= "\udfff" for letter in found["prompt"]):
+            raise ValueError(f"{form}; the prompt of {name!r} isn't valid Unicode")
     return entries
 
 

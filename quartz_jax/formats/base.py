@@ -127,7 +127,7 @@ class Format(abc.ABC):
           kept: leaves [..., blocks, 1], or [..., 1, 1] for those of whole rows.
           k: elements of a row, of which the codes hold whole blocks.
         """
-        flat = codes.reshape(*codes.shape[:-2], -1)
+        flat = join(codes)
         width = k if self.block is None else flat.shape[-1]
         if self.code_bits == 4:
             stored, padding = codec.pack(flat[..., :width].astype(jnp.int8)), width + width % 2 - k
@@ -179,8 +179,8 @@ def _round_trip(x: jax.Array, format: Format) -> jax.Array:
     y = format.round(blocks, outer, inner)
     k = x.shape[-1]
     if format.scale_block:
-        y = y.reshape(*y.shape[:-2], -1)[..., : format.scale_block]
-    return y.reshape(*x.shape[:-1], -1)[..., :k]
+        y = join(y)[..., : format.scale_block]
+    return join(y)[..., :k]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -198,7 +198,12 @@ def pad(x: jax.Array, multiple: int, mode: str = "edge") -> jax.Array:
 
 def split(x: jax.Array, size: int) -> jax.Array:
     """Cut the last axis into pieces, [..., k] to [..., k / size, size]."""
-    return x.reshape(*x.shape[:-1], -1, size)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
+def join(x: jax.Array) -> jax.Array:
+    """Undo `split`: [..., pieces, size] to [..., pieces * size]."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def absmax(x: jax.Array) -> jax.Array:

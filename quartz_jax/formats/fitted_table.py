@@ -1,6 +1,7 @@
 """A table of 16 levels fitted to the tensor, under int8: comfy-kitchen's asym_w4a8_int8."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -109,11 +110,12 @@ def _fit(
 ) -> jax.Array:
     """Return 16 Lloyd-Max levels of each tensor, ascending, [..., 1, 16] or [16]."""
     leading = t.shape[:-3]
-    values = t.reshape(*leading, -1)
+    values = t.reshape(math.prod(leading), math.prod(t.shape[-3:]))
+    if not values.size:
+        return jnp.zeros((*leading, 1, _LEVELS))
     # An odd stride, so that every place in a block is met.
     stride = max(values.shape[-1] // _SAMPLES, 1) | 1
-    sample = jnp.sort(values[..., ::stride]).reshape(-1, len(range(0, values.shape[-1], stride)))
-    table = jax.vmap(_lloyd)(sample).reshape(*leading, _LEVELS)
+    table = jax.vmap(_lloyd)(jnp.sort(values[:, ::stride])).reshape(*leading, _LEVELS)
     return table[..., None, :] if t.ndim > 2 else table
 
 

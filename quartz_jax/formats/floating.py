@@ -164,7 +164,8 @@ class TwoLevel(E2M1):
 
     def outer(self, rows: jax.Array) -> Scales:
         """Return g, the same for all rows of a tensor."""
-        peak = jnp.max(jnp.abs(rows), axis=tuple(range(-min(rows.ndim, 2), 0)), keepdims=True)
+        tensor = tuple(range(-min(rows.ndim, 2), 0))
+        peak = jnp.max(jnp.abs(rows), axis=tensor, keepdims=True, initial=0)
         # The barrier keeps XLA from multiplying by a rounded 1 / 2688 instead.
         largest = lax.optimization_barrier(jnp.float32(self._largest_scale * E2M1_MAX))
         return jnp.broadcast_to(peak / largest, (*rows.shape[:-1], 1))

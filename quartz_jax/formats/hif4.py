@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from quartz_jax.formats.base import Format, Kept, Scales, absmax, pad, split
+from quartz_jax.formats.base import Format, Kept, Scales, absmax, join, pad, split
 from quartz_jax.formats.floating import floor_log2, power_of_two
 from quartz_jax.schema import part
 
@@ -37,13 +37,13 @@ class HiF4(Format):
         """Return scale, e8 and e4 of each four; blocks [..., all of a row, 4]."""
         count = blocks.shape[-2]
         peaks = pad(absmax(blocks)[..., 0], _FOURS, "constant")
-        by_4 = peaks.reshape(*peaks.shape[:-1], -1, _FOURS)
+        by_4 = split(peaks, _FOURS)
         by_8 = jnp.repeat(jnp.max(split(by_4, 2), axis=-1), 2, axis=-1)
         scale = _round_e6m2(jnp.max(by_4, axis=-1, keepdims=True) / _LARGEST)
         e8 = by_8 >= 4 * scale
         e4 = by_4 >= 2 * scale * jnp.where(e8, 2, 1)
         scale = jnp.broadcast_to(scale, by_4.shape)
-        return tuple(leaf.reshape(*peaks.shape)[..., :count, None] for leaf in (scale, e8, e4))
+        return tuple(join(leaf)[..., :count, None] for leaf in (scale, e8, e4))
 
     def encode(self, values: jax.Array, outer: Scales, inner: Scales) -> jax.Array:
         """Return quarters in two's complement, int32."""
@@ -75,24 +75,31 @@ class HiF4(Format):
         by_8, by_4 = (pad(scales[name], _FOURS, "constant") for name in ("by_8", "by_4"))
         return {
             "scale": scales["scale"][..., ::_FOURS],
-            "by_8": jnp.packbits(by_8[..., ::2], axis=-1, bitorder="little"),
-            "by_4": jnp.packbits(by_4, axis=-1, bitorder="little"),
+            "by_8": _pack_bits(by_8[..., ::2]),
+            "by_4": _pack_bits(by_4),
         }
 
     def unpack_scales(self, stored: Kept, blocks: int) -> Kept:
         """Undo `pack_scales`."""
-        by_8, by_4 = (
-            jnp.unpackbits(stored[name], axis=-1, bitorder="little") for name in ("by_8", "by_4")
-        )
         scales = {
             "scale": jnp.repeat(stored["scale"], _FOURS, axis=-1),
-            "by_8": jnp.repeat(by_8, 2, axis=-1),
-            "by_4": by_4,
+            "by_8": jnp.repeat(_unpack_bits(stored["by_8"]), 2, axis=-1),
+            "by_4": _unpack_bits(stored["by_4"]),
         }
         return {name: leaf[..., :blocks] for name, leaf in scales.items()}
 
     def __str__(self):
         return "hif4"
+
+
+def _pack_bits(bits: jax.Array) -> jax.Array:  # uint8 [..., 8 n]
+    """Return eight bits a byte, the lowest first, uint8 [..., n]."""
+    return jnp.sum(split(bits, 8) << jnp.arange(8, dtype=jnp.uint8), axis=-1, dtype=jnp.uint8)
+
+
+def _unpack_bits(packed: jax.Array) -> jax.Array:  # uint8 [..., n]
+    """Undo `_pack_bits`."""
+    return join((packed[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1)
 
 
 def _exponents(e8: jax.Array, e4: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from quartz_jax.formats.base import (
     absmax,
     check_block,
     check_choice,
+    join,
     multiplier_and_scale,
 )
 from quartz_jax.formats.tensors import Stored
@@ -111,7 +112,7 @@ class Int(Format):
         """Return int8 rows where kernels multiply them, else rows in blocks."""
         if not self.is_operand:
             return super().assemble(codes, kept, k)
-        wide = codes.reshape(*codes.shape[:-2], -1)
+        wide = join(codes)
         values = wide if self.range == "absmax" else wide - 128
         scales = {name: leaf[..., 0] for name, leaf in kept.items()}
         return Int8Rows(values=values.astype(jnp.int8), scale=scales["scale"], lo=scales.get("lo"))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels import codec
 from pallas_kernels.arguments import check_choices
 from pallas_kernels.operands import PackedRows
-from quartz_jax.formats.base import Format, Kept, Scales, check_block
+from quartz_jax.formats.base import Format, Kept, Scales, check_block, join
 from quartz_jax.schema import part
 
 
@@ -97,18 +97,15 @@ class Quartz(Format):
 
     def assemble(self, codes: jax.Array, kept: Kept, k: int) -> PackedRows:
         """Return packed rows; codes int32 [..., groups, group_size]."""
-        leading = codes.shape[:-2] if self.scale_block is None else codes.shape[:-3]
         padding = -k % self.group_size
         groups = (k + padding) // self.group_size
         # Groups that lie past k fill the last scale block only in the making.
-        flat = codes.reshape(*leading, -1)[..., : k + padding]
-        inside = jnp.arange(k + padding) < k
-        shifts = kept["shifts"].reshape(*leading, -1)[..., :groups]
-        row = {name: kept[f"row_{name}"] for name in ("scale", "lo") if f"row_{name}" in kept}
+        flat = jnp.where(jnp.arange(k + padding) < k, self._row(codes)[..., : k + padding], 0)
         return PackedRows(
-            codes=codec.pack(jnp.where(inside, flat, 0).astype(jnp.uint8)),
-            shifts=codec.pack(shifts),
-            **{name: leaf.reshape(*leading, -1) for name, leaf in row.items()},
+            codes=codec.pack(flat.astype(jnp.uint8)),
+            shifts=codec.pack(self._row(kept["shifts"])[..., :groups]),
+            scale=self._row(kept["row_scale"]),
+            lo=self._row(kept["row_lo"]) if "row_lo" in kept else None,
             group_size=self.group_size,
             step=self.step,
             levels=self.levels,
@@ -116,6 +113,10 @@ class Quartz(Format):
             scale_block=self.scale_block,
             padding=padding,
         )
+
+    def _row(self, leaf: jax.Array) -> jax.Array:
+        """Join what groups [..., groups, size] hold, of each scale block if there are any."""
+        return join(leaf) if self.scale_block is None else join(join(leaf))
 
     def __str__(self):
         words = ["quartz", f"g{self.group_size}"]

@@ -6,8 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import CHOICES
 from pallas_kernels.operands import int8_values
-from quartz_jax.formats.base import Format
+from quartz_jax.formats.base import Format, join
 from quartz_jax.formats.quartz import Quartz
 from quartz_jax.formats.tensors import BlockRows, Int8Rows, PackedRows, Stored
 
@@ -86,9 +87,13 @@ def dequantize(q: Stored, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 def row_operand(stored: Stored) -> PackedRows | Int8Rows | None:
     """Return what kernels multiply of a stored tensor, or None where it has no such form.
 
-    Integers of up to 8 bits with one symmetric scale a row are int8 rows whatever their width;
+    Groups of a size that kernels lack are decoded. Integers of up to 8 bits with one symmetric scale a row are int8 rows whatever their width;
     other formats are if they decode to such integers, `Format.exact_8`.
     """
+    if isinstance(stored, PackedRows) and not (
+        stored.scale_block or stored.group_size in CHOICES["group_size"]
+    ):
+        return Int8Rows(values=int8_values(stored), scale=stored.scale, lo=stored.lo)
     if not isinstance(stored, BlockRows):
         return stored
     found = stored.format.exact_8(*stored.format.disassemble(stored))
@@ -109,7 +114,7 @@ def exact_16(stored: BlockRows) -> tuple[jax.Array, jax.Array] | None:
 
 def _rows(blocks: jax.Array, stored: BlockRows) -> jax.Array:
     """Join blocks [..., blocks, block] to the rows of a tensor, [..., k]."""
-    return blocks.reshape(*blocks.shape[:-2], -1)[..., : stored.k]
+    return join(blocks)[..., : stored.k]
 
 
 def _per_element(scale: jax.Array, q: PackedRows | Int8Rows) -> jax.Array:

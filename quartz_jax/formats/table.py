@@ -12,22 +12,22 @@ from quartz_jax.schema import part
 # Ascending levels, a table a row; see `Table` for how they were found.
 TABLES = np.array(
     [
-        [-8, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8],
-        [-11, -10, -9, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6],
-        [-13, -10, -7, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 9, 13, 17],
-        [-18, -14, -10, -7, -4, -3, -2, -1, 0, 1, 2, 3, 6, 8, 11, 15],
-        [-18, -14, -10, -7, -4, -2, -1, 0, 1, 2, 3, 5, 7, 9, 12, 15],
-        [-22, -17, -12, -9, -7, -5, -2, -1, 0, 1, 2, 4, 7, 10, 15, 21],
-        [-27, -20, -15, -12, -9, -6, -3, -1, 0, 1, 2, 4, 7, 10, 14, 19],
-        [-33, -25, -18, -15, -12, -9, -6, -3, 0, 3, 6, 9, 13, 16, 22, 28],
-        [-40, -30, -22, -17, -12, -9, -6, -3, 0, 3, 6, 9, 12, 17, 24, 31],
-        [-44, -34, -25, -20, -15, -10, -5, -2, 1, 4, 7, 10, 15, 20, 26, 36],
-        [-61, -48, -36, -27, -20, -13, -8, -3, 1, 6, 11, 17, 24, 31, 42, 53],
-        [-67, -51, -38, -29, -22, -15, -8, -3, 2, 7, 14, 21, 29, 38, 49, 65],
-        [-75, -54, -41, -32, -23, -16, -9, -2, 3, 9, 16, 24, 33, 43, 57, 76],
-        [-58, -44, -33, -25, -18, -11, -4, 3, 10, 19, 28, 37, 48, 67, 85, 103],
-        [-110, -89, -68, -49, -34, -21, -10, -1, 6, 15, 26, 39, 54, 73, 94, 124],
-        [-126, -98, -83, -61, -46, -34, -25, -16, -8, -1, 6, 13, 22, 33, 46, 61],
+        [-10, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 9],
+        [-19, -14, -11, -8, -5, -3, -2, -1, 0, 1, 2, 5, 8, 11, 14, 19],
+        [-28, -22, -17, -13, -10, -7, -4, -1, 1, 4, 7, 10, 13, 17, 22, 28],
+        [-34, -26, -21, -16, -11, -8, -5, -2, 1, 4, 7, 10, 15, 20, 26, 34],
+        [-41, -31, -24, -19, -14, -9, -5, -2, 1, 4, 9, 14, 19, 24, 31, 41],
+        [-49, -38, -29, -22, -17, -12, -7, -2, 2, 7, 12, 17, 22, 29, 37, 50],
+        [-61, -45, -36, -28, -21, -14, -7, -2, 3, 8, 14, 21, 28, 37, 46, 60],
+        [-68, -51, -40, -30, -21, -14, -8, -3, 2, 8, 15, 22, 30, 41, 54, 66],
+        [-64, -49, -38, -29, -20, -14, -9, -4, 1, 6, 13, 21, 29, 38, 49, 71],
+        [-73, -56, -44, -33, -23, -16, -9, -4, 1, 6, 13, 20, 28, 37, 48, 64],
+        [-54, -40, -32, -25, -18, -11, -6, -1, 4, 10, 17, 25, 33, 44, 56, 78],
+        [-81, -58, -45, -34, -25, -17, -10, -3, 2, 9, 16, 24, 33, 42, 53, 72],
+        [-87, -66, -52, -40, -29, -20, -11, -4, 3, 12, 21, 30, 39, 49, 62, 87],
+        [-103, -76, -59, -46, -35, -24, -13, -4, 5, 14, 25, 36, 49, 62, 80, 109],
+        [-114, -90, -61, -42, -27, -16, -7, 0, 7, 16, 27, 38, 53, 71, 95, 125],
+        [-126, -96, -72, -49, -32, -19, -8, -1, 4, 11, 20, 31, 43, 58, 79, 100],
     ],
     np.int8,
 )
@@ -46,10 +46,12 @@ class Table(Format):
     The tables: Gaussian, Laplace and Student-t rows (3 degrees of freedom) of 1024, 3072 and 12288
     elements, in equal parts, scaled to a maximum of 127. Blocks of 16 go to the table of least
     squared error; each table then becomes the integer levels of least error for its elements
-    (1-D k-means, exact by dynamic programming over 255 values); and so on until nothing changes.
-    An element's error counts 1 / (sum of the row's squares), over the squared error that
-    stretched levels have on its distribution. Then, again and again, a table that gains least was
-    replaced by a scaled copy of one with much error, and the result kept if it was better.
+    (1-D k-means, exact by dynamic programming over 255 values); and so on, over and over. A
+    squared error counts 1 / (sum of the row's squares), over what stretched levels have on its
+    distribution. From the best of three starts, a table that gained little was replaced by a
+    scaled copy of one with much error, all were found anew, and the result kept if it was better,
+    32 times. Relative error of rows of 3072: .0726 Gaussian, .0789 Laplace, .0945 Student-t
+    (stretched levels, searched: .0796, .0926, .1157).
     """
 
     block: int = 16  # elements that share a table; the tables were made for 16

@@ -1,5 +1,6 @@
 """Outputs that are checked before any work and appear complete or not at all; hashes."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -239,7 +240,7 @@ def tree_bytes(path: Path) -> int:
 
 def hash_files(folder: Path, pattern: str) -> str:
     """Return the SHA-256, in hex, of the names and contents of the files below a folder."""
-    files = sorted(file for file in folder.rglob(pattern) if file.is_file())
+    files = sorted(x for x in folder.rglob(pattern) if x.is_file() and not is_system_file(x))
     return join_hashes((file.relative_to(folder).as_posix(), hash_file(file)) for file in files)
 
 
@@ -247,6 +248,37 @@ def hash_file(file: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def unchanged(path: Path, sha256: str) -> bool:
+    """Whether a file, or a folder as `hash_files` sees it, has a hash.
+
+    The answer yes is kept in the user's cache together with sizes and times, and no file is read
+    again as long as those are the same.
+    """
+    inside = sorted(x for x in path.rglob("*") if x.is_file() and not is_system_file(x))
+    files = [path] if path.is_file() else inside
+    stamps = [[str(x.absolute()), x.stat().st_size, x.stat().st_mtime_ns] for x in files]
+    key = hashlib.sha256(json.dumps([sha256, stamps]).encode()).hexdigest()
+    note = cache_folder() / "unchanged" / key
+    if note.exists():
+        return True
+    found = hash_file(path) if path.is_file() else hash_files(path, "*")
+    if found == sha256:
+        with contextlib.suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+    return found == sha256
+
+
+def is_system_file(path: Path) -> bool:
+    """Whether an operating system puts a file of this name anywhere, unasked."""
+    return path.name.startswith("._") or path.name in (".DS_Store", "Thumbs.db", "desktop.ini")
+
+
+def cache_folder() -> Path:
+    """Return where this user's caches of quartz-jax are."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartz-jax"
 
 
 def join_hashes(hashes: Iterable[tuple[str, str]]) -> str:

@@ -40,16 +40,52 @@ def square(
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image of any format that Pillow knows, upright, RGB.
+    """Read an image of any format that Pillow knows, upright, RGB of 8 bits.
+
+    Greys of 16 bits are scaled. Transparent pixels are put on white, as what is hidden under them
+    was never seen.
 
     Raises:
-      ValueError: it can't be read.
+      ValueError: it can't be read, or its pixels are numbers whose range the file doesn't say.
     """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"image {path} can't be read: it is no regular file")
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} can't be read: {error}") from None
+            shallow = _to_8_bits(ImageOps.exif_transpose(image), image.format)
+            return _on_white(shallow) if shallow.has_transparency_data else shallow.convert("RGB")
+    except Exception as error:  # Pillow raises whatever its readers happen to
+        told = str(error) or type(error).__name__
+        raise ValueError(f"image {path} can't be read: {told}") from None
+
+
+def _to_8_bits(image: Image.Image, format: str | None) -> Image.Image:
+    """Return greys of 16 bits scaled to 8, others as they are.
+
+    Raises:
+      ValueError: pixels are integers of 32 bits or floats.
+    """
+    # Of PNG and PGM, Pillow may give 16 bits in a mode of 32.
+    if image.mode == "F" or (image.mode == "I" and format not in ("PNG", "PPM")):
+        raise ValueError(
+            f"its pixels are numbers of 32 bits (mode {image.mode}), whose range isn't known; save "
+            "it with 8 or 16 bits a channel"
+        )
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    deep = np.asarray(image).astype(np.int64)
+    scaled = Image.fromarray(np.clip((deep + 128) // 257, 0, 255).astype(np.uint8))
+    if isinstance(transparent := image.info.get("transparency"), int):
+        scaled.putalpha(Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8)))
+    return scaled
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return an image with transparent pixels on white; an opaque one keeps every value."""
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def save_png(image: Image.Image, path: Path) -> None:

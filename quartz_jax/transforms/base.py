@@ -65,7 +65,10 @@ class Op:
         raise NotImplementedError
 
     def back(self, weight: jax.Array) -> jax.Array:
-        """Return what a weight [n, k] behind the op is in front of it: x' w'^T = x w^T."""
+        """Return what a weight [n, k] behind the op is in front of it: the op's transpose.
+
+        x' w'^T = x w^T, but for a constant where the op adds one to x.
+        """
         return weight
 
 
@@ -99,11 +102,11 @@ class Offset(Op):
     """Adds one number to the input, and to the output what takes it back."""
 
     amount: jax.Array  # float32 []
-    back: jax.Array  # float32 [n]: minus amount times the sum of each row of the weight
+    bias: jax.Array  # float32 [n]: minus amount times the sum of each row of the weight
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return x + amount."""
-        return x + self.amount.astype(x.dtype), self.back
+        return x + self.amount.astype(x.dtype), self.bias
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics of x + amount; the Gram matrix needs the mean."""
@@ -219,6 +222,10 @@ class TakeOut(Op):
             preferred_element_type=jnp.float32,
         )
         return x.at[..., self.index].set(0), added
+
+    def back(self, weight: jax.Array) -> jax.Array:
+        """Return the weight with zeros in those channels, which it isn't given."""
+        return weight.at[:, self.index].set(0)
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics with zeros in those channels."""

@@ -24,6 +24,5 @@ class Shift(Transform):
     def fit(self, layer: Layer, rest: "LayerRecipe") -> Layer:
         """Return the layer behind an `Offset`."""
         amount = jnp.float32(self.amount)
-        return layer.then(
-            Offset(amount=amount, back=-amount * layer.weight.sum(axis=1)), layer.weight
-        )
+        bias = -amount * layer.weight.sum(axis=1)
+        return layer.then(Offset(amount=amount, bias=bias), layer.weight)

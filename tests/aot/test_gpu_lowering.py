@@ -17,7 +17,7 @@ from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
 from pallas_kernels.operands import Epilogue
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
-from pallas_kernels.quantize import QUANTIZE, Part
+from pallas_kernels.quantize import QUANTIZE, Norm, Part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,13 +144,28 @@ def quantize_parts_call(shape, **where):
     _, _, options = quantize_call(shape)
     half = shape.k // 2
 
-    def run(first, second, *norm, **options):
+    def run(first, second, shift, scale, **options):
         parts = [(first, None), (second, "gelu")]
         parts = tuple(Part(array=a, start=0, size=half, activation=f) for a, f in parts)
+        norm = Norm(shift=shift, scale=scale, epsilon=1e-6)
         return QUANTIZE(parts, norm=norm, packed=True, **options)
 
     shapes = [(shape.m, half)] * 2 + [(2 * half,)] * 2
     return run, [spec(s, jnp.bfloat16, **where) for s in shapes], options
+
+
+def rotated_call(shape, rotation=16, **where):
+    """Everything that may come before the rounding to stretched levels, and 8-bit groups."""
+    operation, args, options = quantize_call(shape, step="integer", **where)
+    options |= {"levels": "stretched", "rotation": rotation}
+    options["wide"] = tuple(i % 8 == 0 for i in range(shape.k // 16))
+
+    def run(x, shift, scale, multiplier, **options):
+        norm = Norm(shift=shift, scale=scale, epsilon=1e-6)
+        return operation(x, norm=norm, multiplier=multiplier, **options)
+
+    vectors = [spec((shape.k,), dtype, **where) for dtype in (jnp.bfloat16, *[jnp.float32] * 2)]
+    return run, [*args, *vectors], options
 
 
 def qk_norm_rope_call(shape, **where):
@@ -167,12 +182,15 @@ def qk_norm_rope_call(shape, **where):
     return run, [*args, spec((2, sum(tokens), d // 2), jnp.float32, **where)], {}
 
 
+STRETCHED_8 = {"group_size": 8, "step": "integer", "levels": "stretched"}
+stretched_call = functools.partial(fused_call, **STRETCHED_8)
 TRITON_FORMS = {
     "int8": (int8_call, "triton"),
     "fused": (fused_call, "triton"),
     "few rows": (few_rows_call, "triton_few_rows"),
     "quantize": (quantize_call, "triton"),
     "quantize parts after a norm, packed": (quantize_parts_call, "triton"),
+    "quantize rotated channels": (rotated_call, "triton"),
     "qk norm rope": (qk_norm_rope_call, "triton"),
 }
 
@@ -210,7 +228,9 @@ def test_every_triton_kernel_lowers_for_every_gpu(form, gpu):
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
-@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"step": "integer"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"group_size": 32}, {"step": "integer"}, STRETCHED_8], ids=str
+)
 def test_odd_shapes_lower(implementation, options):
     lower(H100, fused_call(ODD, **options), implementation)
 
@@ -252,11 +272,6 @@ def test_arrays_beyond_32_bit_offsets_are_left_to_xla(make):
 def test_mosaic_refuses_ampere_and_names_the_device():
     with pytest.raises(ValueError, match="needs a Hopper GPU, not NVIDIA A100"):
         lower(A100, int8_call(ODD), "mosaic_gpu")
-
-
-def test_mosaic_refuses_groups_of_eight():
-    with pytest.raises(ValueError, match="groups of a multiple of 16, not 8"):
-        lower(H100, fused_call(ODD, group_size=8), "mosaic_gpu")
 
 
 @pytest.mark.parametrize(("m", "n"), [(4608, 3072), (4608, 12288), (4608, 21504), (1, 18432)])
@@ -303,7 +318,7 @@ def compile_for(gpu, make, implementation, dump):
     return "".join(path.read_text() for path in dump.glob("*.ptx"))
 
 
-@pytest.mark.parametrize("make", [int8_call, fused_call])
+@pytest.mark.parametrize("make", [int8_call, fused_call, stretched_call])
 def test_mosaic_kernels_use_the_int8_matrix_unit_without_serializing(
     make, tmp_path, capfd, monkeypatch
 ):
@@ -320,7 +335,7 @@ def test_mosaic_kernels_use_the_int8_matrix_unit_without_serializing(
 @on_gpus
 def test_fused_triton_decodes_bytes_at_once_for_the_int8_matrix_unit(gpu, tmp_path):
     ptx = compile_for(gpu, fused_call, "triton", tmp_path)
-    assert "mad.lo.u32 l, l, p, o" in ptx
+    assert "mad.lo.u32 a0, a0, p, 0x80808080" in ptx
     assert "prmt.b32" in ptx
     unit = r"wgmma\.mma_async\.\S*k32\.s32\.s8\.s8"
     if gpu is not H100:
@@ -346,6 +361,27 @@ def test_quantize_rounds_as_ieee_demands(gpu, make, tmp_path):
     # GELU's exponential and reciprocal alone may be approximate.
     assert ("ex2.approx" in ptx, "rcp.approx" in ptx) == (make is quantize_parts_call,) * 2
     assert "div.full" not in ptx
+
+
+@pytest.mark.parametrize(("rotation", "shuffled"), [(16, 0.5), (64, 2.5), (256, 4.5)])
+def test_rotations_shuffle_registers_and_use_no_shared_memory(rotation, shuffled, tmp_path):
+    """Sixteen channels take a shuffle for two elements; each step between threads two for one."""
+
+    def counts(rotation):
+        def make(shape, **where):
+            shape = dataclasses.replace(shape, k=1024)
+            operation, args, options = quantize_call(shape, **where)
+            return operation, args, options | {"rotation": rotation}
+
+        folder = tmp_path / str(rotation)
+        folder.mkdir()
+        ptx = compile_for(H100, make, "triton", folder)
+        return [ptx.count(word) for word in ("shfl.sync", "st.shared", "bar.sync", "matrix.sync")]
+
+    elements = 8  # of each of 128 threads
+    (plain, *memory), (rotated, *memory_rotated) = counts(None), counts(rotation)
+    assert rotated - plain == shuffled * elements
+    assert memory_rotated == memory
 
 
 @on_gpus

@@ -5,12 +5,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import aot, compat
+from pallas_kernels.functions import Norm
 from pallas_kernels.matmul import MATMUL, mosaic_tpu
 from pallas_kernels.matmul.shapes import SHAPES
 from pallas_kernels.operands import Branch, Epilogue
+from pallas_kernels.quantize import channels
 from pallas_kernels.quantize import mosaic_tpu as quantize_tpu
 from quartz_jax import Format, QuartzConfig, quantize, quartz_matmul
 from quartz_jax.engine.linear import encode_activation
@@ -48,8 +51,17 @@ def test_plain_int8_matmul_compiles(chip, shape):
 
 @on_chips
 @at_flux_shapes
-def test_integer_steps_compile(chip, shape):
-    assert "quartz_matmul" in compiled_text(chip, shape, group_size=32, step="integer")
+@pytest.mark.parametrize("levels", ["uniform", "stretched"])
+def test_integer_steps_compile(chip, shape, levels):
+    kind = {"group_size": 32, "step": "integer", "levels": levels}
+    assert "quartz_matmul" in compiled_text(chip, shape, **kind)
+
+
+@on_chips
+@pytest.mark.parametrize("group_size", [8, 16])
+def test_stretched_levels_of_small_groups_compile(chip, group_size):
+    kind = {"group_size": group_size, "step": "integer", "levels": "stretched"}
+    assert "quartz_matmul" in compiled_text(chip, "flux-mlp-down", **kind)
 
 
 @at_flux_shapes
@@ -84,9 +96,11 @@ def compile_quantize(chip, m, k, *, norm=False, **options):
     run = functools.partial(quantize_tpu.quantize, **config | {"rounding": "nearest"} | options)
     x, vector = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), jax.ShapeDtypeStruct((k,), jnp.bfloat16)
     arguments = (x, vector, vector) if norm else (x,)
-    text = aot.compile_for_tpu(
-        chip, lambda x, *vectors: run(x, norm=vectors if norm else None), *arguments
-    ).as_text()
+
+    def normed(x, shift, scale):
+        return run(x, norm=Norm(shift=shift, scale=scale, epsilon=1e-6))
+
+    text = aot.compile_for_tpu(chip, normed if norm else run, *arguments).as_text()
     assert "quartz_quantize" in text
 
 
@@ -109,6 +123,15 @@ def test_packing_quantize_compiles(chip, k):
 @pytest.mark.parametrize("options", [{}, {"bits": 8}, {"packed": True, "group_size": 32}], ids=str)
 def test_quantize_after_a_norm_compiles(chip, options):
     compile_quantize(chip, 4608, 3072, norm=True, **options)
+
+
+@on_chips
+@pytest.mark.parametrize("rotation", channels.SIZES)
+@pytest.mark.parametrize("m", [1, 4608])
+def test_rotated_channels_stretched_levels_and_wide_groups_compile(chip, rotation, m):
+    options = {"rotation": rotation, "multiplier": np.ones(3072, np.float32), "norm": True}
+    options |= {"step": "integer", "levels": "stretched"}
+    compile_quantize(chip, m, 3072, wide=tuple(i % 8 == 0 for i in range(192)), **options)
 
 
 @on_chips

@@ -124,7 +124,9 @@ def test_rows_go_where_diffusers_puts_them_at_full_size():
 def rows_of(build, rules, tensors):
     """Read each parameter from tensors that hold a number a row."""
     shapes = {name: shape for name, (_, shape) in stored_tensors(build, rules).items()}
-    stored = match_params(build, Checkpoint("x", {}, shapes), rules, config={})
+    stored = match_params(
+        build, Checkpoint("x", {}, shapes, dict.fromkeys(shapes, "F32")), rules, config={}
+    )
     found = {}
     for path, (names, rule) in stored.sources.items():
         rows = np.concatenate([tensors[name] for name in names])

@@ -13,10 +13,9 @@ from models.checkpoint_io import (
     config_from_json,
     export_params,
     load_params,
-    open_checkpoint,
-    read_json,
     save_params,
 )
+from models.stored_files import open_checkpoint, read_json
 
 
 class Small(nnx.Module):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.checkpoint_io import CheckpointError
 from models.flux import (
     FluxConfig,
     FluxTransformer,
     export_flux_transformer,
     load_flux_transformer,
 )
+from models.stored_files import CheckpointError
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 import models
-from models.checkpoint_io import CheckpointError
 from models.flux import FluxConfig
 from models.flux.lora import LoRALinear, add_lora, read_lora
 from models.linear import Linear, Part
+from models.stored_files import CheckpointError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

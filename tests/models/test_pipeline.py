@@ -1,8 +1,10 @@
 """The FLUX pipeline's parts, repeatability, laziness and refusals; parity is in test_parity."""
 
+import dataclasses
 import gc
 import json
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,9 @@ from PIL import Image
 
 import models
 import models.pipeline
-from models.checkpoint_io import CheckpointError
 from models.pipeline import image_ids, pack, to_pixels, unpack
 from models.stages import Deferred
+from models.stored_files import CheckpointError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -214,11 +216,85 @@ def test_bfloat16_pipeline_keeps_float32_latents(schnell):
         ({"image": PHOTO, "strength": 1.5}, "strength is 1.5; it must be above 0"),
         ({"image": [PHOTO] * 3}, "image holds 3; give one, or one for each prompt"),
         ({"latents": np.zeros((1, 5, 16))}, r"latents has shape \(1, 5, 16\)"),
+        ({"prompts": "caf\udce9"}, r"prompts holds 'caf\\udce9', which isn't valid Unicode"),
+        ({"negative_prompt": "caf\udce9"}, "isn't valid Unicode"),
+        ({"width": 10**6}, "width is 1000000; it must be at most 8192"),
+        ({"height": 99999999999999999984}, "it must be at most 8192"),
+        ({"guidance_scale": 1e39}, "guidance_scale is 1e.39; it must be a finite number"),
+        ({"true_cfg_scale": float("nan")}, "true_cfg_scale is nan; it must be a finite number"),
+        ({"image": Image.new("I;16", (8, 8))}, "mode 'I;16', deeper than 8 bits"),
+        ({"image": Image.new("F", (8, 8))}, "mode 'F', deeper than 8 bits"),
+        ({"image": [Image.new("RGBA", (8, 8), (9, 9, 9, 254))]}, "transparent pixels"),
     ],
 )
 def test_bad_argument_is_named(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**{"prompts": "a cat", **SIZE, "progress": False, **arguments})
+
+
+def set_value(module, path, value):
+    """Return a copy of a module with one element of a parameter changed."""
+    module = nnx.clone(module)
+    state = nnx.to_flat_state(nnx.state(module))
+    (variable,) = (x for key, x in state if ".".join(map(str, key)) == path)
+    changed = np.array(variable[...])
+    changed.flat[0] = value
+    nnx.update(
+        module, nnx.from_flat_state([(tuple(_steps(path)), variable.replace(jnp.asarray(changed)))])
+    )
+    return module
+
+
+def _steps(path):
+    return [int(step) if step.isdigit() else step for step in path.split(".")]
+
+
+@pytest.mark.parametrize(
+    ("component", "path", "value", "told"),
+    [
+        ("text_encoder", "final_layer_norm.bias", np.nan, "encode prompts: .* text_encoder hold"),
+        ("text_encoder_2", "final_norm.scale", np.inf, "encode prompts: .* text_encoder_2 hold"),
+        ("transformer", "img_in.bias", np.nan, "denoise: the latents after step 1 hold"),
+        ("vae", "decoder.conv_out.bias", np.nan, "decode: the pixels hold"),
+        ("vae", "decoder.conv_out.bias", np.inf, "decode: the pixels hold"),  # white if clipped
+    ],
+)
+def test_a_stage_whose_result_is_not_finite_is_named(pipeline, component, path, value, told):
+    broken = set_value(getattr(pipeline, component), path, value)
+    pipeline = dataclasses.replace(pipeline, **{component: broken})
+    with pytest.raises(ValueError, match=told):
+        pipeline("a cat", **SIZE, num_inference_steps=2, progress=False)
+
+
+def test_an_image_whose_latents_are_not_finite_is_named(pipeline):
+    broken = set_value(pipeline.vae, "encoder.conv_in.bias", np.nan)
+    pipeline = dataclasses.replace(pipeline, vae=broken)
+    with pytest.raises(ValueError, match="encode images: the latents hold"):
+        pipeline("a cat", image=PHOTO, **SIZE, num_inference_steps=2, progress=False)
+
+
+def test_what_is_cut_from_a_prompt_is_said(pipeline):
+    with pytest.warns(UserWarning) as said:
+        pipeline.encode_prompts(["a cat", "a big red hat, painted in blue"])
+    messages = sorted(str(warning.message) for warning in said)
+    assert len(messages) == 2  # one a tokenizer, none for the short prompt
+    for message, kept in zip(messages, (10, 11), strict=True):  # of 12, without bos and eos
+        assert f"takes {kept} tokens" in message and "blue" in message
+        assert message.startswith("prompt 'a big red hat")
+
+
+def test_a_prompt_that_fits_exactly_is_cut_silently_nowhere(pipeline):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.encode_prompts(["abcdefghij"])
+
+
+def test_an_opaque_picture_with_alpha_is_its_colours(pipeline):
+    alpha = PHOTO.copy()
+    alpha.putalpha(255)
+    options = {**SIZE, "num_inference_steps": 1, "progress": False, "output_type": "latent"}
+    found, wanted = (pipeline("a cat", image=x, **options) for x in (alpha, PHOTO))
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_component_loads_by_class_name(schnell):

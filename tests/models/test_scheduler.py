@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from models.checkpoint_io import CheckpointError
 from models.schedulers import FlowMatchEulerScheduler, euler_step
+from models.stored_files import CheckpointError
 
 SCHEDULES = {
     "plain": {},

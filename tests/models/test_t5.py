@@ -8,7 +8,7 @@ from flax import nnx
 from random_weights import random_module
 from safetensors.numpy import load_file, save_file
 
-from models.checkpoint_io import CheckpointError
+from models.stored_files import CheckpointError
 from models.text_encoders import T5Config, T5Encoder, export_t5_encoder, load_t5_encoder
 from models.text_encoders.t5 import relative_position_buckets
 

@@ -9,7 +9,7 @@ from flax import nnx
 from random_weights import random_module
 from safetensors.numpy import load_file, save_file
 
-from models.checkpoint_io import CheckpointError
+from models.stored_files import CheckpointError
 from models.vae import (
     AutoencoderKL,
     AutoencoderKLConfig,

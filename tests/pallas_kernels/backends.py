@@ -5,6 +5,7 @@ python -m pytest tests/pallas_kernels`) only what is made for it runs, and nothi
 """
 
 import dataclasses
+import inspect
 import re
 
 import jax
@@ -21,10 +22,11 @@ MADE_FOR = {
     "mosaic_tpu": device.describe("tpu", "TPU v6 lite"),
     "mosaic_gpu": device.describe("gpu", "NVIDIA H100 80GB HBM3"),
     "triton": device.describe("gpu", "NVIDIA H100 80GB HBM3"),
+    "cudnn": device.describe("gpu", "NVIDIA H100 80GB HBM3"),
 }
 # What a backend may refuse: nothing else.
 MAY_REFUSE = {
-    "mosaic_gpu": "needs groups of a multiple of 16, not 8|writes 16-bit floats only",
+    "mosaic_gpu": "writes 16-bit floats only|adds no branch",
     "triton_few_rows": r"serves up to \d+ rows on this device, not \d+",
 }
 
@@ -42,6 +44,12 @@ class Subject:
         return next(starts, None)
 
     @property
+    def interpretable(self) -> bool:
+        """Whether it takes `interpret=True`: kernels written register by register don't."""
+        parameters = inspect.signature(self.backend.run).parameters.values()
+        return any(p.name == "interpret" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+    @property
     def skipped(self) -> str | None:
         """Why it can't run here at all, or None."""
         name, wanted = self.backend.name, self.made_for
@@ -51,6 +59,8 @@ class Subject:
                 return f"{name} needs a {wanted.platform}, and is interpreted only on the CPU"
             if name == "mosaic_gpu" and here.generation != wanted.generation:
                 return f"{name} needs a Hopper GPU, not {here.kind}"
+        elif wanted and wanted.platform == "gpu" and not self.interpretable:
+            return f"{name} runs on its hardware only"
         elif name == "mosaic_gpu" and not hasattr(plgpu, "InterpretGPUParams"):
             return "Mosaic GPU kernels run on the CPU only with JAX 0.11 or later"
         return None

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import ON_HARDWARE, Subject, subjects
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import codec, quantize
-from pallas_kernels.functions import NORM_EPSILON
-from pallas_kernels.quantize import QUANTIZE, reference
+from pallas_kernels.functions import Norm
+from pallas_kernels.quantize import QUANTIZE, channels, reference
 
 # Every shape compiles anew, so the examples are few and aren't shrunk.
 few_examples = settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
@@ -25,7 +25,10 @@ CONFIGS = [
     {"bits": 4, "range": "minmax", "step": "power", "rounding": "nearest"},
     {"bits": 4, "range": "minmax", "step": "power", "rounding": "truncate"},
     {"bits": 4, "range": "absmax", "step": "integer", "rounding": "nearest"},
+    {"bits": 4, "range": "absmax", "step": "integer", "rounding": "nearest", "levels": "stretched"},
 ]
+STRETCHED = CONFIGS[7]
+LEVELS = (0, 1, 2, 3, 4, 5, 7, 9)  # of stretched codes
 configs = pytest.mark.parametrize(
     "config", CONFIGS, ids=lambda config: "-".join(map(str, config.values()))
 )
@@ -42,13 +45,14 @@ def random_input(rng, m, k, dtype):
 @functools.cache
 def compiled(function, config):
     """Jit a backend or the reference once for all tests, config as pairs."""
-    return jax.jit(lambda x, norm: function(x, norm=norm, **dict(config)))
+    return jax.jit(lambda x, arrays: function(x, **arrays, **dict(config)))
 
 
-def run(function, x, norm=None, **config):
+def run(function, x, *, norm=None, multiplier=None, **config):
     """Call under jit; return NumPy arrays."""
     call = compiled(function, tuple(sorted(config.items())))
-    return [None if a is None else np.asarray(a) for a in call(x, norm)]
+    arrays = call(x, {"norm": norm, "multiplier": multiplier})
+    return [None if a is None else np.asarray(a) for a in arrays]
 
 
 def assert_same(subject: Subject, x, **config):
@@ -96,12 +100,7 @@ class TestQuantize:
         rng = np.random.default_rng(k)
         plain, wide = (rng.standard_normal((7, n)).astype(dtype) * 4 for n in (192, k))
 
-        def quantized(function, arrays, norm, **options):
-            place = {"array": arrays[1], "start": 64, "size": k - 64, "activation": "gelu"}
-            parts = quantize.Part(array=arrays[0], start=0, size=192), quantize.Part(**place)
-            return function(parts, norm=norm, **options)
-
-        found = run(functools.partial(quantized, subject), (plain, wide), group_size=16, **config)
+        found = run(functools.partial(of_parts, subject), (plain, wide), group_size=16, **config)
         both = zip([plain.astype(np.float64)] * 2, gelu_interval(wide[:, 64:]), strict=True)
         check_interval(found, *(np.concatenate(pair, axis=1) for pair in both), config)
 
@@ -114,16 +113,128 @@ class TestQuantize:
     def test_packing_after_a_norm(self, subject, config):
         check_norm(subject, 7, 1000, jnp.bfloat16, config, packed=True)
 
-    @pytest.mark.parametrize("norm", [False, True])
+    @pytest.mark.parametrize("rotation", [None, *channels.SIZES])
+    @few_examples
+    @given(
+        seed=st.integers(0, 2**31),
+        m=st.integers(1, 40),
+        blocks=st.integers(1, 3),
+        group_size=st.sampled_from([8, 16, 32, 64]),
+        dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+        config=st.sampled_from(CONFIGS),
+        multiplied=st.booleans(),
+        form=st.sampled_from(["plain", "packed", "wide"]),
+    )
+    @example(1, 1, 3, 32, jnp.bfloat16, STRETCHED, True, "wide")
+    def test_channels_that_are_scaled_and_rotated_and_wide_groups(
+        self, subject, rotation, seed, m, blocks, group_size, dtype, config, multiplied, form
+    ):
+        rng = np.random.default_rng(seed)
+        k = blocks * {None: 99, 16: 80}.get(rotation, rotation)
+        x = random_input(rng, m, k, dtype)
+        options = {"group_size": group_size, "rotation": rotation}
+        if multiplied:
+            options["multiplier"] = np.exp(rng.standard_normal(k)).astype(np.float32)
+        if form == "packed" and config["bits"] == 4:
+            options["packed"] = True
+        if form == "wide":
+            options["wide"] = tuple((rng.random(-(-k // group_size)) < 0.4).tolist())
+        assert_same(subject, x, **options, **config)
+
+    @pytest.mark.parametrize("rotation", channels.SIZES)
+    @pytest.mark.parametrize("shape", [(3, 3072), *FLUX], ids=str)
+    def test_long_rows_with_all_choices(self, subject, shape, rotation):
+        rng = np.random.default_rng(rotation)
+        x = random_input(rng, *shape, jnp.bfloat16)
+        multiplier = np.exp(rng.standard_normal(shape[1])).astype(np.float32)
+        wide = tuple((rng.random(shape[1] // 16) < 0.1).tolist())
+        options = {"group_size": 16, "rotation": rotation, "multiplier": multiplier, "wide": wide}
+        assert_same(subject, x, **options, **STRETCHED)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_stretched_levels_are_those_of_every_magnitude_and_peak(self, subject, packed):
+        """The input's stage 1 is its own integers; wide groups keep them."""
+        groups = [
+            [peak, *range(start, min(start + 15, peak + 1))]
+            for peak in range(128)
+            for start in range(0, peak + 1, 15)
+        ]
+        x = np.array([group + [0] * (16 - len(group)) for group in groups])
+        x = (x * np.where(np.arange(16) % 3, 1, -1)).reshape(1, -1)
+        x = np.concatenate([x, -x]).astype(np.float32)
+        wide = None if packed else tuple(i % 7 == 0 for i in range(x.shape[1] // 16))
+        found = run(subject, x, group_size=16, packed=packed, wide=wide, **STRETCHED)
+        np.testing.assert_array_equal(found[-2], np.float32(127) * np.float32(1 / 127))
+        values = found[0]
+        if packed:
+            options = {"group_size": 16, "step": "integer", "levels": "stretched"}
+            values = codec.decode_packed(*found[:2], **options)
+        wanted = [
+            group if wide and wide[i % len(wide)] else stretched(group)
+            for i, group in enumerate(x.astype(int).reshape(-1, 16).tolist())
+        ]
+        np.testing.assert_array_equal(values.reshape(-1, 16), wanted)
+
+    @pytest.mark.parametrize("rotation", [None, 16, 64])
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+    def test_a_norm_comes_before_the_multiplier_and_the_rotation(self, subject, dtype, rotation):
+        rng = np.random.default_rng(5)
+        x = (rng.standard_normal((9, 320)) * 3 + 1).astype(dtype)
+        vectors = rng.standard_normal((3, 320)).astype(np.float32)
+        norm = Norm(shift=vectors[0].astype(dtype), scale=vectors[1], epsilon=1e-2)
+        options = {"norm": norm, "multiplier": np.exp(vectors[2]), "rotation": rotation}
+        assert_near(subject, x, group_size=16, **options, **CONFIGS[0])
+
+    @pytest.mark.parametrize("rotation", [16, 64, 256])
+    def test_parts_are_joined_before_the_rotation(self, subject, rotation):
+        rng = np.random.default_rng(6)
+        arrays = tuple(rng.standard_normal((7, n)).astype(jnp.bfloat16) * 4 for n in (192, 896))
+        joined = functools.partial(of_parts, reference.quantize)
+        options = {"group_size": 16, "rotation": rotation, **CONFIGS[0]}
+        assert_near(functools.partial(of_parts, subject), arrays, joined, **options)
+
+    @pytest.mark.parametrize(("norm", "rotation"), [(False, None), (True, None), (False, 64)])
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("range_", ["absmax", "minmax"])
-    def test_a_row_that_is_not_finite_has_scale_nan(self, subject, range_, value, norm):
+    def test_a_row_that_is_not_finite_has_scale_nan(self, subject, range_, value, norm, rotation):
         x = np.ones((5, 1152), jnp.bfloat16)
         x[3, 700] = value
-        norm = (np.ones(1152, np.float32),) * 2 if norm else None
+        ones = np.ones(1152, np.float32)
+        norm = Norm(shift=ones, scale=ones, epsilon=1e-6) if norm else None
         config = {"bits": 4, "group_size": 16, "step": "power", "rounding": "nearest"}
-        _, scale, _ = run(subject, x, norm, range=range_, **config)
+        _, scale, _ = run(subject, x, norm=norm, rotation=rotation, range=range_, **config)
         np.testing.assert_array_equal(np.flatnonzero(np.isnan(scale)), [3])
+
+
+def of_parts(function, arrays, **options):
+    """Quantize two arrays side by side, of the second all but 64 columns, through GELU."""
+    plain, wide = arrays
+    place = {"array": wide, "start": 64, "size": wide.shape[1] - 64, "activation": "gelu"}
+    parts = quantize.Part(array=plain, start=0, size=plain.shape[1]), quantize.Part(**place)
+    return function(parts, **options)
+
+
+def assert_near(function, x, wanted=reference.quantize, **options):
+    """Hold 8-bit values to the reference's up to float32 sums of other orders before them."""
+    (found, scale, _), (expected, wanted_scale, _) = (
+        run(f, x, **options) for f in (function, wanted)
+    )
+    # A unit in the last place of bfloat16 moves an element by up to half a step here.
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert np.mean(found == expected) >= 0.97
+    np.testing.assert_allclose(scale, wanted_scale, rtol=2.0**-8)
+
+
+def stretched(group):
+    """Return what stretched levels leave of a group of integers, in Python's integers."""
+    peak = max(map(abs, group))
+    p = min(max((4 * peak + 18) // 37, 1), 14)
+    decoded = []
+    for value in group:
+        m = abs(value)
+        code = min((2 * m + p) // (2 * p), 5) if m < 6 * p else 6 if m < 8 * p else 7
+        decoded.append((1 if value >= 0 else -1) * LEVELS[code] * p)
+    return decoded
 
 
 def check_norm(subject, m, k, dtype, config, *, packed):
@@ -136,8 +247,9 @@ def check_norm(subject, m, k, dtype, config, *, packed):
     rng = np.random.default_rng(k)
     x = (rng.standard_normal((m, k)) * 3 + rng.standard_normal((m, 1))).astype(dtype)
     shift, scale = rng.standard_normal((2, k)).astype(dtype) / 4
-    found = run(subject, x, (shift, scale), group_size=16, packed=packed, **config)
-    check_interval(found, *normed_interval(x, shift, scale), config, packed=packed)
+    norm = Norm(shift=shift, scale=1 + scale.astype(np.float32), epsilon=k * 1e-4)
+    found = run(subject, x, norm=norm, group_size=16, packed=packed, **config)
+    check_interval(found, *normed_interval(x, norm), config, packed=packed)
 
 
 def check_interval(found, low, high, config, *, packed=False):
@@ -160,9 +272,10 @@ def check_interval(found, low, high, config, *, packed=False):
     certain = np.repeat(certain.reshape(m, -1, group_size).all(axis=2), group_size, axis=1)[:, :k]
     assert certain.mean() >= 0.8
     exact = q_low.astype(np.int8 if config["range"] == "absmax" else np.uint8)
-    options = {"group_size": group_size, "step": config["step"]}
+    kind = {"step": config["step"], "levels": config.get("levels", "uniform")}
+    options = {"group_size": group_size, **kind}
     codes, shifts = codec.encode(exact, rounding=config["rounding"], **options)
-    wanted = codec.to_operand(codec.decode(codes, shifts, step=config["step"]))[:, :k]
+    wanted = codec.to_operand(codec.decode(codes, shifts, **kind))[:, :k]
     if packed:
         signed = config["range"] == "absmax"
         values = [codec.decode_packed(*values, signed=signed, **options)[:, :k]]
@@ -179,14 +292,14 @@ def gelu_interval(x):
     return tuple((y + sign * error).astype(x.dtype).astype(np.float64) for sign in (-1, 1))
 
 
-def normed_interval(x, shift, scale):
-    """Return bounds of layer_norm(x) * (1 + scale) + shift in the dtype of x, as float64."""
-    wide, shift, scale = (np.asarray(a, np.float64) for a in (x, shift, scale))
+def normed_interval(x, norm):
+    """Return bounds of layer_norm(x) * scale + shift in the dtype of x, as float64."""
+    wide, shift, scale = (np.asarray(a, np.float64) for a in (x, norm.shift, norm.scale))
     wide = wide - wide.mean(axis=1, keepdims=True)
-    wide /= np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + NORM_EPSILON)
-    y = wide * (1 + scale) + shift
+    wide /= np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + norm.epsilon)
+    y = wide * scale + shift
     # The mean is off in units of the standard deviation, the rest in those of the element.
-    error = 2e-6 * ((np.abs(wide) + 1) * np.abs(1 + scale) + np.abs(shift))
+    error = 2e-6 * ((np.abs(wide) + 1) * np.abs(scale) + np.abs(shift))
     return tuple((y + sign * error).astype(x.dtype).astype(np.float64) for sign in (-1, 1))
 
 
@@ -220,6 +333,11 @@ def quantized_interval(low, high, range_):
     return np.clip(q_low, *limits), np.clip(q_high, *limits), scale, los
 
 
+def norm_of(shift, scale):
+    """Return a norm of vectors of these lengths."""
+    return Norm(shift=np.ones(shift, np.float32), scale=np.ones(scale, np.float32), epsilon=1e-6)
+
+
 PART = quantize.Part(array=np.ones((3, 8), np.float32), start=0, size=8)
 
 
@@ -228,7 +346,21 @@ PART = quantize.Part(array=np.ones((3, 8), np.float32), start=0, size=8)
     [
         ({"bits": 6}, "bits is 6; it must be 4 or 8"),
         ({"bits": 8, "packed": True}, "packed is True with bits=8"),
-        ({"norm": (np.ones(3), np.ones(37))}, r"norm has shapes \[3\], \[37\]"),
+        ({"norm": (np.ones(37), np.ones(37))}, "norm is a tuple; it must be a Norm or None"),
+        ({"norm": norm_of(3, 37)}, r"norm.shift has shape \[3\]; it must be \[37\]"),
+        ({"norm": norm_of(37, 3)}, r"norm.scale has shape \[3\]; it must be \[37\]"),
+        ({"multiplier": np.ones(3)}, r"multiplier has shape \[3\]; it must be \[37\]"),
+        ({"multiplier": np.ones(37, int)}, "multiplier has dtype int64; it must be floating"),
+        ({"rotation": 32}, "rotation is 32; it must be None, 16, 64 or 256"),
+        ({"rotation": 16}, "k is 37 with rotation=16; it must be a multiple of that"),
+        (
+            {"wide": [True, False]},
+            r"wide is bool\[2\]; it must be None or one boolean for each of 3",
+        ),
+        ({"wide": [1, 0, 1]}, r"wide is int64\[3\]; it must be None or one boolean"),
+        ({"wide": [True, False, True], "packed": True}, "wide is given with packed=True"),
+        ({"levels": "stretched"}, "step is 'power' with levels='stretched'"),
+        ({"levels": "wide"}, "levels is 'wide'; it must be 'uniform' or 'stretched'"),
         ({"range": "minmax", "step": "integer"}, "range is 'minmax' with step='integer'"),
         ({"rounding": "truncate", "step": "integer"}, "rounding is 'truncate' with step="),
         ({"range": "absmx"}, "range is 'absmx'; it must be 'absmax' or 'minmax'"),

@@ -22,7 +22,8 @@ def packed_weights(rng, n, k, group_size, kind):
     """Return any codes but -8, which the format lacks, and any shifts, under scales of one."""
     padded = -(-k // group_size) * group_size
     low, high = (rng.integers(-7, 8, (n, padded // 2)) & 15 for _ in range(2))
-    limit = {"power": 5, "integer": 16, "stretched": 14}[kind.get("levels") or kind["step"]]
+    stretched = kind.get("levels") == "stretched"
+    limit = 5 if kind["step"] == "power" else 14 if stretched else 16
     first, second = (rng.integers(0, limit, (n, -(-padded // group_size // 2))) for _ in range(2))
     return PackedRows(
         codes=jnp.asarray(low | high << 4, jnp.uint8),
@@ -122,8 +123,9 @@ def test_quantized_activations_give_the_same_integers_in_the_operand_of_v7x(rang
     assert_equals_reference(run_with(tpu._best_operand(V7X, "power", 4)), x, w)
 
 
-def test_integer_steps_are_exact_in_bfloat16():
-    options = {"group_size": 16, "step": "integer", "asymmetric": False}
+@pytest.mark.parametrize("levels", ["uniform", "stretched"])
+def test_integer_steps_are_exact_in_bfloat16(levels):
+    options = {"group_size": 16, "step": "integer", "levels": levels, "asymmetric": False}
     check_matmul(run_with(jnp.bfloat16), np.random.default_rng(0), 40, 130, 300, **options)
 
 

@@ -1,22 +1,28 @@
-"""A model with the paths of a FLUX transformer's double block, small enough for tests."""
+"""A model with blocks that states no roles, small enough for tests."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from quartz_jax import Format, QuartzConfig, Recipe, Rule
+from quartz_jax import Int, LayerRecipe, Match, Quartz, Recipe, Rule
 
-BF16 = Format(kind="bf16")
-INT8 = Format(kind="int8")
-QUARTZ = Format(kind="quartz", config=QuartzConfig())
+INT8 = Int(width=8)
+QUARTZ = Quartz()
 CONFIG = {"hidden": 32, "blocks": 2}
 X = jax.random.normal(jax.random.key(1), (5, 32))
+
+
+def rule(path, weight=None, activation=None, **fields):
+    """A rule for paths; formats as in `LayerRecipe`."""
+    layer = LayerRecipe(weight=weight, activation=activation, **fields)
+    return Rule(match=Match(path=path), layer=layer)
+
 
 RECIPE = Recipe(
     name="test",
     rules=(
-        Rule(pattern=r"blocks\.\d+\.up", weight=QUARTZ, activation=QUARTZ),
-        Rule(pattern=r"blocks\.\d+\.down", weight=INT8, activation=BF16),
+        rule(r"blocks\.\d+\.up", QUARTZ, QUARTZ),
+        rule(r"blocks\.\d+\.down", INT8),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""The codec against an independent oracle, and odd inputs."""
+"""Quartz tensors against an independent oracle, and odd inputs."""
 
 import chex
 import jax
@@ -10,17 +10,29 @@ import spec_oracle
 import strategies
 from hypothesis import given, settings
 
-import quartz_jax
-from quartz_jax import QuartzConfig
+from pallas_kernels.operands import Int8Rows
+from quartz_jax.formats import Int, Quartz
+from quartz_jax.formats.storage import (
+    WeightError,
+    check_finite,
+    decode,
+    dequantize,
+    quantize,
+    row_operand,
+)
 
-CONFIGS = {
-    "power": QuartzConfig(),
-    "truncate": QuartzConfig(rounding="truncate"),
-    "integer": QuartzConfig(step="integer", group_size=8),
-    "minmax": QuartzConfig(range="minmax"),
-    "minmax-truncate": QuartzConfig(range="minmax", rounding="truncate", group_size=8),
-    "block": QuartzConfig(scale_block=32),
-    "minmax-block": QuartzConfig(range="minmax", scale_block=32),
+VARIANTS = {
+    "power": Quartz(),
+    "truncate": Quartz(rounding="truncate"),
+    "integer": Quartz(step="integer", group_size=8),
+    "minmax": Quartz(range="minmax"),
+    "minmax-truncate": Quartz(range="minmax", rounding="truncate", group_size=8),
+    "block": Quartz(scale_block=32),
+    "minmax-block": Quartz(range="minmax", scale_block=32),
+    "stretched": Quartz(step="integer", levels="stretched"),
+    "stretched-block": Quartz(step="integer", levels="stretched", group_size=8, scale_block=16),
+    "searched": Quartz(step="integer", search=True),
+    "stretched-searched": Quartz(step="integer", levels="stretched", search=True),
 }
 SHAPES = ((2, 37), (1, 2, 64), (3, 1))
 
@@ -30,15 +42,16 @@ def assert_stored(q, expected):
     np.testing.assert_array_equal(q.codes, expected.codes)
     np.testing.assert_array_equal(q.shifts, expected.shifts)
     np.testing.assert_array_equal(q.scale, expected.scale)
-    np.testing.assert_array_equal(quartz_jax.decode(q), expected.decoded)
+    np.testing.assert_array_equal(decode(q), expected.decoded)
     if expected.lo is not None:
         np.testing.assert_array_equal(q.lo, expected.lo)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @given(x=strategies.floats(*SHAPES))
-def test_quantize_equals_the_oracle_bit_for_bit(config, x):
-    assert_stored(quartz_jax.quantize(x, config), spec_oracle.quantize(x, config))
+def test_quantize_equals_the_oracle_bit_for_bit(variant, x):
+    expected = spec_oracle.quantize(x, variant, search=variant.search)
+    assert_stored(quantize(x, variant), expected)
 
 
 @pytest.mark.parametrize("range_", ["absmax", "minmax"])
@@ -46,8 +59,8 @@ def test_rows_about_the_smallest_extent_equal_the_oracle(range_):
     """Random rows hardly ever come near the extent below which all is zero."""
     extents = 2.0**-100 * np.array([[0.5], [1 - 2**-24], [1], [1 + 2**-23], [1.5], [2], [2.5]])
     x = (extents * np.linspace(0, 1, 17)).astype(np.float32)
-    config = QuartzConfig(range=range_)
-    assert_stored(quartz_jax.quantize(x, config), spec_oracle.quantize(x, config))
+    variant = Quartz(range=range_)
+    assert_stored(quantize(x, variant), spec_oracle.quantize(x, variant))
 
 
 def test_values_beside_ties_are_rounded_by_the_true_quotient():
@@ -56,36 +69,29 @@ def test_values_beside_ties_are_rounded_by_the_true_quotient():
     multiplier = np.float32(127) / largest
     ties = (rng.integers(-126, 126, (256, 63)) + np.float32(0.5)) / multiplier
     x = np.concatenate([largest, ties], axis=1).astype(np.float32)
-    q = quartz_jax.quantize_int(x)
+    q = quantize(x, Int(width=8))
     np.testing.assert_array_equal(q.values, np.rint(x * multiplier))
 
 
 @pytest.mark.parametrize("range_", ["absmax", "minmax"])
 @given(x=strategies.floats((2, 37), dtypes=strategies.FLOATS))
 def test_input_dtype_changes_nothing_but_its_own_rounding(range_, x):
-    config = QuartzConfig(range=range_)
-    assert_stored(quartz_jax.quantize(x, config), spec_oracle.quantize(x, config))
-
-
-@given(x=strategies.floats((2, 37)))
-def test_searched_steps_equal_exhaustive_search(x):
-    config = QuartzConfig(step="integer")
-    expected = spec_oracle.quantize(x, config, search=True)
-    assert_stored(quartz_jax.quantize(x, config, search=True), expected)
+    variant = Quartz(range=range_)
+    assert_stored(quantize(x, variant), spec_oracle.quantize(x, variant))
 
 
 @settings(max_examples=30)
 @given(x=strategies.floats((2, 37)))
 def test_eager_and_jit_store_the_same(x):
     with jax.disable_jit():
-        eager = quartz_jax.quantize(jnp.asarray(x))
-    chex.assert_trees_all_equal(quartz_jax.quantize(x), eager)
+        eager = quantize(jnp.asarray(x))
+    chex.assert_trees_all_equal(quantize(x), eager)
 
 
 @pytest.mark.parametrize("range_", ["absmax", "minmax"])
 @given(x=strategies.floats((2, 37)))
 def test_eight_bits_are_stage_one(range_, x):
-    q = quartz_jax.quantize_int(x, range=range_)
+    q = quantize(x, Int(width=8, range=range_))
     row = spec_oracle.int8_row if range_ == "absmax" else spec_oracle.uint8_row
     for i, data in enumerate(x):
         values, *scales = row(data)
@@ -96,88 +102,85 @@ def test_eight_bits_are_stage_one(range_, x):
 
 @given(x=strategies.floats((2, 37)))
 def test_four_bit_integers_are_round_to_nearest_of_seven_steps(x):
-    q = quartz_jax.quantize_int(x, bits=4)
+    q = row_operand(quantize(x, Int(width=4)))
+    assert isinstance(q, Int8Rows)
     for i, data in enumerate(x):
         values, scale = spec_oracle.int8_row(data, limit=7)
-        np.testing.assert_array_equal(quartz_jax.decode(q)[i], values)
+        np.testing.assert_array_equal(decode(q)[i], values)
         np.testing.assert_array_equal(q.scale[i, 0], scale)
 
 
 @settings(max_examples=50)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @given(x=strategies.floats((2, 37)))
-def test_dequantize_is_decoded_times_scale_plus_lo(config, x):
+def test_dequantize_is_decoded_times_scale_plus_lo(variant, x):
     # Bounded so that the sum of product and lo can't overflow; a fused product-and-add is allowed.
-    q = quartz_jax.quantize(np.clip(x, -1e30, 1e30), config)
+    q = quantize(np.clip(x, -1e30, 1e30), variant)
     offset = 0 if q.lo is None else 128
-    product = (np.asarray(quartz_jax.decode(q), np.float64) + offset) * spread(q.scale)
+    product = (np.asarray(decode(q), np.float64) + offset) * spread(q.scale)
     lo = np.float64(0) if q.lo is None else np.float64(spread(q.lo))
     bound = 2.0**-23 * (np.abs(product) + np.abs(lo)) + 2.0**-126
-    assert (np.abs(quartz_jax.dequantize(q) - (product + lo)) <= bound).all()
+    assert (np.abs(dequantize(q) - (product + lo)) <= bound).all()
 
 
 def spread(scale):
-    """Repeat scales [rows, 1 or 2] to the elements that they belong to, [rows, 37]."""
-    return np.repeat(np.asarray(scale), 37 if scale.shape[1] == 1 else 32, axis=1)[:, :37]
+    """Repeat scales [rows, 1, 2 or 3] to the elements that they belong to, [rows, 37]."""
+    size = {1: 37, 2: 32, 3: 16}[scale.shape[1]]
+    return np.repeat(np.asarray(scale), size, axis=1)[:, :37]
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOATS)
 def test_dequantize_returns_the_asked_dtype(dtype):
-    q = quartz_jax.quantize(jnp.ones((2, 16)))
-    assert quartz_jax.dequantize(q, dtype).dtype == dtype
+    q = quantize(jnp.ones((2, 16)))
+    assert dequantize(q, dtype).dtype == dtype
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_zero_rows_come_back_as_zeros(config):
-    q = quartz_jax.quantize(jnp.zeros((2, 40)), config)
-    np.testing.assert_array_equal(quartz_jax.dequantize(q), np.zeros((2, 40)))
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_zero_rows_come_back_as_zeros(variant):
+    q = quantize(jnp.zeros((2, 40)), variant)
+    np.testing.assert_array_equal(dequantize(q), np.zeros((2, 40)))
     np.testing.assert_array_equal(q.scale, np.zeros_like(q.scale))
 
 
 def test_constant_rows_come_back_exactly_from_the_asymmetric_range():
-    q = quartz_jax.quantize(jnp.full((2, 40), 3.3), QuartzConfig(range="minmax"))
-    np.testing.assert_array_equal(quartz_jax.dequantize(q), np.full((2, 40), np.float32(3.3)))
+    q = quantize(jnp.full((2, 40), 3.3), Quartz(range="minmax"))
+    np.testing.assert_array_equal(dequantize(q), np.full((2, 40), np.float32(3.3)))
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("shape", [(1,), (5,), (16,), (0, 20), (2, 3, 4, 17), (2, 1)])
-def test_any_shape_keeps_its_shape(shape, config):
+def test_any_shape_keeps_its_shape(shape, variant):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    q = quartz_jax.quantize(x, config)
-    assert q.shape == quartz_jax.decode(q).shape == quartz_jax.dequantize(q).shape == shape
+    q = quantize(x, variant)
+    assert q.shape == decode(q).shape == dequantize(q).shape == shape
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -3, -2, -1])
 def test_any_axis_equals_moving_it_last_first(axis):
     x = np.random.default_rng(0).standard_normal((5, 18, 21)).astype(np.float32)
-    q = quartz_jax.quantize(x, axis=axis)
-    last = quartz_jax.quantize(np.moveaxis(x, axis, -1))
+    q = quantize(x, axis=axis)
+    last = quantize(np.moveaxis(x, axis, -1))
     assert q.shape == x.shape
     np.testing.assert_array_equal(q.codes, last.codes)
-    np.testing.assert_array_equal(
-        np.moveaxis(quartz_jax.dequantize(q), axis, -1), quartz_jax.dequantize(last)
-    )
+    np.testing.assert_array_equal(np.moveaxis(dequantize(q), axis, -1), dequantize(last))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("range_", ["absmax", "minmax"])
-@pytest.mark.parametrize("quantize", ["quantize", "quantize_int"])
+@pytest.mark.parametrize("kind", [Quartz, lambda range: Int(width=8, range=range)])
 @pytest.mark.parametrize("k", [40, 320, 3072])  # XLA's maximum over long rows drops NaN on CPUs
-def test_a_bad_activation_makes_its_row_nan_and_no_other(k, quantize, range_, bad):
+def test_a_bad_activation_makes_its_row_nan_and_no_other(k, kind, range_, bad):
     x = np.random.default_rng(0).standard_normal((3, k)).astype(np.float32)
     x[1, 7] = bad
-    if quantize == "quantize":
-        q = quartz_jax.quantize(x, QuartzConfig(range=range_))
-    else:
-        q = quartz_jax.quantize_int(x, range=range_)
-    y = np.asarray(quartz_jax.dequantize(q))
+    q = quantize(x, kind(range=range_))
+    y = np.asarray(dequantize(q))
     assert np.isnan(q.scale[1]).all() and np.isnan(y[1]).all()
     assert np.isfinite(y[[0, 2]]).all()
 
 
 def test_a_range_that_overflows_float32_is_nan():
     x = jnp.array([[-3e38, 3e38, 0.0]])
-    assert jnp.isnan(quartz_jax.dequantize(quartz_jax.quantize_int(x, range="minmax"))).all()
+    assert jnp.isnan(dequantize(quantize(x, Int(width=8, range="minmax")))).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -185,27 +188,23 @@ def test_a_range_that_overflows_float32_is_nan():
 def test_a_bad_weight_is_refused_by_name(dtype, bad):
     w = np.ones((3, 40), dtype)
     w[2, 3] = bad
-    with pytest.raises(ValueError, match=r"weight of blocks\.3\.proj holds NaN or infinity"):
-        quartz_jax.quantize_weight("blocks.3.proj", w)
+    with pytest.raises(WeightError, match=r"weight of blocks\.3\.proj holds NaN or infinity"):
+        check_finite("blocks.3.proj", w)
 
 
-def test_a_good_weight_is_quantized_as_any_array():
-    w = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)
-    config = QuartzConfig(step="integer")
-    got = quartz_jax.quantize_weight("w", w, config, axis=0, search=True)
-    chex.assert_trees_all_equal(got, quartz_jax.quantize(w, config, axis=0, search=True))
+def test_a_good_weight_is_let_pass():
+    check_finite("w", np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: quartz_jax.quantize(x.astype(jnp.int8)), "x has dtype int8"),
-        (lambda x: quartz_jax.quantize(x[0, 0]), "axis is -1"),
-        (lambda x: quartz_jax.quantize(x, axis=2), "axis is 2"),
-        (lambda x: quartz_jax.quantize(x[:, :0]), "must not be empty"),
-        (lambda x: quartz_jax.quantize(x, search=True), "search is True with step='power'"),
-        (lambda x: quartz_jax.quantize_int(x, bits=5), "bits is 5"),
-        (lambda x: quartz_jax.quantize_int(x, bits=4, range="minmax"), "bits is 4"),
+        (lambda x: quantize(x.astype(jnp.int8)), "x has dtype int8"),
+        (lambda x: quantize(x[0, 0]), "axis is -1"),
+        (lambda x: quantize(x, axis=2), "axis is 2"),
+        (lambda x: quantize(x[:, :0]), "must not be empty"),
+        (lambda x: quantize(x, Int(), axis=0), "axis is -2 with int4"),
+        (lambda x: quantize(x, Int(width=8, range="minmax"), axis=-2), "axis is -2 with int8"),
     ],
 )
 def test_bad_input_is_refused_by_name(call, message):

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 
 import pytest
@@ -69,3 +70,39 @@ def test_a_folder_without_the_images_is_refused(tmp_path):
         find_photos(tmp_path, None)
     with pytest.raises(ValueError, match=r"a/1.jpg is missing, and 1 more of 2"):
         find_photos(tmp_path, ["a/1.jpg", "a/2.jpg"])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, listed):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa red fox\r\ntwo dogs")
+    assert read_prompts(tmp_path / "p.txt", 2).texts == ["a red fox", "two dogs"]
+    wanted = read_prompts(listed, 5)
+    listed.write_bytes(b"\xef\xbb\xbf" + listed.read_bytes())
+    assert read_prompts(listed, 5) == wanted
+
+
+@pytest.mark.parametrize("content", ["a".encode("utf-16"), "caf\xe9".encode("latin-1")])
+@pytest.mark.parametrize("name", ["p.txt", "p.json"])
+def test_a_file_that_is_not_utf_8_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} isn't UTF-8"):
+        read_prompts(tmp_path / name, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" * 10**5, "nested too deeply"),
+        ('{"a": {"category": "c", "prompt": "caf\\ud800"}}', "'a' isn't valid Unicode"),
+        ('{"a": {"category": "c", "prompt": 3}}', "entry 'a' isn't"),
+    ],
+)
+def test_an_odd_list_is_named(tmp_path, text, told):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        read_prompts(tmp_path / "p.json", 1)
+
+
+def test_a_file_of_prompts_that_is_none_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(ValueError, match="no regular file"):
+        read_prompts(tmp_path / "p.txt", 1)

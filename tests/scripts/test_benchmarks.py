@@ -53,8 +53,9 @@ def test_ratios_are_those_of_the_times_in_the_file(tiny_shapes, tmp_path, capsys
     status, results = run_benchmark(tmp_path / "x.json")
     rows = {row["backend"]: row for row in results["rows"]}
     assert status == 0
-    assert list(rows) == ["bfloat16 xla", "int8 xla", "g16 xla", "reference"]
-    assert [row["exact"] for row in rows.values()] == [None, True, True, True]
+    packed = ["g16 xla", "g16 stretched xla", "g16 stretched branch xla"]
+    assert list(rows) == ["bfloat16 xla", "int8 xla", *packed, "reference"]
+    assert [row["exact"] for row in rows.values()] == [None, *[True] * 5]
     rotation = rows.pop("reference")
     assert rotation["work"] == "qk_norm_rope 1+3"
     assert rotation["bytes_moved"] == 2 * 4 * 9216 * 2
@@ -68,7 +69,7 @@ def test_ratios_are_those_of_the_times_in_the_file(tiny_shapes, tmp_path, capsys
     assert rows["g16 xla"]["of_int8"] == rows["int8 xla"]["ms"] / rows["g16 xla"]["ms"]
     assert rows["int8 xla"]["of_int8"] is None
     for line in capsys.readouterr().out.splitlines()[2:-1]:
-        row = rows[line[29:51].strip()]
+        row = rows[line[29:61].strip()]
         shown = {name: float(x) for x, name in re.findall(r"([\d.]+) (ms|of bf16|of int8)", line)}
         assert shown["ms"] == pytest.approx(row["ms"], abs=1e-4)
         assert shown["of bf16"] == pytest.approx(row["of_bf16"], abs=0.0051)
@@ -94,13 +95,20 @@ def test_a_wrong_backend_is_reported_and_not_timed(tiny_shapes, tmp_path, capsys
     assert err == "error: not timed, since wrong or failed: tiny int8 wrong\n"
 
 
+def test_several_names_may_be_asked_for(tiny_shapes, tmp_path):
+    _, results = run_benchmark(tmp_path / "x.json", "--only", "int8", "branch")
+    names = [row["backend"] for row in results["rows"]]
+    assert names == ["int8 xla", "g16 stretched branch xla"]
+    assert results["rows"][1]["of_int8"] is not None
+
+
 def test_a_seed_is_fresh_recorded_and_repeats_the_inputs(tiny_shapes, tmp_path, monkeypatch):
     assert benchmark.parse([]).seed != benchmark.parse([]).seed
     seen, make = [], benchmark.make_operands
 
     def kept(*args):
         operands = make(*args)
-        seen.append(operands["x"].tolist())
+        seen.append(operands[0].values.tolist())
         return operands
 
     monkeypatch.setattr(benchmark, "make_operands", kept)

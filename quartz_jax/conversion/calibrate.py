@@ -1,0 +1,186 @@
+"""Statistics of layers' inputs for a model that is read block by block.
+
+A model that can be calibrated so has, besides its call, `start(**inputs)` to what goes into the
+first block, `blocks()` to paths and blocks in their order, and `advance(block, carry)`. Samples
+are run through one block after another: they, and the statistics of one block, are what memory
+holds beside the block itself. Both are on the device.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from quartz_jax.conversion.checkpoint import CalibrationRecord
+from quartz_jax.conversion.model import OTHER, Part, leaf_name, quantize_shapes
+from quartz_jax.engine.observe import ROWS, statistics, watch
+from quartz_jax.io.files import atomic_file
+from quartz_jax.recipes.recipe import Recipe
+from quartz_jax.transforms import Seen
+
+Sample = Mapping[str, np.ndarray]  # keyword arguments of the model's call
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Where samples come from."""
+
+    make: Callable[[], Sequence[Sample]]  # called once; what it gives is kept for a resumed run
+    record: CalibrationRecord
+
+    def load(self, path: Path) -> list[Sample]:
+        """Return the samples, from a file if they were made before."""
+        if not path.exists():
+            arrays = {
+                f"{i}/{name}": np.asarray(value)
+                for i, sample in enumerate(self.make())
+                for name, value in sample.items()
+                if value is not None
+            }
+            with atomic_file(path) as partial, partial.open("wb") as file:
+                np.savez(file, **arrays)
+        samples: dict[int, dict[str, np.ndarray]] = {}
+        with np.load(path, allow_pickle=False) as file:
+            for key in file:
+                index, _, name = key.partition("/")
+                samples.setdefault(int(index), {})[name] = file[key]
+        return [samples[i] for i in sorted(samples)]
+
+
+def check(
+    model: nnx.Module, recipe: Recipe, parts: Sequence[Part], calibration: Calibration | None
+) -> None:
+    """Raise ValueError unless a model can be calibrated for a recipe."""
+    if calibration is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} is calibrated and there are no samples for this component; "
+            "choose another recipe for it"
+        )
+    if not hasattr(model, "advance"):
+        raise ValueError(
+            f"{type(model).__name__} can't be run block by block, so recipe {recipe.name!r}, which "
+            "is calibrated, can't be used for it"
+        )
+    names = {name for name, _ in model.blocks()}
+    for part in parts:
+        outside = [path for path, layer in part.layers.items() if layer.needs]
+        if part.name not in names and outside:
+            raise ValueError(
+                f"recipe {recipe.name!r} would calibrate {outside[0]}, which lies in none of the "
+                "model's blocks; leave it out, or give it a plain format"
+            )
+
+
+def in_order(model: Any, parts: Sequence[Part]) -> list[Part]:
+    """Return what lies outside of blocks, then the blocks as they run."""
+    by_name = {part.name: part for part in parts}
+    names = [name for name, _ in model.blocks()]
+    return [by_name[name] for name in [OTHER, *names] if name in by_name]
+
+
+class BlockRun:
+    """Samples on their way through a model's blocks, on the device."""
+
+    def __init__(
+        self,
+        model: Any,  # the 16-bit model with shapes in place of arrays
+        samples: Sequence[Sample],
+    ):
+        self.model = model
+        self.blocks = dict(model.blocks())
+        self.samples = samples
+        self.carries: list[Any] = []
+
+    def observe(self, part: Part, params: Mapping[str, np.ndarray]) -> dict[str, Seen]:
+        """Return what the layers of a block are given, by path; nothing for what isn't a block."""
+        needs = {path: layer.needs for path, layer in part.layers.items() if layer.needs}
+        if part.name not in self.blocks or not needs:
+            return {}
+        inside = {path.removeprefix(f"{part.name}."): need for path, need in needs.items()}
+        block = _filled(self.blocks[part.name], part.name, params)
+        watched = watch(block, inside, len(self.carries), ROWS)
+        run = _watched_step(type(self.model))
+        for carry in self.carries:
+            run(watched, carry)
+        return {f"{part.name}.{path}": seen for path, seen in statistics(watched).items()}
+
+    def advance(
+        self,
+        part: Part,
+        params: Mapping[str, np.ndarray],
+        recipe: Recipe,
+        quantized: Callable[[], Mapping[str, jax.Array]] | None = None,
+    ) -> None:
+        """Hand the samples on: into the first block, or from a block to the next.
+
+        Always by a program without statistics, so that what a resumed run computes is the same.
+
+        Args:
+          part: whose turn it is.
+          params: its parameters, by path.
+          recipe: of the model.
+          quantized: reads its arrays as stored; the block then runs quantized.
+        """
+        if part.name not in self.blocks:
+            self.carries = _start(self.model, params, self.samples)
+            return
+        if quantized is None:
+            block = _filled(self.blocks[part.name], part.name, params)
+        else:
+            shapes = dict(quantize_shapes(self.model, recipe).blocks())[part.name]
+            block = _filled(shapes, part.name, quantized())
+        run = _step(type(self.model))
+        self.carries = [run(block, carry) for carry in self.carries]
+
+
+def _start(model: Any, params: Mapping[str, np.ndarray], samples: Sequence[Sample]) -> list[Any]:
+    """Return what goes into the first block for each sample, from what lies outside of blocks."""
+    graphdef, state = nnx.split(model)
+    flat = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
+    given = {leaf_name(path): x.dtype for path, x in flat if leaf_name(path) in params}
+    arrays = {name: jnp.asarray(params[name].astype(dtype)) for name, dtype in given.items()}
+
+    @jax.jit
+    def start(arrays, sample):
+        # The blocks' weights are never read: zeros that no program holds.
+        filled = jax.tree_util.tree_map_with_path(
+            lambda path, x: arrays.get(leaf_name(path), jnp.zeros(x.shape, x.dtype)),
+            nnx.to_pure_dict(state),
+        )
+        whole = nnx.eval_shape(lambda: nnx.merge(graphdef, state))
+        _, now = nnx.split(whole)
+        nnx.replace_by_pure_dict(now, filled)
+        return nnx.merge(graphdef, now).start(**sample)
+
+    return [start(arrays, dict(sample)) for sample in samples]
+
+
+def _filled(block: nnx.Module, name: str, params: Mapping[str, Any]) -> nnx.Module:
+    """Return a block with shapes in place of arrays filled with arrays of the model, by path."""
+    graphdef, state = nnx.split(block)
+    filled = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.asarray(params[f"{name}.{leaf_name(path)}"]).astype(x.dtype),
+        nnx.to_pure_dict(state),
+    )
+    nnx.replace_by_pure_dict(state, filled)
+    return nnx.merge(graphdef, state)
+
+
+@functools.cache
+def _watched_step(cls: Any) -> Callable[[nnx.Module, Any], None]:
+    @nnx.jit
+    def run(block: nnx.Module, carry: Any) -> None:
+        cls.advance(block, carry)
+
+    return run
+
+
+@functools.cache
+def _step(cls: Any) -> Callable[[nnx.Module, Any], Any]:
+    return nnx.jit(cls.advance)
