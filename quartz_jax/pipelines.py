@@ -143,7 +143,9 @@ def open_checkpoint(
       loras: files and scales of adapters.
       expand: keep 4-bit weights decoded to int8 on the device.
     """
-    components = checkpoint.read_manifest(folder).components
+    manifest = checkpoint.read_manifest(folder)
+    checkpoint.check_carried(folder, manifest)
+    components = manifest.components
     build = functools.partial(build_component, dtype=compute_dtype())
     given = {
         name: Deferred(
@@ -267,18 +269,20 @@ def calibrate(
     *,
     seed: int = 0,
     steps: int = 4,
+    size: tuple[int, int] | tuple[None, None] = (None, None),
     propagate: bool = False,
 ) -> Calibration:
     """Return what a conversion calibrates a transformer on; nothing is sampled before it starts.
 
     Args:
-      pipeline: draws the prompts, at its own size and steps.
+      pipeline: draws the prompts in its own number of steps.
       prompts: an image each.
       seed: of the noise.
       steps: of sampling that statistics are taken at, evenly spaced; all if there are no more.
+      size: width and height of the images; None for the model's own.
       propagate: let blocks see what the quantized blocks before them made.
     """
-    options, count = SamplingOptions.of(pipeline), len(prompts)
+    options, count = SamplingOptions.of(pipeline, size), len(prompts)
     total = options.num_inference_steps
     taken = sorted({int(step) for step in np.linspace(0, total - 1, min(steps, total)).round()})
     tokens = options.height * options.width // pipeline.token_pixels**2

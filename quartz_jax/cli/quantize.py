@@ -24,13 +24,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint.check_target(args.out, overwrite=args.overwrite)
     if checkpoint.is_checkpoint(args.model):
         raise ValueError(f"{args.model} is quantized already; give the 16-bit model as --model")
+    size = cli.parse_size(args.calibration_size)
     prompts = read_lines(args.calibration)[: args.calibration_samples]
     files = {"text_encoders": args.text_encoders, "schedule": args.schedule}
     given = {}
     if any(recipe.calibrated for recipe in recipes.values()):
         pipeline = pipelines.open_16_bit(args.model, {}, **files).pipeline
-        options = {"steps": args.calibration_steps, "propagate": args.propagate}
-        given["calibration"] = pipelines.calibrate(pipeline, prompts, seed=args.seed, **options)
+        given["calibration"] = pipelines.calibrate(
+            pipeline,
+            prompts,
+            seed=args.seed,
+            steps=args.calibration_steps,
+            size=size,
+            propagate=args.propagate,
+        )
     conversion = pipelines.plan_conversion(args.model, recipes, **files, **given)
     if args.dry_run:
         print(conversion.plan())
@@ -57,6 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--calibration", type=Path, default=prompts, help="prompts, one a line; default: ours")
     add("--calibration-samples", type=cli.positive, default=64, help="images to draw, at most")
     add("--calibration-steps", type=cli.positive, default=4, help="steps to look at, of each image")
+    add("--calibration-size", metavar="WxH", help="multiples of 16; default: the model's")
     add("--seed", type=cli.seed, default=0, help="of their noise")
     add("--propagate", action="store_true", help="let layers see what quantized ones before give")
     return parser.parse_args(argv)
