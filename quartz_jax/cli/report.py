@@ -23,7 +23,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", type=Path, default=Path("outputs/report.html"), help="the page")
     args = parser.parse_args(argv)
     check_output(args.out)
-    pages.check_plots()
     results = json.loads(args.results.read_text())
     if not isinstance(results, dict) or "recipes" not in results:
         raise ValueError(f"{args.results} holds no results of evaluate")

@@ -85,6 +85,7 @@ def comparison_page(results: dict[str, Any], images: Path, note: str = "", links
       ValueError: no recipe is finished, or bf16's images are missing.
     """
     made = compare(results, images)
+    pages.check_plots()
     compared = {name: made.done[name] for name in made.ranked}
     return pages.page(
         f"{results['settings']['model']}: {len(compared)} ways to quantize it",
