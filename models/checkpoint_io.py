@@ -157,6 +157,12 @@ def config_from_json(
     return cls(**as_static)
 
 
+def count_blocks(kind: str, names: Collection[str]) -> int:
+    """Return how many blocks names such as "double_blocks.3.x" have, of a regular expression's."""
+    matches = (re.match(rf"{kind}\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
 def check_bounds(config: Any, **bounds: tuple[float, float]) -> None:
     """Raise CheckpointError unless fields of a config lie within bounds, both included.
 
@@ -331,7 +337,8 @@ def save_params(
     """
     folder = Path(folder)
     partial = folder / f"{filename}.partial"
-    others = {file.name for file in folder.glob("*.safetensors*")} - {filename, partial.name}
+    found = (file.name for file in folder.glob("*.safetensors*"))
+    others = {name for name in found if name[0] != "."} - {filename, partial.name}
     if others:
         raise CheckpointError(
             f"{folder} already holds {', '.join(sorted(others))}; save to an empty folder"

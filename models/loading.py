@@ -1,18 +1,17 @@
 """From a model's files to a pipeline or to one of its components.
 
 A model is a diffusers folder, or a file or folder in Black Forest Labs' naming, which carries the
-transformer and perhaps the autoencoder; a diffusers folder then brings the text encoders. What a
-file is, the names of its tensors tell. That the components fit each other is checked when a model
-is found, from their configs alone.
+transformer and perhaps the autoencoder and text encoders; a diffusers folder then brings the rest.
+What a file is, the names of its tensors tell. That the components fit each other is checked when a
+model is found, from their configs alone.
 """
 
 import contextlib
 import dataclasses
 import os
 import re
-import string
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.checkpoint_io import StoredModule, TracingRngs, check_bounds, config_from_json
+from models.fit import check_fit
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
 from models.flux.params import (
     config_from_bfl,
+    export_flux_transformer,
     is_bfl_transformer,
     open_flux_transformer,
     select_bfl_transformer,
@@ -32,18 +33,26 @@ from models.pipeline import LONGEST_SIDE, FluxPipeline, GenerationDefaults
 from models.schedulers import FlowMatchEulerScheduler
 from models.stored_files import (
     CheckpointError,
+    find_prefix,
     open_checkpoint,
     quantized_by,
     read_json,
     refuse_quantized,
     weights_in,
 )
+from models.text_encoders import clip, t5
 from models.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder, open_clip_text_encoder
 from models.text_encoders.t5 import T5Config, T5Encoder, open_t5_encoder
+from models.tokenizers import load_tokenizer
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL
 from models.vae.params import config_from_bfl as vae_config_from_bfl
-from models.vae.params import is_bfl_autoencoder, open_autoencoder_kl, select_bfl_autoencoder
+from models.vae.params import (
+    export_autoencoder_kl,
+    is_bfl_autoencoder,
+    open_autoencoder_kl,
+    select_bfl_autoencoder,
+)
 
 # Class in a config.json: how to open a folder of it, its config, its module.
 _CLASSES = {
@@ -52,6 +61,19 @@ _CLASSES = {
     "CLIPTextModelWithProjection": (open_clip_text_encoder, CLIPTextConfig, CLIPTextEncoder),
     "FluxTransformer2DModel": (open_flux_transformer, FluxConfig, FluxTransformer),
     "T5EncoderModel": (open_t5_encoder, T5Config, T5Encoder),
+}
+_OPENERS = {
+    "transformer": open_flux_transformer,
+    "vae": open_autoencoder_kl,
+    "text_encoder": open_clip_text_encoder,
+    "text_encoder_2": open_t5_encoder,
+}
+# A tensor's name that tells each in a file, where a prefix may stand before it.
+_TELLING = {
+    "transformer": "double_blocks.0.img_attn.qkv.weight",
+    "vae": "decoder.up.0.block.0.norm1.weight",
+    "text_encoder": "text_model.final_layer_norm.weight",
+    "text_encoder_2": "encoder.final_layer_norm.weight",
 }
 _CONFIGS = (FluxConfig, AutoencoderKLConfig, CLIPTextConfig, T5Config)
 _STEPS = {True: 28, False: 4}  # by default, of dev and of schnell
@@ -79,18 +101,11 @@ _FAMILIES = {
     r".*lora.*": "a LoRA adapter",
     r"(en|de)coder\.(down_blocks|mid_block|up_blocks)\..*": "an autoencoder of diffusers: give the "
     "model's folder",
-    r"(text_model\.)?encoder\.layers\..*": "a CLIP text encoder",
-    r"encoder\.block\..*": "a T5 encoder",
-    r"single_transformer_blocks\..*": "a FLUX transformer of diffusers, without its config.json: "
-    "give the model's folder",
+    r"(.+\.)?encoder\.layers\..*": "a CLIP text encoder",
+    r"(.+\.)?encoder\.block\..*": "a T5 encoder",
+    r"(.+\.)?single_transformer_blocks\..*": "a FLUX transformer of diffusers, without its "
+    "config.json: give the model's folder",
 }
-# Files that together are a tokenizer's vocabulary; a folder has one of these sets.
-_VOCABULARIES = (
-    ("tokenizer.json",),
-    ("vocab.json", "merges.txt"),
-    ("spiece.model",),
-    ("tokenizer.model",),
-)
 SCHEDULES = ("dev", "schnell", "folder")
 
 
@@ -108,6 +123,14 @@ class ModelFiles:
         if self.scheduler is not None:
             return FlowMatchEulerScheduler.from_json(self.scheduler)
         return _folder_scheduler(self.paths["scheduler"])
+
+    def open(
+        self, name: str, dtype: jnp.dtype = jnp.bfloat16, *, check_values: bool = False
+    ) -> StoredModule:
+        """Open a model by its component's name; see `open_component`."""
+        path = self.paths[name]
+        component = name if path.is_file() else None
+        return open_component(path, dtype, component=component, check_values=check_values)
 
     def load_tokenizers(self) -> dict[str, Any]:
         """Return the tokenizers by component; raises CheckpointError where one doesn't load."""
@@ -159,6 +182,7 @@ def _find_single_files(
     if path.is_file() and (beside := path.parent / "ae.safetensors") not in files:
         files += [beside] * beside.exists()
     paths, guidance = _classify(path, files)
+    paths |= _inside(paths["transformer"])
     missing = [name for name in (*_MODULES, *_TOKENIZERS) if name not in paths]
     if text_encoders is None:
         raise CheckpointError(
@@ -181,6 +205,18 @@ def _find_single_files(
         scheduler=flux_scheduler(guidance),
         schedule="FLUX.1-dev's" if guidance else "FLUX.1-schnell's",
     )
+
+
+def _inside(file: Path) -> dict[str, Path]:
+    """Return the file for each component that it holds whole beside a transformer."""
+    found, names = {}, open_checkpoint(file).shapes
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        if find_prefix(names, _TELLING[name], file) is None:
+            continue
+        with contextlib.suppress(CheckpointError):  # what isn't whole comes from elsewhere
+            _OPENERS[name](file)
+            found[name] = file
+    return found
 
 
 def _with_schedule(
@@ -219,61 +255,6 @@ def model_name(path: Path | str) -> str:
     return path.name
 
 
-def check_fit(configs: Mapping[str, Any], tokenizers: Mapping[str, Any] | None = None) -> None:
-    """Raise CheckpointError, naming both sizes, where components of a FLUX.1 model don't fit.
-
-    Args:
-      configs: of the models by component, such as a FluxConfig; those left out fit.
-      tokenizers: of transformers, by component.
-    """
-    transformer, vae = configs.get("transformer"), configs.get("vae")
-    clip, t5 = configs.get("text_encoder"), configs.get("text_encoder_2")
-    problems = []
-    if transformer and transformer.in_channels != transformer.token_channels:
-        problems.append(
-            f"the transformer takes {transformer.in_channels} channels a token and gives "
-            f"{transformer.token_channels}, so it isn't for text to image (those of FLUX.1 Fill, "
-            "Canny and Depth aren't)"
-        )
-    elif transformer and vae and transformer.in_channels != 4 * vae.latent_channels:
-        problems.append(
-            f"the transformer takes {transformer.in_channels} channels a token, and the "
-            f"autoencoder gives {4 * vae.latent_channels}"
-        )
-    if transformer and t5 and transformer.joint_attention_dim != t5.d_model:
-        problems.append(
-            f"the transformer takes text tokens of {transformer.joint_attention_dim} channels, and "
-            f"text_encoder_2 gives {t5.d_model}"
-        )
-    if transformer and clip and transformer.pooled_projection_dim != clip.hidden_size:
-        problems.append(
-            f"the transformer takes pooled text of {transformer.pooled_projection_dim} channels, "
-            f"and text_encoder gives {clip.hidden_size}"
-        )
-    if vae and (vae.in_channels, vae.out_channels) != (3, 3):
-        problems.append(
-            f"the autoencoder takes images of {vae.in_channels} channels and gives "
-            f"{vae.out_channels}, and 3 are needed"
-        )
-    tokenizers = tokenizers or {}
-    for name, encoder in {"tokenizer": clip, "tokenizer_2": t5}.items():
-        if encoder and name in tokenizers:
-            problems += _misfits(name, tokenizers[name], encoder)
-    if problems:
-        raise CheckpointError(f"components don't fit: {'; '.join(problems)}")
-
-
-def _misfits(name: str, tokenizer: Any, encoder: CLIPTextConfig | T5Config) -> Iterator[str]:
-    """Yield why ids of a tokenizer mean nothing to a text encoder."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= encoder.vocab_size:
-        yield f"{name} gives ids up to {largest}, and its encoder takes {encoder.vocab_size}"
-    # 2 stands for the highest id, see CLIPTextEncoder.
-    wanted = getattr(encoder, "eos_token_id", 2)
-    if wanted not in (2, tokenizer.eos_token_id):
-        yield f"{name} ends texts with id {tokenizer.eos_token_id}, and its encoder wants {wanted}"
-
-
 def _configs(paths: Mapping[str, Path]) -> dict[str, Any]:
     """Return the config of each model that is there in 16 bits."""
     configs = {}
@@ -282,7 +263,7 @@ def _configs(paths: Mapping[str, Path]) -> dict[str, Any]:
         if path is None or not path.exists():
             continue
         if path.is_file():
-            configs[name] = _file_config(path)
+            configs[name] = _file_config(name, path)
         elif (path / "config.json").exists():
             configs[name] = _folder_config(path / "config.json")
     kinds = {"transformer": FluxConfig, "vae": AutoencoderKLConfig}
@@ -314,23 +295,33 @@ def _folder_scheduler(folder: Path) -> FlowMatchEulerScheduler:
         return FlowMatchEulerScheduler.from_json(values)
 
 
-def _file_config(file: Path) -> Any:
+def _file_config(name: str, file: Path) -> Any:
     checkpoint = open_checkpoint(file)
-    if is_bfl_transformer(checkpoint.shapes):
+    if name == "transformer":
         return config_from_bfl(select_bfl_transformer(checkpoint).shapes, file)
-    return vae_config_from_bfl(select_bfl_autoencoder(checkpoint).shapes, file)
+    if name == "vae":
+        return vae_config_from_bfl(select_bfl_autoencoder(checkpoint).shapes, file)
+    if name == "text_encoder":
+        return clip.config_from_shapes(clip.select_clip(checkpoint).shapes, file)
+    return t5.config_from_shapes(t5.select_t5(checkpoint).shapes, file)
 
 
 def open_component(
-    path: Path | str, dtype: jnp.dtype = jnp.bfloat16, *, check_values: bool = False
+    path: Path | str,
+    dtype: jnp.dtype = jnp.bfloat16,
+    *,
+    component: str | None = None,
+    check_values: bool = False,
 ) -> StoredModule:
     """Open one model without reading its parameters, unless that is asked for.
 
     Args:
       path: a folder such as `<model>/transformer`, with a config.json whose `_class_name`
         (diffusers) or `architectures` (transformers) decides; or a file in Black Forest Labs'
-        naming, or an index of its shards, a transformer or an autoencoder.
+        naming, or an index of its shards.
       dtype: of the parameters and the computation.
+      component: which one of a file that holds several, such as "vae"; None for the transformer,
+        or else the autoencoder.
       check_values: read every parameter once and refuse what isn't finite in bfloat16, before any
         work is done with the model.
 
@@ -339,7 +330,7 @@ def open_component(
     """
     path = Path(path)
     if path.is_file():
-        opened = _open_file(path)(path, dtype=dtype)
+        opened = _file_opener(path, component)(path, dtype=dtype)
     else:
         config = read_json(path / "config.json")
         if _class_name(config) not in _CLASSES:
@@ -394,6 +385,31 @@ def load_component(
     return open_component(path, dtype).load(dtype)
 
 
+def export_component(
+    module: nnx.Module, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
+) -> None:
+    """Write a model as the folder that diffusers or transformers, and `open_component`, read.
+
+    Args:
+      module: a transformer, autoencoder or text encoder of FLUX.1.
+      folder: made if absent.
+      dtype: floating dtype that every tensor is stored in.
+
+    Raises:
+      ValueError: the module is of another class.
+    """
+    exporters = {
+        FluxTransformer: export_flux_transformer,
+        AutoencoderKL: export_autoencoder_kl,
+        CLIPTextEncoder: clip.export_clip_text_encoder,
+        T5Encoder: t5.export_t5_encoder,
+    }
+    if type(module) not in exporters:
+        known = ", ".join(kind.__name__ for kind in exporters)
+        raise ValueError(f"module is a {type(module).__name__}; expected one of {known}")
+    exporters[type(module)](module, folder, dtype)
+
+
 def load_pipeline(
     path: Path | str,
     dtype: jnp.dtype = jnp.bfloat16,
@@ -438,7 +454,7 @@ def load_pipeline(
     }
     check_fit(configs, parts)
     parts |= {
-        name: given[name] if name in given else load_component(files.paths[name], dtype)
+        name: given[name] if name in given else files.open(name, dtype).load(dtype)
         for name in _MODULES
     }
     defaults = generation_defaults(files.index, parts["transformer"].config.guidance_embeds)
@@ -472,45 +488,6 @@ def generation_defaults(index: Mapping[str, Any], guidance_embeds: bool) -> Gene
         check_bounds(defaults, **dict.fromkeys(sides, (1, LONGEST_SIDE)))
         check_bounds(defaults, **dict.fromkeys(scales, (-1e30, 1e30)))
     return defaults
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer of transformers.
-
-    Raises:
-      CheckpointError: the folder holds none that loads; or one without its vocabulary, of which
-        transformers makes an empty one, without a pad token or with a wrong length.
-    """
-    from transformers import AutoTokenizer  # here, as importing it takes seconds
-
-    folder = Path(folder)
-    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
-        sets = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
-        raise CheckpointError(f"{folder} holds no tokenizer with its vocabulary: expected {sets}")
-    with _tokenizer_errors(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    length = tokenizer.model_max_length
-    if type(length) not in (int, float) or not length >= 1:
-        raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'}: model_max_length = {length!r} must be 1 or more"
-        )
-    if tokenizer.pad_token is None:
-        raise CheckpointError(f"{folder}: its tokenizer has no pad token; texts must be padded")
-    with _tokenizer_errors(folder):
-        ids = {tuple(tokenizer(letter)["input_ids"]) for letter in string.ascii_lowercase}
-    if len(ids) == 1:
-        raise CheckpointError(f"{folder}: its tokenizer knows no letter: the vocabulary is missing")
-    return tokenizer
-
-
-@contextlib.contextmanager
-def _tokenizer_errors(folder: Path) -> Iterator[None]:
-    """Raise CheckpointError, on one line, for whatever transformers' readers happen to raise."""
-    try:
-        yield
-    except Exception as error:
-        first = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{folder} holds no tokenizer that loads: {first}") from None
 
 
 def _find_in_diffusers_folder(folder: Path, text_encoders: Path | str | None) -> ModelFiles:
@@ -551,14 +528,13 @@ def _classify(path: Path, files: list[Path]) -> tuple[dict[str, Path], bool]:
     return {name: files[0] for name, files in found.items() if files}, guidance
 
 
-def _open_file(file: Path) -> Any:
+def _file_opener(file: Path, component: str | None) -> Callable[..., StoredModule]:
     names = open_checkpoint(file).shapes
     refuse_quantized(file, names, {})
-    if is_bfl_transformer(names):
-        return open_flux_transformer
-    if is_bfl_autoencoder(names):
-        return open_autoencoder_kl
-    raise CheckpointError(f"{file} is {_family(names)}; expected a FLUX.1 file")
+    for name in (component,) if component else ("transformer", "vae"):
+        if find_prefix(names, _TELLING[name], file) is not None:
+            return _OPENERS[name]
+    raise CheckpointError(f"{file} is {_family(names)}; expected a FLUX.1 {component or 'file'}")
 
 
 def _family(names: Mapping[str, object]) -> str:

@@ -7,6 +7,7 @@ shards with an index. The names are those of diffusers and transformers.
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 _FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 FLOATING = ("BF16", "F16", "F32", "F64", *_FLOAT8)
 # Least bits, without the sign, of what isn't finite when it is rounded to bfloat16.
-_INFINITE_BITS = {2: {"float16": 0x7C00, "bfloat16": 0x7F80}, 4: {"float32": 0x7F7F8000}}
+_INFINITE_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F7F8000}
+_CHECKED_AT_ONCE = 2**18  # elements: they and their bits stay in a CPU's cache
 
 # Weights that the libraries take unasked. Of both forms diffusers takes the shards, transformers
 # the single file (`modeling_utils.py` of either).
@@ -89,6 +91,14 @@ class Checkpoint:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file}: {stored} can't be read any more: {error}") from None
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(
+            math.prod(shape) * int(re.search(r"\d+|$", self.dtypes[name])[0] or 8) // 8
+            for name, shape in self.shapes.items()
+        )
+
     def stored_dtype(self, name: str) -> str:
         """Return a tensor's dtype in the words of safetensors, such as "BF16"."""
         return self.dtypes[name]
@@ -123,6 +133,9 @@ def read_json(path: Path) -> dict:
     except RecursionError:
         raise CheckpointError(f"{path} can't be read as JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
+        told = _impostor(path)
+        if told and not told.startswith("JSON"):
+            raise CheckpointError(f"{path} is {told}") from None
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
@@ -167,12 +180,18 @@ def weights_in(folder: Path) -> list[Path]:
 
 def is_finite_in_bfloat16(value: np.ndarray) -> bool:
     """Return whether a floating array of any shape is finite, also when rounded to bfloat16."""
-    if value.dtype.itemsize == 8:
+    flat = value.ravel(order="K")  # a view where the elements lie side by side
+    starts = range(0, flat.size, _CHECKED_AT_ONCE)
+    return all(_is_finite(flat[start : start + _CHECKED_AT_ONCE]) for start in starts)
+
+
+def _is_finite(flat: np.ndarray) -> bool:  # [elements], at least one
+    if flat.dtype.itemsize == 8:
         with np.errstate(over="ignore"):
-            value = value.astype(np.float32)
-    bits = value.view(f"u{value.dtype.itemsize}")
+            flat = flat.astype(np.float32)
+    bits = flat.view(f"u{flat.dtype.itemsize}")
     magnitude = bits & bits.dtype.type(2 ** (8 * bits.dtype.itemsize - 1) - 1)
-    return int(magnitude.max(initial=0)) < _INFINITE_BITS[value.dtype.itemsize][value.dtype.name]
+    return int(magnitude.max()) < _INFINITE_BITS[flat.dtype.name]
 
 
 def find_prefix(names: Iterable[str], telling: str, path: Path | str = "") -> str | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def abstract_rows(
     k: int,
 ) -> Int8Rows:
     """Return shapes of int8 rows [m, k]."""
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct  # stands where an array would
     return Int8Rows(values=shape((m, k), jnp.int8), scale=shape((m, 1), jnp.float32))
 
 
@@ -65,7 +66,7 @@ def abstract_packed(
     n: int, k: int, *, group_size: int = 16, step: str = "power", levels: str = "uniform"
 ) -> PackedRows:
     """Return shapes of packed rows [n, k]."""
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     groups = -(-k // group_size)
     return PackedRows(
         codes=shape((n, groups * group_size // 2), jnp.uint8),

@@ -24,7 +24,6 @@ from models import build_component
 from models.flux import add_lora, read_lora
 from models.pipeline import FluxPipeline
 from models.stages import Deferred
-from models.vae import export_autoencoder_kl
 from quartz_jax.conversion import checkpoint
 from quartz_jax.conversion.calibrate import Calibration
 from quartz_jax.conversion.checkpoint import CalibrationRecord
@@ -156,9 +155,8 @@ def open_checkpoint(
     }
     reports = {name: component.report for name, component in components.items()}
     if TRANSFORMER not in given:
-        given[TRANSFORMER] = _quantized(
-            folder / TRANSFORMER, TRANSFORMER, get_recipe("bf16"), reports
-        )
+        files = models.find_model(folder)
+        given[TRANSFORMER] = _quantized(files, TRANSFORMER, get_recipe("bf16"), reports)
     given = _prepared(given, loras, expand)
     return Opened(pipeline=_open_pipeline(folder, given), reports=reports)
 
@@ -170,7 +168,7 @@ def load_16_bit(model: Path) -> FluxPipeline:
 
 def abstract_transformer(model: Path) -> Any:
     """Return a 16-bit model's transformer with shapes in place of arrays."""
-    return models.open_component(models.find_model(model).paths[TRANSFORMER]).abstract
+    return models.find_model(model).open(TRANSFORMER).abstract
 
 
 def open_16_bit(
@@ -203,19 +201,19 @@ def open_16_bit(
                 f"recipe {recipe.name!r} is calibrated: make a checkpoint with quantize.py, and "
                 "give that as --model"
             )
-    paths = models.find_model(model, text_encoders, schedule).paths
+    files = models.find_model(model, text_encoders, schedule)
     reports: dict[str, Report] = {}
-    given = {
-        name: _quantized(paths[name], name, recipe, reports) for name, recipe in recipes.items()
-    }
+    given = {name: _quantized(files, name, recipe, reports) for name, recipe in recipes.items()}
     given = _prepared(given, loras, expand)
     pipeline = _open_pipeline(model, given, text_encoders, schedule)
     return Opened(pipeline=pipeline, reports=reports)
 
 
-def _quantized(path: Path, name: str, recipe: Recipe, reports: dict[str, Report]) -> Deferred:
+def _quantized(
+    files: models.ModelFiles, name: str, recipe: Recipe, reports: dict[str, Report]
+) -> Deferred:
     """Return a 16-bit model that is quantized when it loads, which leaves its report."""
-    stored = models.open_component(path, compute_dtype())
+    stored = files.open(name, compute_dtype())
 
     def load() -> Any:
         original = stored.load(compute_dtype())
@@ -253,14 +251,14 @@ def _open_pipeline(
 ) -> FluxPipeline:
     """Return the pipeline; what isn't given loads in 16 bits, its tensors are checked already."""
     dtype = compute_dtype()
-    paths = models.find_model(model, text_encoders, schedule).paths
+    files = models.find_model(model, text_encoders, schedule)
     deferred = dict(given)
-    for name in (name for name in COMPONENTS if name not in given and paths[name].exists()):
-        stored = models.open_component(paths[name], dtype)
+    for name in (name for name in COMPONENTS if name not in given and files.paths[name].exists()):
+        stored = files.open(name, dtype)
         config = models.component_config(stored.config)
         deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
-    files = {"text_encoders": text_encoders, "schedule": schedule}
-    return models.load_pipeline(model, dtype, **files, **deferred)
+    options = {"text_encoders": text_encoders, "schedule": schedule}
+    return models.load_pipeline(model, dtype, **options, **deferred)
 
 
 def calibrate(
@@ -327,9 +325,7 @@ def plan_conversion(
     check_components(recipes)
     files = models.find_model(model, text_encoders, schedule)
     opened = {
-        name: models.open_component(path)
-        for name, path in files.paths.items()
-        if name in COMPONENTS
+        name: files.open(name, check_values=True) for name in files.paths if name in COMPONENTS
     }
     files.load_scheduler()  # what is only carried must load too
     files.load_tokenizers()
@@ -372,9 +368,9 @@ def _carry(name: str, path: Path, component: models.StoredModule | None) -> Carr
     dtype = jnp.float32 if wide else jnp.bfloat16
 
     def write(folder: Path) -> None:
-        export_autoencoder_kl(component.load(dtype), folder, dtype)
+        models.export_component(component.load(dtype), folder, dtype)
 
-    return Carried(name=name, bytes=path.stat().st_size, write=write, source=path)
+    return Carried(name=name, bytes=component.checkpoint.bytes, write=write, source=path)
 
 
 def _texts(files: models.ModelFiles) -> list[Carried]:

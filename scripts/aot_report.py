@@ -9,6 +9,7 @@ from the line "## Notes" on, are kept.
 
 import argparse
 import importlib.metadata
+import itertools
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from pallas_kernels import aot, compat
 from pallas_kernels.arguments import CHOICES
 from pallas_kernels.matmul import mosaic_tpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
+from pallas_kernels.operands import Epilogue
 from quartz_jax.cli import arguments as cli
 from quartz_jax.io.files import atomic_file, check_output
 
@@ -34,11 +36,12 @@ HEADER = """\
 
 Bundles a step of the grid (one tile of m, n and k), averaged over a whole matmul.
 
+- weights: elements a group, and whether the levels are stretched (with an integer step).
 - ratio: the fused kernel's bundles over the plain int8 kernel's, at the shape's own m.
 - one tile: the same if m were one tile, so that every step decodes.
 - matrix: share of the bundles in which a matrix unit works, plain and fused.
 
-| chip | shape | m, n, k | group | plain | fused | ratio | one tile | matrix |
+| chip | shape | m, n, k | weights | plain | fused | ratio | one tile | matrix |
 |---|---|---|---|---|---|---|---|---|"""
 EPILOGUE_HEADER = """\
 ## Epilogues
@@ -94,6 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--chips", nargs="+", choices=aot.TPU_CHIPS, default=["v5e", "v6e"])
     add("--shapes", nargs="+", choices=SHAPES, default=flux)
     add("--groups", nargs="+", type=int, choices=CHOICES["group_size"], default=[16, 32])
+    add("--levels", nargs="+", choices=CHOICES["levels"], default=list(CHOICES["levels"]))
     add("--out", type=Path, help="Markdown file to write")
     return parser.parse_args(argv)
 
@@ -111,16 +115,16 @@ def _tables(folder: Path, options: argparse.Namespace) -> Iterator[str]:
     for chip in options.chips:
         for name in options.shapes:
             plain = _schedule(folder, chip, SHAPES[name], None)
-            for group_size in options.groups:
-                fused = _schedule(folder, chip, SHAPES[name], group_size)
-                yield _row(chip, name, group_size, plain, fused)
+            for levels, group_size in itertools.product(options.levels, options.groups):
+                fused = _schedule(folder, chip, SHAPES[name], group_size, levels)
+                yield _row(chip, name, group_size, levels, plain, fused)
     yield from ["", *EPILOGUE_HEADER.splitlines()]
     for chip in options.chips:
         for name in EPILOGUE_SHAPES:
             shape = SHAPES[name]
             alone = _schedule(folder, chip, shape, 16)
             for title, parts in EPILOGUES.items():
-                schedule = _schedule(folder, chip, shape, 16, parts) if parts else alone
+                schedule = _schedule(folder, chip, shape, 16, parts=parts) if parts else alone
                 steps = [_steps(x, shape, 16) for x in (schedule, alone)]
                 cells = [chip, name, title, str(schedule.last), f"{steps[0]:.0f}"]
                 yield f"| {' | '.join([*cells, f'{steps[0] / steps[1]:.3f}'])} |"
@@ -132,21 +136,19 @@ def _title() -> str:
 
 
 def _schedule(
-    folder: Path, chip: str, shape: Shape, group_size: int | None, epilogue: tuple[str, ...] = ()
+    folder: Path,
+    chip: str,
+    shape: Shape,
+    group_size: int | None,
+    levels: str = "uniform",
+    *,
+    parts: tuple[str, ...] = (),
 ) -> aot.Schedule:
     for file in folder.iterdir():
         file.unlink()
-    arguments = aot.tpu_matmul_arguments(shape.m, shape.n, shape.k, group_size=group_size)
-    column = jax.ShapeDtypeStruct((shape.n,), jnp.bfloat16)
-    shapes = {"bias": column, "gate": column}
-    shapes["residual"] = jax.ShapeDtypeStruct((shape.m, shape.n), jnp.bfloat16)
-    activation = "gelu" if "gelu" in epilogue else None
-
-    def run(x, weights, x_scale, arrays):
-        return mosaic_tpu.matmul_prepared(x, weights, x_scale, activation=activation, **arrays)
-
-    arrays = {name: shapes[name] for name in epilogue if name in shapes}
-    aot.compile_for_tpu(chip, run, *arguments, arrays)
+    kind = {"levels": levels, "step": "integer" if levels == "stretched" else "power"}
+    arguments = aot.tpu_matmul_arguments(shape.m, shape.n, shape.k, group_size=group_size, **kind)
+    aot.compile_for_tpu(chip, mosaic_tpu.matmul_prepared, *arguments, _epilogue(shape, parts))
     kernel = "int8_matmul" if group_size is None else "quartz_matmul"
     endings = "final_bundles", "final_hlo-static-per-bundle-utilization"
     bundles, utilization = (
@@ -155,13 +157,35 @@ def _schedule(
     return aot.read_schedule(bundles, utilization)
 
 
+def _epilogue(shape: Shape, parts: tuple[str, ...]) -> Epilogue:
+    """Return shapes of the named parts of an epilogue."""
+
+    def array(*extents):
+        return jax.ShapeDtypeStruct(extents, jnp.bfloat16)
+
+    given = {
+        "bias": array(shape.n),
+        "gate": array(shape.n),
+        "residual": array(shape.m, shape.n),
+    }
+    activation = "gelu" if "gelu" in parts else None
+    return Epilogue(activation=activation, **{name: given[name] for name in parts if name in given})
+
+
 def _steps(schedule: aot.Schedule, shape: Shape, group_size: int | None, m: int = 0) -> float:
     """Return the mean bundles of a grid step, at the shape's own m or another."""
     tile_m, tile_k, _ = mosaic_tpu.tile_sizes(shape.m, shape.n, shape.k, group_size)
     return schedule.per_step(-(-(m or shape.m) // tile_m), -(-shape.k // tile_k))
 
 
-def _row(chip: str, name: str, group_size: int, plain: aot.Schedule, fused: aot.Schedule) -> str:
+def _row(
+    chip: str,
+    name: str,
+    group_size: int,
+    levels: str,
+    plain: aot.Schedule,
+    fused: aot.Schedule,
+) -> str:
     shape = SHAPES[name]
     both = (plain, fused)
     whole = [_steps(schedule, shape, group_size) for schedule in both]
@@ -171,7 +195,7 @@ def _row(chip: str, name: str, group_size: int, plain: aot.Schedule, fused: aot.
         chip,
         name,
         f"{shape.m}, {shape.n}, {shape.k}",
-        str(group_size),
+        str(group_size) + " stretched" * (levels == "stretched"),
         *(f"{steps:.0f}" for steps in whole),
         f"{whole[1] / whole[0]:.3f}",
         f"{single[1] / single[0]:.3f}",

@@ -27,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.flux import FluxConfig, FluxTransformer
 from models.pipeline import compiled, denoising_step, image_ids
 from pallas_kernels import timing
-from quartz_jax import get_recipe, place, quantize_model
+from quartz_jax import get_recipe, place
 from quartz_jax.cli import arguments as cli
+from quartz_jax.conversion.model import quantize_shapes
 from quartz_jax.io import provenance
 from quartz_jax.io.files import check_output
-from quartz_jax.recipes.recipe import RECIPES
+from quartz_jax.recipes import RECIPES
 
 # Part of a kernel's name to what it does; the first that matches counts.
 GROUPS = {
@@ -62,11 +63,15 @@ def main(argv: list[str] | None = None) -> None:
     inputs = random_inputs(config, inputs_key, width // 16, height // 16, args.text_tokens)
     results = {}
     if args.together:
-        subjects = {name: in_recipe(model, name, args.expand) for name in args.recipes}
+        subjects = {name: in_recipe(model, name, args.expand, weights_key) for name in args.recipes}
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda subject: run_once(subject, inputs), subjects.values()))
     for name in args.recipes:
-        subject = subjects.pop(name) if args.together else in_recipe(model, name, args.expand)
+        subject = (
+            subjects.pop(name)
+            if args.together
+            else in_recipe(model, name, args.expand, weights_key)
+        )
         results[name] = measure(subject, inputs, args.steps)
         if args.together:  # it was compiled among the others
             results[name]["first_call_s"] = None
@@ -77,11 +82,47 @@ def main(argv: list[str] | None = None) -> None:
         provenance.write_results(args.out, record)
 
 
-def in_recipe(model: FluxTransformer, name: str, expand: bool) -> FluxTransformer:
-    """Return the model quantized and ready for this device's kernels; itself for bf16."""
-    subject = model if name == "bf16" else quantize_model(model, get_recipe(name))[0]
-    place(subject, expand=expand)
-    return subject
+def in_recipe(model: FluxTransformer, name: str, expand: bool, key: jax.Array) -> nnx.Module:
+    """Return a model as a recipe stores it, ready for this device's kernels; itself for bf16.
+
+    Its arrays are random, not quantized from the model's: a step takes as long, and recipes that
+    are calibrated need no samples.
+    """
+    if name == "bf16":
+        return place(model)[0]
+    shapes = quantize_shapes(nnx.eval_shape(lambda: model), get_recipe(name))
+    graphdef, state = nnx.split(shapes)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    given = dict(jax.tree_util.tree_leaves_with_path(nnx.state(model)))
+    made = [
+        given[path] if path in given else random_array(jax.random.fold_in(key, i), path, leaf)
+        for i, (path, leaf) in enumerate(leaves)
+    ]
+    quantized = nnx.merge(graphdef, jax.tree_util.tree_unflatten(structure, made))
+    return place(quantized, expand=expand, dtype=jnp.bfloat16)[0]
+
+
+def random_array(key: jax.Array, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return an array of a quantized layer whose values are as large as those of a real one."""
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    if leaf.dtype == jnp.uint8:
+        first, second = random_nibbles(key, leaf.shape, name)
+        return first | (second << 4)
+    if leaf.dtype == jnp.int8:
+        return jax.random.randint(key, leaf.shape, -127, 128, jnp.int8)
+    if name == "scale":
+        return jnp.full(leaf.shape, 1 / 64 / 64, leaf.dtype)
+    if leaf.dtype == jnp.float32:  # factors
+        return jnp.ones(leaf.shape, leaf.dtype)
+    return random_normal(key, leaf.shape, leaf.shape[0] ** -0.5)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def random_nibbles(key: jax.Array, shape: tuple[int, ...], name: str) -> jax.Array:
+    """Return steps that every format has, or codes but -8; uint8 [2, *shape]."""
+    if name == "shifts":
+        return jax.random.randint(key, (2, *shape), 0, 5).astype(jnp.uint8)
+    return (jax.random.randint(key, (2, *shape), -7, 8) & 15).astype(jnp.uint8)
 
 
 def random_transformer(config: FluxConfig, key: jax.Array) -> FluxTransformer:
@@ -179,7 +220,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--recipes", nargs="+", choices=RECIPES, default=["bf16", "w8a8", "w4a8", "w4a4"])
+    add("--recipes", nargs="+", choices=RECIPES, default=["bf16", "w8a8", "w4a8x", "w4a4"])
     add("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels, multiples of 16")
     add("--text-tokens", type=cli.positive, default=512)
     add("--steps", type=cli.positive, default=5, help="steps that are enqueued together")

@@ -283,26 +283,27 @@ def _peft_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
       CheckpointError: it can't be read, or asks for what isn't a low-rank branch.
     """
-    stored = checkpoint.metadata.get(_METADATA_KEY)
+    where, found = f"LoRA {path}: {_METADATA_KEY}", _config_in_metadata(path, checkpoint)
     beside = path.parent / _PEFT_CONFIG
-    where = f"LoRA {path}: {_METADATA_KEY}"
-    if stored is not None:
-        try:
-            found = json.loads(stored)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{where} is no JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{where} must be a JSON object, not {type(found).__name__}")
-        # Of a pipeline's adapter the keys have the component's name, of a model's own none.
-        prefix = "transformer."
-        of_model = {key[len(prefix) :]: x for key, x in found.items() if key.startswith(prefix)}
-        found = of_model or {key: x for key, x in found.items() if "." not in key}
-    elif beside.exists() and _is_of(path, checkpoint):
+    if not found and beside.exists() and _is_of(path, checkpoint):
         where, found = str(beside), read_json(beside)
-    else:
-        return {}
     _check_peft(where, found)
     return found
+
+
+def _config_in_metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what diffusers stored of PEFT's config for the transformer; {} for nothing."""
+    where = f"LoRA {path}: {_METADATA_KEY}"
+    try:
+        found = json.loads(checkpoint.metadata.get(_METADATA_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where} must be a JSON object, not {type(found).__name__}")
+    # Of a pipeline's adapter the keys have the component's name, of a model's own none.
+    prefix = "transformer."
+    of_model = {key[len(prefix) :]: x for key, x in found.items() if key.startswith(prefix)}
+    return of_model or {key: x for key, x in found.items() if "." not in key}
 
 
 def _is_of(path: Path, checkpoint: Checkpoint) -> bool:

@@ -1,6 +1,5 @@
 """Names of a FLUX transformer's tensors, diffusers' and Black Forest Labs'; loading and export."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from models.checkpoint_io import (
     Rule,
     StoredModule,
     TracingRngs,
+    count_blocks,
     match_params,
     save_params,
 )
@@ -164,8 +164,8 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
     return FluxConfig(
         in_channels=image[1],
         out_channels=None if last[0] == image[1] else last[0],
-        num_layers=_count_blocks("double_blocks", shapes),
-        num_single_layers=_count_blocks("single_blocks", shapes),
+        num_layers=count_blocks("double_blocks", shapes),
+        num_single_layers=count_blocks("single_blocks", shapes),
         attention_head_dim=head[0],
         num_attention_heads=image[0] // head[0],
         joint_attention_dim=text[1],
@@ -174,11 +174,6 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
         # 16, 56 and 56 of FLUX.1's 128 channels
         axes_dims_rope=(head[0] // 8, 7 * head[0] // 16, 7 * head[0] // 16),
     )
-
-
-def _count_blocks(kind: str, names: Mapping[str, object]) -> int:
-    matches = (re.match(rf"{kind}\.(\d+)\.", name) for name in names)
-    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def open_flux_transformer(path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> StoredModule:

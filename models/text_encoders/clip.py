@@ -19,11 +19,15 @@ from models.checkpoint_io import (
     TracingRngs,
     check_bounds,
     config_from_json,
+    count_blocks,
     match_params,
     save_params,
 )
 from models.linear import Linear
 from models.stored_files import open_folder, unwrap
+from models.stored_files import Checkpoint, find_prefix, open_checkpoint, open_folder, unwrap
+
+_TELLING = "text_model.final_layer_norm.weight"  # a tensor that every checkpoint has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,21 +203,66 @@ def checkpoint_rules(prefix: str = "text_model.") -> list[Rule]:
     ]
 
 
-def open_clip_text_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
-    """Open a transformers CLIPTextModel folder without reading its parameters.
+def select_clip(checkpoint: Checkpoint) -> Checkpoint | None:
+    """Return the tensors of the CLIP text encoder among those of a file; None if there is none."""
+    prefix = find_prefix(checkpoint.shapes, _TELLING, checkpoint.path)
+    return None if prefix is None else checkpoint.under(prefix)
+
+
+def config_from_shapes(
+    shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
+) -> CLIPTextConfig:
+    """Return the sizes that a file without config.json has, if it is CLIP ViT-L's.
+
+    Heads and activation aren't in the shapes; those of CLIP-L are in its published config.json.
+
+    Args:
+      shapes: its tensors', as `select_clip` gives them.
+      path: of the file, for errors.
+
+    Raises:
+      CheckpointError: it is another model, or not whole.
+    """
+    telling = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight")
+    telling = (*telling, "encoder.layers.0.mlp.fc1.weight")
+    token, position, hidden = (shapes.get(f"text_model.{name}", ()) for name in telling)
+    if (token[1:], position[1:], hidden[1:]) != ((768,),) * 3:
+        raise CheckpointError(
+            f"{path} holds a text encoder that isn't CLIP-L, or only a part of it"
+        )
+    return CLIPTextConfig(
+        vocab_size=token[0],
+        hidden_size=768,
+        intermediate_size=hidden[0],
+        num_hidden_layers=count_blocks(r"text_model\.encoder\.layers", shapes),
+        num_attention_heads=12,
+        max_position_embeddings=position[0],
+        eos_token_id=2,
+    )
+
+
+def open_clip_text_encoder(path: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
+    """Open a CLIP text encoder without reading its parameters.
 
     A projection behind the model (CLIPTextModelWithProjection) is left alone.
 
     Args:
-      folder: holds config.json and safetensors.
+      path: a transformers CLIPTextModel folder, with config.json and safetensors; or a file that
+        holds CLIP-L under the same names, with any prefix, and perhaps other models.
       dtype: of the parameters and the computation.
 
     Raises:
       CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
     """
-    folder = Path(folder)
-    values, checkpoint = open_folder(folder, "text_model.final_layer_norm.weight")
-    config = CLIPTextConfig.from_json(values)
+    path = Path(path)
+    if path.is_file():
+        checkpoint = select_clip(open_checkpoint(path))
+        if checkpoint is None:
+            raise CheckpointError(f"{path} holds no CLIP text encoder")
+        config = config_from_shapes(checkpoint.shapes, path)
+    else:
+        values, checkpoint = open_folder(path, _TELLING)
+        config = CLIPTextConfig.from_json(values)
     prefixed = any(name.startswith("text_model.") for name in checkpoint.shapes)
     checkpoint = checkpoint if prefixed else unwrap(checkpoint, "final_layer_norm.weight")
     return match_params(

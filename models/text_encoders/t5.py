@@ -21,11 +21,15 @@ from models.checkpoint_io import (
     TracingRngs,
     check_bounds,
     config_from_json,
+    count_blocks,
     match_params,
     save_params,
 )
 from models.linear import Linear
 from models.stored_files import open_folder
+from models.stored_files import Checkpoint, find_prefix, open_checkpoint, open_folder
+
+_TELLING = "encoder.final_layer_norm.weight"  # a tensor that every checkpoint has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,26 +244,80 @@ def checkpoint_rules(embedding: str = "shared") -> list[Rule]:
     ]
 
 
-def open_t5_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
-    """Open a T5 folder (encoder only, or whole: the decoder is left alone); nothing is read.
+def select_t5(checkpoint: Checkpoint) -> Checkpoint | None:
+    """Return the tensors of the T5 encoder among those of a file; None if there is none."""
+    prefix = find_prefix(checkpoint.shapes, _TELLING, checkpoint.path)
+    return None if prefix is None else checkpoint.under(prefix)
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path | str = "") -> T5Config:
+    """Return the sizes that a file without config.json has.
 
     Args:
-      folder: holds config.json and safetensors.
+      shapes: its tensors', as `select_t5` gives them.
+      path: of the file, for errors.
+
+    Raises:
+      CheckpointError: a tensor that tells a size is missing or misshapen.
+    """
+    first = "encoder.block.0.layer."
+    gated = f"{first}1.DenseReluDense.wi_0.weight" in shapes
+    embedding = "shared.weight" if "shared.weight" in shapes else "encoder.embed_tokens.weight"
+    telling = (
+        embedding,
+        f"{first}0.SelfAttention.q.weight",
+        f"{first}0.SelfAttention.relative_attention_bias.weight",
+        f"{first}1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight",
+    )
+    found = [shapes.get(name, ()) for name in telling]
+    if any(len(shape) != 2 or not all(shape) for shape in found):
+        listed = ", ".join(telling)
+        raise CheckpointError(f"{path} holds only a part of a T5 encoder: expected {listed}")
+    embed, query, bias, hidden = found
+    return T5Config(
+        vocab_size=embed[0],
+        d_model=embed[1],
+        d_kv=query[0] // bias[1],
+        d_ff=hidden[0],
+        num_layers=count_blocks(r"encoder\.block", shapes),
+        num_heads=bias[1],
+        relative_attention_num_buckets=bias[0],
+        feed_forward_proj="gated-gelu" if gated else "relu",
+    )
+
+
+def open_t5_encoder(path: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
+    """Open a T5 encoder, or a whole T5, whose decoder is left alone; nothing is read.
+
+    Args:
+      path: a transformers folder, with config.json and safetensors; or a file with the same names,
+        with any prefix, and perhaps other models.
       dtype: of the parameters and the computation.
 
     Raises:
       CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
     """
-    folder = Path(folder)
-    values, checkpoint = open_folder(folder, "encoder.final_layer_norm.weight")
-    config = T5Config.from_json(values)
+    path = Path(path)
+    if path.is_file():
+        checkpoint = select_t5(open_checkpoint(path))
+        if checkpoint is None:
+            raise CheckpointError(f"{path} holds no T5 encoder")
+        config = config_from_shapes(checkpoint.shapes, path)
+    else:
+        values, checkpoint = open_folder(path, _TELLING)
+        config = T5Config.from_json(values)
     shared = "shared.weight" in checkpoint.shapes
     return match_params(
         lambda: T5Encoder(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
         checkpoint,
         checkpoint_rules("shared" if shared else "encoder.embed_tokens"),
         config=config.to_json(),
-        ignore=(r"(encoder|decoder)\.embed_tokens\.weight", r"decoder\..+", r"lm_head\.weight"),
+        ignore=(
+            r"(encoder|decoder)\.embed_tokens\.weight",
+            r"decoder\..+",
+            r"lm_head\.weight",
+            "logit_scale",
+        ),
     )
 
 

@@ -28,12 +28,12 @@ class AutoencoderKLConfig:
     def __post_init__(self):
         sizes = ("in_channels", "out_channels", "block_out_channels", "latent_channels")
         check_bounds(self, **dict.fromkeys((*sizes, "norm_num_groups"), WIDTHS))
-        check_bounds(self, layers_per_block=(1, 64), scaling_factor=(1e-9, 1e9))
+        check_bounds(self, layers_per_block=(1, 8), scaling_factor=(1e-9, 1e9))
         check_bounds(self, shift_factor=(-1e9, 1e9))
         widths, groups = self.block_out_channels, self.norm_num_groups
-        if not 1 <= len(widths) <= 16 or any(width % groups for width in widths):
+        if not 1 <= len(widths) <= 8 or any(width % groups for width in widths):
             raise CheckpointError(
-                f"AutoencoderKLConfig: block_out_channels = {list(widths)} must be 1 to 16 "
+                f"AutoencoderKLConfig: block_out_channels = {list(widths)} must be 1 to 8 "
                 f"multiples of norm_num_groups = {groups}"
             )
 

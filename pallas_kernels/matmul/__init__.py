@@ -177,10 +177,8 @@ def prepare(
     _check_w(w)
     _check_out_dtype(out_dtype)
     n, k = w.shape
-    x = Int8Rows(
-        values=jax.ShapeDtypeStruct((_MANY_ROWS, k), jnp.int8),
-        scale=jax.ShapeDtypeStruct((_MANY_ROWS, 1), jnp.float32),
-    )
+    shape: Any = jax.ShapeDtypeStruct  # stands where an array would
+    x = Int8Rows(values=shape((_MANY_ROWS, k), jnp.int8), scale=shape((_MANY_ROWS, 1), jnp.float32))
     backend = _operation(w).choose(implementation, x, w, Epilogue(out_dtype=out_dtype))
     if backend.prepare is None:
         return None

@@ -4,6 +4,7 @@ The product is made transposed. A tile of 128 weight rows is the first operand: 
 if the weights are int8, from registers if they are 4 bits wide and decoded on the way; tokens are
 the second, so one decoded weight serves `tokens` of them. One warpgroup copies tiles to shared
 memory, two multiply 64 weight rows each; while a tile multiplies, the next one is decoded.
+A branch is one more wgmma for each part of a tile that is written, of 16-bit floats.
 
 A 32-bit register of the operand holds four consecutive k of one row. With c_b the four signed
 levels and P the step of their group, sum_b c_b 256**b, times P, plus 0x80808080 has the bytes
@@ -34,7 +35,7 @@ from jax.extend.mlir.dialects import arith, vector
 from pallas_kernels import codec, compat, device
 from pallas_kernels.functions import gelu
 from pallas_kernels.matmul import tuned
-from pallas_kernels.operands import Epilogue, Int8Rows, PackedRows, int8_values
+from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows, int8_values
 
 TILE_K = 128  # bytes of k in a tile: the widest swizzle of shared memory
 ROWS = 64  # weight rows of a warpgroup: the first extent of wgmma
@@ -42,6 +43,7 @@ WARPGROUPS = 2  # that multiply
 TILE_N = ROWS * WARPGROUPS
 OUTPUT_TOKENS = 128  # tokens of a warpgroup's results that shared memory holds, at most
 REGISTER_K = 16  # k of a row that the same register of its four threads holds
+MAX_RANK = 128  # of a branch whose tiles fit shared memory beside the rest
 SHARED_MEMORY = 227 * 1024  # bytes a block may use on Hopper
 # Extents that integer wgmma takes as its second
 TOKEN_TILES = (256, 240, 224, 208, 192, 176, 160, 128, 96, 64, 32, 16, 8)
@@ -162,22 +164,46 @@ def why_not(target: device.Device, x: Int8Rows, w: Any, epilogue: Epilogue) -> s
     if residual is not None and residual.dtype != dtype:
         return f"needs a residual of {dtype}, what it writes, not {residual.dtype}"
     if epilogue.branch is not None:
-        return "adds no branch"
+        up = epilogue.branch.up
+        if up.dtype.itemsize != 2 or up.shape[1] > MAX_RANK:
+            return f"adds 16-bit branches of a rank up to {MAX_RANK}, not {up.dtype}{[*up.shape]}"
     return "needs at least one element" if 0 in (*x.shape, *w.shape) else None
 
 
-def choose_config(m: int, n: int, *, decode: bool, sms: int = 132) -> Config:
-    """Return the tiles that leave the fewest processors idle in the last wave."""
+def choose_config(m: int, n: int, *, decode: bool, rank: int = 0, sms: int = 132) -> Config:
+    """Return the tiles that leave the fewest processors idle in the last wave.
+
+    Args:
+      m: rows of x.
+      n: output channels.
+      decode: whether the weights are 4-bit.
+      rank: of the branch, 0 without one.
+      sms: processors.
+    """
 
     def cost(tokens: int) -> int:
         tiles = -(-m // tokens) * -(-n // TILE_N)
         # Each tile pays about as much as 24 tokens for its start and end.
         return -(-tiles // sms) * (tokens + 24)
 
-    tokens = min(TOKEN_TILES, key=cost)
-    stage = TILE_K * tokens + (TILE_N * TILE_K // 2 + TILE_N * 4 if decode else TILE_N * TILE_K)
-    spare = SHARED_MEMORY - 2048 - WARPGROUPS * OUTPUT_TOKENS * ROWS * 2
-    return Config(tokens=tokens, stages=min(4 if tokens > 64 else 16, spare // stage))
+    fitting = [t for t in TOKEN_TILES if most_stages(t, decode=decode, rank=rank) >= 3]
+    tokens = min(fitting, key=cost)
+    most = most_stages(tokens, decode=decode, rank=rank)
+    return Config(tokens=tokens, stages=min(4 if tokens > 64 else 16, most))
+
+
+def most_stages(tokens: int, *, decode: bool, rank: int = 0) -> int:
+    """Return how many tiles of k fit shared memory, a branch of padded rank beside them."""
+    # Groups of 8 have twice the steps.
+    weights = TILE_N * (TILE_K // 2 + 8) if decode else TILE_N * TILE_K
+    branch = 2 * _padded_rank(rank) * (tokens + TILE_N)
+    spare = SHARED_MEMORY - 2048 - WARPGROUPS * OUTPUT_TOKENS * ROWS * 2 - branch
+    return max(spare, 0) // (TILE_K * tokens + weights)
+
+
+def _padded_rank(rank: int) -> int:
+    """Return whole rows of a swizzle: 32, or a multiple of 64."""
+    return 32 if 0 < rank <= 32 else -(-rank // 64) * 64
 
 
 # Under jit of its own a kernel that a program calls many times is lowered once.
@@ -193,10 +219,13 @@ def matmul_prepared(
     """Multiply by prepared weights; see `pallas_kernels.matmul.matmul`."""
     (m, k), n, decode = x.shape, w.n, len(w.tiles) == 2
     sms = 2 if interpret else _multiprocessors()
+    rank = 0 if epilogue.branch is None else epilogue.branch.up.shape[1]
     if config is None and not interpret:
         found = tuned.lookup("mosaic_gpu" if decode else "mosaic_gpu_int8", m, n, k)
         config = Config(**found) if found else None
-    config = config or choose_config(m, n, decode=decode, sms=sms)
+    config = config or choose_config(m, n, decode=decode, rank=rank, sms=sms)
+    most = most_stages(config.tokens, decode=decode, rank=rank)
+    config = dataclasses.replace(config, stages=min(config.stages, most))
     # Copies clip at the end of an array, but it must hold whole rows of the swizzle.
     row_unit = config.tokens if interpret else 8
     values = _pad(x.values, row_unit, TILE_K)
@@ -206,6 +235,13 @@ def matmul_prepared(
     residual = epilogue.residual
     if residual is not None:
         residual = _pad(residual, row_unit, columns)
+    branch = epilogue.branch
+    if branch is not None:
+        width = _padded_rank(rank)
+        branch = Branch(
+            input=_pad(branch.input, row_unit, width),
+            up=jnp.pad(branch.up, [(0, columns - n), (0, -rank % width)]),
+        )
     given = {"x_scale": x.scale, "x_lo": x.lo, "w_scale": w.scale}
     given |= {"sums": None if x.lo is None else w.column_sums}
     given |= {"bias": epilogue.bias, "gate": epilogue.gate}
@@ -228,11 +264,13 @@ def matmul_prepared(
         grid_names=("sm",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(config, w.tiles, (slots, part), epilogue.out_dtype, interpret),
+        scratch_types=_scratch(
+            config, w.tiles, (slots, part), branch, epilogue.out_dtype, interpret
+        ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=compat.gpu_interpret_params() if interpret else False,
     )
-    return kernel(values, w.tiles, vectors, residual)[:m, :n]
+    return kernel(values, w.tiles, vectors, residual, branch)[:m, :n]
 
 
 def _slots(tokens: int, residual: bool) -> tuple[int, int]:
@@ -262,12 +300,18 @@ def _scratch(
     config: Config,
     tiles: tuple[jax.Array, ...],
     output: tuple[int, int],
-    out_dtype,
+    branch: Branch | None,
+    out_dtype: Any,
     interpret: bool,
 ) -> dict:
+    def swizzled(columns, width=128):
+        return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(width)
 
-    def swizzled(columns):
-        return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
+    def side(rows, like):  # of a branch
+        columns = like.shape[1]
+        row = min(columns, 64)
+        transforms = swizzled(row, 2 * row)
+        return plgpu.SMEM((rows, columns), like.dtype, transforms=transforms)
 
     stages, decode = config.stages, len(tiles) == 2
     if decode:
@@ -287,6 +331,9 @@ def _scratch(
         "filled": plgpu.Barrier(num_arrivals=1 + len(weights), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         "added": plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS * output[0]),
+        "branch_tiles": branch and (side(config.tokens, branch.input), side(TILE_N, branch.up)),
+        "branch_filled": branch and plgpu.Barrier(num_arrivals=2),
+        "branch_free": branch and plgpu.Barrier(num_arrivals=WARPGROUPS),
         # The interpreter's wgmma reads its first operand from memory only.
         "decoded": (plgpu.SMEM((WARPGROUPS, ROWS, TILE_K), jnp.int8),) * (decode and interpret),
     }
@@ -297,6 +344,7 @@ def _kernel(
     weights,  # codes and steps, tiled as `TiledWeights` says; or [n, k]
     vectors,  # x_scale, x_lo [m padded]; w_scale, sums, bias, gate [n padded]; those given
     residual,  # [m, n padded] or None
+    branch,  # input [m, rank] and up [n padded, rank], or None
     out,  # [m, n padded]
     *,
     config: Config,
@@ -309,6 +357,9 @@ def _kernel(
     filled,
     free,
     added,  # [warpgroup * slots]: a part of the residual is there
+    branch_tiles,  # input [tokens, rank] and up [TILE_N, rank], or None
+    branch_filled,
+    branch_free,
     decoded,  # [warpgroups, ROWS, TILE_K] where the interpreter wants it, else empty
 ):
     decode = len(weights) == 2
@@ -342,6 +393,13 @@ def _kernel(
                 rows = pl.ds(n_tile * TILE_N, TILE_N)
                 tile = source.at[n_tile, k_tile] if decode else source.at[rows, span]
                 plgpu.copy_gmem_to_smem(tile, target.at[slot], filled.at[slot])
+
+        if branch is not None:
+            # Behind the last tiles of k, by when the last results' branch has long been read.
+            pl.when(first > 0)(lambda: plgpu.barrier_wait(branch_free))
+            sides = (branch.input, m_tile * tokens, tokens), (branch.up, n_tile * TILE_N, TILE_N)
+            for (source, start, size), target in zip(sides, branch_tiles, strict=True):
+                plgpu.copy_gmem_to_smem(source.at[pl.ds(start, size)], target, branch_filled)
 
     def operand(step):
         """Wait for a tile of k and return this warpgroup's weights of it."""
@@ -413,6 +471,18 @@ def _kernel(
             window(residual, i, row, token), out_tiles.at[warpgroup, slot], arrived
         )
 
+    def add_branch(y, i):
+        """Add part i of the branch to a part of the results."""
+        inputs, up = branch_tiles
+
+        def product(sums):
+            rows, columns = pl.ds(warpgroup * ROWS, ROWS), pl.ds(i * part, part)
+            plgpu.wgmma(sums, up.at[rows], inputs.at[columns].transpose((1, 0)))
+            plgpu.wgmma_wait(0)
+            return sums[...]
+
+        return y + pl.run_scoped(product, plgpu.ACC((ROWS, part), jnp.float32))
+
     def write(acc, row, token):
         """Scale, round and write a tile of [ROWS, tokens] sums, transposed."""
 
@@ -434,6 +504,8 @@ def _kernel(
 
         of_row = {name: load_rows(name) for name in vectors if not name.startswith("x_")}
         scale = of_row["w_scale"]
+        if branch is not None:
+            plgpu.barrier_wait(branch_filled)
         for i in range(tokens // part):
             start = token + i * part
             sum_ = acc[:, i * part : (i + 1) * part]
@@ -443,6 +515,10 @@ def _kernel(
             if "x_lo" in vectors:
                 lo = along(load_tokens("x_lo", start)) * down(scale)
                 y = y + lo * down(of_row["sums"].astype(jnp.float32))
+            if branch is not None:
+                y = add_branch(y, i)
+                if i == tokens // part - 1:
+                    plgpu.barrier_arrive(branch_free)
             if "bias" in vectors:
                 y = y + down(of_row["bias"])
             if activation == "gelu":
@@ -477,6 +553,9 @@ def _kernel(
         @pl.loop(jnp.maximum(tiles * k_tiles - stages, 0), tiles * k_tiles)
         def _(step):
             plgpu.barrier_wait(free.at[slot_of(step)])
+
+        if branch is not None:
+            pl.when(tiles > 0)(lambda: plgpu.barrier_wait(branch_free))
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():

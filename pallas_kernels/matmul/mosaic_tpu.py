@@ -239,14 +239,15 @@ def _call(x, weights, scales, epilogue, plan, tiles, operand) -> jax.Array:
         # Once decoded and kept, the stored tiles aren't fetched again.
         return (jnp.where(m == 0, k, plan.k_tiles - 1) if plan.keep else k), n
 
-    row = pl.BlockSpec((tile_m, 1), lambda n, m, k: (m, 0))
-    column = pl.BlockSpec((1, tile_n), lambda n, m, k: (0, n))
-    tile = pl.BlockSpec((tile_m, tile_n), lambda n, m, k: (m, n))
+    block: Any = pl.BlockSpec  # stands where an array will
+    row = block((tile_m, 1), lambda n, m, k: (m, 0))
+    column = block((1, tile_n), lambda n, m, k: (0, n))
+    tile = block((tile_m, tile_n), lambda n, m, k: (m, n))
     rank = 0 if epilogue.branch is None else epilogue.branch.up.shape[1]
     specs = {"bias": column, "gate": column, "residual": tile}
     specs["branch"] = Branch(
-        input=pl.BlockSpec((tile_m, rank), lambda n, m, k: (m, 0)),
-        up=pl.BlockSpec((tile_n, rank), lambda n, m, k: (n, 0)),
+        input=block((tile_m, rank), lambda n, m, k: (m, 0)),
+        up=block((tile_n, rank), lambda n, m, k: (n, 0)),
     )
     specs = {name: spec for name, spec in specs.items() if getattr(epilogue, name) is not None}
     w_specs = {"values": pl.BlockSpec((w_rows, tile_n), w_index)}
@@ -359,11 +360,11 @@ def _as_operand(x: jax.Array, asymmetric: bool, operand: jnp.dtype) -> tuple[jax
     return x, 128 if asymmetric else 0
 
 
-def _best_operand(target: device.Device, step: str | None, x_bits: int) -> jnp.dtype:
+def _best_operand(target: device.Device, step: str | None, value_bits: int) -> jnp.dtype:
     """Return the fastest type that holds both operands exactly; `step` is that of the weights."""
     if target.int8 or target.platform != "tpu":
         return jnp.int8
-    four_bits = step == "power" and x_bits == 4
+    four_bits = step == "power" and value_bits == 4
     return jnp.float8_e4m3fn if target.fp8 and four_bits else jnp.bfloat16
 
 

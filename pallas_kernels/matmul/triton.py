@@ -226,13 +226,14 @@ def scale_specs(
 
 def epilogue_specs(epilogue: Epilogue, tile_m: int, tile_n: int, walk: Callable) -> Epilogue:
     """Return the blocks of `pad_epilogue`'s arrays, in an epilogue."""
-    column = pl.BlockSpec((tile_n,), lambda i: (walk(i)[1],))
-    specs = {"bias": column, "gate": column, "residual": pl.BlockSpec((tile_m, tile_n), walk)}
+    block: Any = pl.BlockSpec  # stands where an array will
+    column = block((tile_n,), lambda i: (walk(i)[1],))
+    specs = {"bias": column, "gate": column, "residual": block((tile_m, tile_n), walk)}
     if epilogue.branch is not None:
         rank = epilogue.branch.up.shape[1]
         specs["branch"] = Branch(
-            input=pl.BlockSpec((tile_m, rank), lambda i: (walk(i)[0], 0)),
-            up=pl.BlockSpec((tile_n, rank), lambda i: (walk(i)[1], 0)),
+            input=block((tile_m, rank), lambda i: (walk(i)[0], 0)),
+            up=block((tile_n, rank), lambda i: (walk(i)[1], 0)),
         )
     given = {name: spec for name, spec in specs.items() if getattr(epilogue, name) is not None}
     return dataclasses.replace(epilogue, **given)
@@ -245,9 +246,13 @@ def finish(
     added: jax.Array | None = None,  # [rows, columns], float32: the product of a branch
 ) -> jax.Array:
     """Return the result of a tile of sums."""
-    rows = {name: scales[name][:, None] for name in _OF_X if name in scales}
-    column = scales["sums"][None, :] if "sums" in scales else None
-    y = reference.scale_sums(acc, w_scale=scales["w_scale"][None, :], column=column, **rows)
+    y = reference.scale_sums(
+        acc,
+        x_scale=scales["x_scale"][:, None],
+        w_scale=scales["w_scale"][None, :],
+        x_lo=scales["x_lo"][:, None] if "x_lo" in scales else None,
+        column=scales["sums"][None, :] if "sums" in scales else None,
+    )
     return reference.finish(y if added is None else y + added, epilogue)
 
 

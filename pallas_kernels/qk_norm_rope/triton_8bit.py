@@ -45,17 +45,19 @@ def qk_norm_rope_8bit(
     """Return codes and scales; see `pallas_kernels.qk_norm_rope.qk_norm_rope_8bit`."""
     arrays = tuple((s.qkv, s.query_scale, s.key_scale) for s in streams)
     options = {"heads": heads, "config": config, "interpret": interpret}
-    return _qk_norm_rope_8bit(arrays, rope, v_scale, epsilon=streams[0].epsilon, **options)
+    return _qk_norm_rope_8bit(
+        arrays, rope, v_scale, epsilons=tuple(s.epsilon for s in streams), **options
+    )
 
 
 # Under jit of its own a kernel that a program calls many times is lowered once.
-@functools.partial(jax.jit, static_argnames=("epsilon", "heads", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("epsilons", "heads", "config", "interpret"))
 def _qk_norm_rope_8bit(
     streams: tuple[tuple[jax.Array, jax.Array, jax.Array], ...],  # qkv and the scales
     rope: jax.Array,
     v_scale: jax.Array | None,
     *,
-    epsilon: float,
+    epsilons: tuple[float, ...],  # of each stream
     heads: int,
     config: Config,
     interpret: bool,
@@ -73,7 +75,7 @@ def _qk_norm_rope_8bit(
     values = (batch, heads, (d + ONES) // 2, 2 * blocks * BLOCK)  # two rows side by side
     q_scale, k_scale = sizes
     q, q_scale, k, k_scale, v = pl.pallas_call(
-        functools.partial(_kernel, epsilon=epsilon, heads=heads, tokens=tokens, dtype=dtype),
+        functools.partial(_kernel, epsilons=epsilons, heads=heads, tokens=tokens, dtype=dtype),
         out_shape=(codes, q_scale, codes, k_scale, jax.ShapeDtypeStruct(values, jnp.float8_e4m3fn)),
         grid=(heads, blocks, batch),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps),
@@ -93,8 +95,6 @@ def why_not(
         return reason
     if not target.fp8:
         return f"needs a GPU that rounds to float8, not {target.kind}"
-    if len({stream.epsilon for stream in streams}) > 1:
-        return "needs one epsilon for all streams"
     d = streams[0].query_scale.shape[0]
     # The tensor cores take 16 of half of the channels at least; more than 128 don't fit registers.
     return None if 32 <= d <= 128 else f"needs heads of 32 to 128 channels, not {d}"
@@ -112,7 +112,7 @@ def _kernel(
     k_size_ref,  # [b, heads, blocks], float32
     v_ref,  # [b, heads, (d + ONES) / 2, 2 padded t], float8_e4m3fn: rows 2i and 2i + 1
     *,
-    epsilon: float,
+    epsilons: tuple[float, ...],  # of each stream
     heads: int,
     tokens: int,
     dtype: jnp.dtype,
@@ -132,24 +132,27 @@ def _kernel(
         start = 0
         for ref in words_refs:
             row, count = token - start, ref.shape[1]
-            yield jnp.clip(row, 0, count - 1), down((row >= 0) & (row < count))
+            yield jnp.clip(row, 0, count - 1), (row >= 0) & (row < count)
             start += count
 
     def load(part, token):
         words = jnp.zeros(shape, jnp.int32)
         for ref, (row, inside) in zip(words_refs, places(token), strict=True):
             at = batch, down(row), part * heads + head, pair
-            words = words | plgpu.load(ref.at[at], mask=inside, other=0)
+            words = words | plgpu.load(ref.at[at], mask=down(inside), other=0)
         return triton._unpack(words, dtype)
 
     def load_scale(refs, parity):
         scale, at = jnp.zeros(shape, jnp.float32), parity + 2 * lax.iota(jnp.int32, half)
         for ref, (_, inside) in zip(refs, places(token), strict=True):
             values = plgpu.load(ref.at[at]).astype(jnp.float32)
-            scale = jnp.where(inside, values[None], scale)
+            scale = jnp.where(down(inside), values[None], scale)
         return scale
 
     cos, sin = (plgpu.load(rope_ref.at[which, down(token), pair]) for which in (0, 1))
+
+    inside = [found for _, found in places(token)]
+    epsilon = sum(jnp.where(x, e, 0.0) for x, e in zip(inside, epsilons, strict=True))[:, None]
 
     def rotated(part, scale_refs):
         """Return normed, turned and Hadamard-rotated rows [BLOCK, d], and a zero or NaN a row."""

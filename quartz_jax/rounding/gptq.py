@@ -78,13 +78,20 @@ def _gptq(
     else:
         outer = jax.tree.map(lambda leaf: leaf[:, None], format.outer(weight))
     weight = pad(weight, padded, format.padding_mode)
+    # Scales of a block that depend on other blocks are found before the start, for all of them.
+    fixed = None
+    if not format.blocks_apart:
+        fixed = format.inner(split(weight, size), outer)
 
     def block_step(weight: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple]:
         start = index * size
         shared = jax.tree.map(lambda leaf: _pick(leaf, start // row, 1)[:, 0], outer)
         part = _pick(weight, start, size)
         inner_factor = jax.lax.dynamic_slice(factor, (start, start), (size, size))
-        scales = format.inner(part, shared)
+        if fixed is None:
+            scales = format.inner(part, shared)
+        else:
+            scales = jax.tree.map(lambda leaf: _pick(leaf, index, 1)[:, 0], fixed)
         codes, errors = _round_block(part, inner_factor, shared, scales, format)
         later = jax.lax.dynamic_slice(factor, (start, 0), (size, padded))
         weight = weight - jnp.matmul(errors, later, precision=HIGHEST)

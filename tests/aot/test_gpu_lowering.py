@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Part
 from pallas_kernels import aot, device
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu
 from pallas_kernels.matmul.shapes import SHAPES, Shape
-from pallas_kernels.operands import Epilogue
+from pallas_kernels.operands import Branch, Epilogue
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
 from pallas_kernels.quantize import QUANTIZE, Norm, Part
 
@@ -130,6 +130,21 @@ def fused_call(shape, group_size=16, step="power", levels="uniform", **where):
     return MATMUL, placed((aot.abstract_rows(shape.m, shape.k), w, Epilogue()), where), {}
 
 
+def branch_call(shape, rank=32, **where):
+    """Stretched levels, and everything in the epilogue."""
+    operation, (x, w, _), options = fused_call(shape, 16, "integer", "stretched", **where)
+    epilogue = Epilogue(
+        bias=spec((shape.n,), jnp.bfloat16),
+        gate=spec((shape.n,), jnp.bfloat16),
+        residual=spec((shape.m, shape.n), jnp.bfloat16),
+        branch=Branch(
+            input=spec((shape.m, rank), jnp.bfloat16), up=spec((shape.n, rank), jnp.bfloat16)
+        ),
+        activation="gelu",
+    )
+    return operation, (x, w, placed(epilogue, where)), options
+
+
 def few_rows_call(shape, **where):
     return fused_call(dataclasses.replace(shape, m=2), **where)
 
@@ -228,6 +243,19 @@ def test_every_triton_kernel_lowers_for_every_gpu(form, gpu):
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("rank", [1, 32, 100])
+def test_branches_of_any_rank_lower(implementation, rank):
+    lower(H100, branch_call(ODD, rank), implementation)
+
+
+def test_branches_that_mosaic_refuses_are_left_to_triton():
+    call = branch_call(ODD, 129)
+    with pytest.raises(ValueError, match=r"branches of a rank up to 128, not bfloat16\[200, 129\]"):
+        lower(H100, call, "mosaic_gpu")
+    assert "triton" in lower(H100, call, None)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize(
     "options", [{}, {"group_size": 32}, {"step": "integer"}, STRETCHED_8], ids=str
 )
@@ -276,14 +304,17 @@ def test_mosaic_refuses_ampere_and_names_the_device():
 
 @pytest.mark.parametrize(("m", "n"), [(4608, 3072), (4608, 12288), (4608, 21504), (1, 18432)])
 @pytest.mark.parametrize("decode", [False, True])
-def test_tiles_fit_shared_memory_and_leave_few_processors_idle(m, n, decode):
-    config = mosaic_gpu.choose_config(m, n, decode=decode)
-    weights = mosaic_gpu.TILE_N * (mosaic_gpu.TILE_K // 2 + 4 if decode else mosaic_gpu.TILE_K)
+@pytest.mark.parametrize("rank", [0, 32, 128])
+def test_tiles_fit_shared_memory_and_leave_few_processors_idle(m, n, decode, rank):
+    config = mosaic_gpu.choose_config(m, n, decode=decode, rank=rank)
+    weights = mosaic_gpu.TILE_N * (mosaic_gpu.TILE_K // 2 + 8 if decode else mosaic_gpu.TILE_K)
     used = config.stages * (config.tokens * mosaic_gpu.TILE_K + weights)
+    used += 2 * rank * (config.tokens + mosaic_gpu.TILE_N)
+    used += mosaic_gpu.WARPGROUPS * mosaic_gpu.OUTPUT_TOKENS * mosaic_gpu.ROWS * 2
     assert used < mosaic_gpu.SHARED_MEMORY
-    assert config.stages >= 4
+    assert config.stages >= (3 if rank else 4)
     tiles = -(-m // config.tokens) * -(-n // mosaic_gpu.TILE_N)
-    if m > 64:
+    if m > 64 and rank < 128:
         ideal = m * n / (132 * config.tokens * mosaic_gpu.TILE_N)
         assert -(-tiles // 132) <= 1.1 * ideal
 
@@ -318,7 +349,7 @@ def compile_for(gpu, make, implementation, dump):
     return "".join(path.read_text() for path in dump.glob("*.ptx"))
 
 
-@pytest.mark.parametrize("make", [int8_call, fused_call, stretched_call])
+@pytest.mark.parametrize("make", [int8_call, fused_call, stretched_call, branch_call])
 def test_mosaic_kernels_use_the_int8_matrix_unit_without_serializing(
     make, tmp_path, capfd, monkeypatch
 ):
@@ -328,6 +359,7 @@ def test_mosaic_kernels_use_the_int8_matrix_unit_without_serializing(
     printed = "".join(capfd.readouterr())
     assert "wgmma.mma_async.sync.aligned.m64n" in printed
     assert "k32.s32.s8.s8" in printed
+    assert ("f32.bf16.bf16" in printed) == (make is branch_call)
     assert "serialized" not in printed
     assert "0 bytes spill stores, 0 bytes spill loads" in printed
 

@@ -21,11 +21,14 @@ from small_flux import (
 )
 
 import models
-from models.loading import find_model, generation_defaults, load_tokenizer, model_name
+from models.checkpoint_io import StoredModule, TracingRngs, stored_tensors
+from models.loading import find_model, generation_defaults, model_name
 from models.schedulers import FlowMatchEulerScheduler
 from models.stored_files import CheckpointError
 from models.synthetic import write_random_flux
+from models.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Encoder, clip, t5
 from models.tiny_flux.architecture import FOLDER
+from models.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def edit(file, **fields):
 
 def same(path, wanted):
     """Assert that what is opened has the parameters of a module, or of another opened one."""
-    opened = models.open_component(path, jnp.float32)
+    opened = path if isinstance(path, StoredModule) else models.open_component(path, jnp.float32)
     if isinstance(wanted, nnx.Module):
         state = nnx.to_flat_state(nnx.state(wanted))
         values = {".".join(map(str, key)): np.asarray(value[...]) for key, value in state}
@@ -104,6 +107,58 @@ def test_a_transformer_among_other_models_in_a_file(folder, transformer, tmp_pat
     plain = {key.removeprefix("model.diffusion_model."): x for key, x in tensors.items()}
     save_file(plain, file)
     same(file, transformer)
+
+
+def random_tensors(module, config, rules):
+    """Return random tensors of a model's checkpoint."""
+    random = np.random.default_rng(0)
+    found = stored_tensors(lambda: module(config, rngs=TracingRngs()), rules)
+    return {x: random.normal(size=shape).astype(np.float32) for x, (_, shape) in found.items()}
+
+
+def test_whole_models_beside_a_transformer_are_taken(folder, tmp_path):
+    other = changed(pooled_projection_dim=768)
+    clip_config = CLIPTextConfig(
+        vocab_size=2560,
+        hidden_size=768,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        eos_token_id=2,
+    )
+    encoders = {
+        "text_encoder": random_tensors(CLIPTextEncoder, clip_config, clip.checkpoint_rules()),
+        "text_encoder_2": random_tensors(T5Encoder, SIZES.t5, t5.checkpoint_rules()),
+    }
+    prefixes = {
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.t5xxl.transformer.",
+        "vae": "vae.",
+    }
+    save_bfl_transformer(other, tmp_path / "x", "model.diffusion_model.")
+    vae = random_vae()
+    save_bfl_vae(vae, tmp_path / "y")
+    tensors = load_file(tmp_path / "x")
+    for name, own in (encoders | {"vae": load_file(tmp_path / "y")}).items():
+        tensors |= {prefixes[name] + key: value for key, value in own.items()}
+    tensors["text_encoders.clip_l.logit_scale"] = np.zeros((), np.float32)
+    file = tmp_path / "all_in_one.safetensors"
+    save_file(tensors, file)
+    files = find_model(file, folder)
+    own = {name for name, path in files.paths.items() if path == file}
+    assert own == {"transformer", *prefixes}
+    same(files.open("transformer", jnp.float32), other)
+    same(files.open("vae", jnp.float32), vae)
+    assert files.open("text_encoder").config["num_attention_heads"] == 12
+    assert models.component_config(files.open("text_encoder_2").config) == SIZES.t5
+    for name, tensors in encoders.items():
+        opened = files.open(name, jnp.float32)
+        for key in (key for keys, _ in opened.sources.values() for key in keys):
+            np.testing.assert_array_equal(opened.checkpoint.read(key), tensors[key])
+    for name in encoders:
+        module = files.open(name, jnp.float32).load(jnp.float32)
+        models.export_component(module, tmp_path / name)
+        assert models.open_component(tmp_path / name).config == files.open(name).config
 
 
 def test_two_transformers_in_a_file_are_refused(folder, transformer, tmp_path):
@@ -338,7 +393,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(copy, name, kept):
     for file in (copy / name).iterdir():
         if file.name not in kept:
             file.unlink()
-    with pytest.raises(CheckpointError, match="no tokenizer with its vocabulary"):
+    with pytest.raises(CheckpointError, match="no vocabulary"):
         load_tokenizer(copy / name)
 
 
@@ -358,6 +413,29 @@ def test_a_vocabulary_in_two_files_gives_the_same_ids(folder, copy):
     (copy / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     found, wanted = (load_tokenizer(x / "tokenizer") for x in (copy, folder))
     assert found("a pizza, 3d style")["input_ids"] == wanted("a pizza, 3d style")["input_ids"]
+
+
+def test_merges_that_are_cut_off_are_missed(copy):
+    file = copy / "tokenizer/tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"]["merges"] = values["model"]["merges"][:500]
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="merges are missing"):
+        load_tokenizer(copy / "tokenizer")
+
+
+def test_a_tokenizer_s_own_code_is_not_run(copy, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    edit(
+        copy / "tokenizer/tokenizer_config.json",
+        tokenizer_class="Own",
+        auto_map={"AutoTokenizer": ["own.Own", None]},
+    )
+    (copy / "tokenizer/own.py").write_text("raise SystemExit('run')")
+    with pytest.raises(CheckpointError, match="no tokenizer that loads"):
+        load_tokenizer(copy / "tokenizer")
+    assert not asked
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,12 @@ def test_json_that_can_t_be_read_is_named(tmp_path, content):
         read_json(tmp_path / "config.json")
 
 
+def test_a_git_lfs_pointer_in_place_of_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=r"config\.json is a Git LFS pointer"):
+        read_json(tmp_path / "config.json")
+
+
 def test_json_with_a_byte_order_mark(tmp_path):
     (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "config.json") == {"a": 1}
@@ -333,6 +339,13 @@ def test_a_prefix_is_found_by_a_telling_name():
     assert find_prefix(["module._orig_mod.c.x", "d.x"], "c.x") == "module._orig_mod."
     with pytest.raises(CheckpointError, match=r"'ema\.', 'model\.'"):
         find_prefix(["ema.c.x", "model.c.x"], "c.x")
+
+
+def test_bytes_are_those_of_the_tensors(tmp_path):
+    save_file(
+        {"a": np.ones((3, 5), np.float16), "b": np.ones(2), "c": np.ones(3, bool)}, tmp_path / "x"
+    )
+    assert open_checkpoint(tmp_path / "x").bytes == 3 * 5 * 2 + 2 * 8 + 3
 
 
 def test_a_file_that_changes_after_it_was_opened_is_named(tmp_path):

@@ -26,7 +26,7 @@ MADE_FOR = {
 }
 # What a backend may refuse: nothing else.
 MAY_REFUSE = {
-    "mosaic_gpu": "writes 16-bit floats only|adds no branch",
+    "mosaic_gpu": "writes 16-bit floats only",
     "triton_few_rows": r"serves up to \d+ rows on this device, not \d+",
 }
 

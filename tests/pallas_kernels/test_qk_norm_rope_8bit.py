@@ -1,11 +1,13 @@
 """Every backend of the pass that writes what 8-bit attention reads, against float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import ON_HARDWARE, subjects
-from test_qk_norm_rope import SCALES, exact, random_call, rotate
+from test_qk_norm_rope import exact, random_call, rotate
 
 from pallas_kernels import device
 from pallas_kernels.attention import operands
@@ -28,10 +30,10 @@ CALLS += [(1, (512, 4096), 24, 128, 0), (2, (4592,), 24, 128, 12288)] * ON_HARDW
 def run(subject, streams, rope, **options):
     """Return the result under jit; rope and streams are its arguments."""
 
-    def call(fields, rope, v_scale):
-        return subject(tuple(Stream(**f) for f in fields), rope, v_scale=v_scale, **options)
+    def call(streams, rope, v_scale):
+        return subject(streams, rope, v_scale=v_scale, **options)
 
-    return call, [vars(stream) for stream in streams], rope
+    return call, streams, rope
 
 
 def check_codes(x, x_size, codes, scale, eps):
@@ -115,7 +117,7 @@ class TestQKNormRope8Bit:
         qkv = streams[0].qkv.at[0, 3, 5].set(jnp.nan)  # query 3, head 0
         qkv = qkv.at[0, 4, 64 + 40].set(jnp.nan)  # key 4, head 1
         qkv = qkv.at[0, 5, 128 + 9].set(jnp.nan)  # value 5, head 0, channel 9
-        streams = (Stream(qkv=qkv, **{n: getattr(streams[0], n) for n in SCALES}),)
+        streams = (dataclasses.replace(streams[0], qkv=qkv),)
         function, *args = run(subject, streams, rope, heads=2)
         found = jax.jit(function)(*args, None)
         assert np.argwhere(np.isnan(found.q_scale)).tolist() == [[0, 0, 3]]

@@ -88,7 +88,7 @@ V6E, V7X = device.describe("tpu", "TPU v6 lite"), device.describe("tpu", "TPU7x"
 
 
 @pytest.mark.parametrize(
-    ("target", "step", "x_bits", "operand"),
+    ("target", "step", "value_bits", "operand"),
     [
         (V7X, "power", 4, jnp.float8_e4m3fn),
         (V7X, "power", 8, jnp.bfloat16),
@@ -98,8 +98,8 @@ V6E, V7X = device.describe("tpu", "TPU v6 lite"), device.describe("tpu", "TPU7x"
     ],
     ids=str,
 )
-def test_the_operand_is_the_fastest_type_that_is_exact(target, step, x_bits, operand):
-    assert tpu._best_operand(target, step, x_bits) == operand
+def test_the_operand_is_the_fastest_type_that_is_exact(target, step, value_bits, operand):
+    assert tpu._best_operand(target, step, value_bits) == operand
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])

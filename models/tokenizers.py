@@ -1,0 +1,69 @@
+"""Tokenizers of transformers, refused where they would cut texts otherwise than was trained."""
+
+import contextlib
+import json
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from models.stored_files import CheckpointError
+
+# Files that together are a tokenizer's vocabulary; a folder has one of these sets.
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer of transformers.
+
+    Raises:
+      CheckpointError: the folder holds none that loads; or one without its vocabulary, of which
+        transformers makes an empty one, without a pad token or with a wrong length.
+    """
+    from transformers import AutoTokenizer  # here, as importing it takes seconds
+
+    folder = Path(folder)
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        sets = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
+        raise CheckpointError(
+            f"{folder} holds no tokenizer that loads: no vocabulary, expected {sets}"
+        )
+    with _tokenizer_errors(folder):
+        # Code of a model's own is never run; without a word transformers asks on the terminal.
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    length = tokenizer.model_max_length
+    if type(length) not in (int, float) or not length >= 1:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length = {length!r} must be 1 or more"
+        )
+    if tokenizer.pad_token is None:
+        raise CheckpointError(f"{folder}: its tokenizer has no pad token; texts must be padded")
+    with _tokenizer_errors(folder):
+        ids = {tuple(tokenizer(letter)["input_ids"]) for letter in string.ascii_lowercase}
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    # Byte-level BPE (CLIP's): a piece for each byte inside and at the end of a word, one a merge.
+    added = len(tokenizer.get_added_vocab())
+    if model["type"] == "BPE" and len(model["vocab"]) - len(model["merges"]) > 512 + added:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {len(model['merges'])} merges for {len(model['vocab'])} "
+            "pieces; merges are missing, so that texts would be cut otherwise"
+        )
+    if len(ids) == 1:
+        raise CheckpointError(f"{folder}: its tokenizer knows no letter: the vocabulary is missing")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _tokenizer_errors(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError, on one line, for whatever transformers' readers happen to raise."""
+    try:
+        yield
+    except Exception as error:
+        first = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{folder} holds no tokenizer that loads: {first}") from None
