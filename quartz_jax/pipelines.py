@@ -1,34 +1,83 @@
-"""Where models and quartz_jax meet: pipelines whose transformers follow recipes."""
+"""Where models and quartz_jax meet: pipelines whose models follow recipes.
+
+from quartz_jax.pipelines import load_pipeline
+
+pipeline = load_pipeline("QUANTIZED")
+images = pipeline(["a pizza, 3d style"], seed=0)
+"""
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import models
-from models import build_component, load_pipeline
-from models.flux import FluxTransformer, add_lora, read_lora
+from models import build_component
+from models.flux import add_lora, read_lora
 from models.pipeline import FluxPipeline
 from models.stages import Deferred
-from quartz_jax import place, quantize_model
 from quartz_jax.conversion import checkpoint
+from quartz_jax.conversion.calibrate import Calibration
+from quartz_jax.conversion.checkpoint import CalibrationRecord
+from quartz_jax.conversion.model import quantize_model
 from quartz_jax.conversion.report import Report
-from quartz_jax.recipes.recipe import Recipe
+from quartz_jax.conversion.stream import Carried, Conversion, Source
+from quartz_jax.engine.place import Placement, place
+from quartz_jax.evaluation.paired import SamplingOptions, calibration_samples
+from quartz_jax.recipes import Recipe, get_recipe
+from quartz_jax.transforms import Seen
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny_flux"
-_MODELS = ("text_encoder", "text_encoder_2", "vae", "transformer")
+CALIBRATION_PROMPTS = Path(__file__).resolve().parent / "conversion" / "calibration_prompts.txt"
+TRANSFORMER = "transformer"
+COMPONENTS = ("text_encoder", "text_encoder_2", "vae", TRANSFORMER)
+_TOKENS_AT_ONCE = 4096  # of latents, while calibration samples are made: an image of 1024x1024
+_IMAGES_AT_ONCE = 16  # the same, where images are small
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Opened:
     """A pipeline that loads its models when they are needed."""
 
     pipeline: FluxPipeline
-    report: Report | None  # of the transformer; None until it has been quantized
+    # of the components that follow recipes; one that is quantized while it loads has none before
+    reports: dict[str, Report]
+
+    @property
+    def report(self) -> Report:
+        """The transformer's."""
+        return self.reports[TRANSFORMER]
+
+
+def load_pipeline(
+    folder: Path | str,
+    *,
+    loras: Sequence[tuple[Path, float]] = (),
+    expand: bool = False,
+    keep_loaded: bool = True,
+) -> FluxPipeline:
+    """Return the pipeline of a quantized checkpoint, ready for this device's kernels.
+
+    Args:
+      folder: what `quartz quantize` made.
+      loras: files and scales of adapters.
+      expand: keep 4-bit weights decoded to int8 on the device: twice the memory.
+      keep_loaded: load all models now and keep them; otherwise each is loaded for the stage that
+        needs it, in every call.
+
+    Raises:
+      ValueError: the folder is no quantized checkpoint, or one that can't be used.
+    """
+    pipeline = open_checkpoint(Path(folder), loras=loras, expand=expand).pipeline
+    return pipeline.load() if keep_loaded else pipeline
 
 
 def compile_quickly() -> None:
@@ -46,88 +95,303 @@ def compute_dtype() -> jnp.dtype:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def apply_recipe(pipeline: FluxPipeline, recipe: Recipe) -> tuple[FluxPipeline, Report]:
-    """Return a copy of a 16-bit pipeline with a quantized transformer, and the report."""
-    transformer, report = quantize_model(pipeline.transformer, recipe, progress=bool(recipe.rules))
-    return dataclasses.replace(pipeline, transformer=transformer), report
+def check_components(recipes: Mapping[str, Recipe]) -> None:
+    """Raise ValueError for recipes of components that no model has."""
+    if unknown := set(recipes) - set(COMPONENTS):
+        raise ValueError(
+            f"recipe for {', '.join(sorted(unknown))}: components are {', '.join(COMPONENTS)}"
+        )
+
+
+def apply_recipe(
+    pipeline: FluxPipeline,
+    recipe: Recipe,
+    seen: Mapping[str, Seen] | None = None,
+    *,
+    component: str = TRANSFORMER,
+) -> tuple[FluxPipeline, Report]:
+    """Return a copy of a loaded 16-bit pipeline with one model quantized, and the report.
+
+    Args:
+      pipeline: is untouched.
+      recipe: for the model.
+      seen: statistics of its linears' inputs, for calibrated recipes.
+      component: the model's name.
+    """
+    check_components({component: recipe})
+    module = getattr(pipeline, component)
+    module, report = quantize_model(module, recipe, seen, progress=bool(recipe.rules))
+    return dataclasses.replace(pipeline, **{component: module}), report
+
+
+def placed(
+    pipeline: FluxPipeline, *, component: str = TRANSFORMER
+) -> tuple[FluxPipeline, Placement]:
+    """Return a copy with one loaded model ready for this device's kernels, and how it runs."""
+    module, placement = place(getattr(pipeline, component), dtype=compute_dtype())
+    return dataclasses.replace(pipeline, **{component: module}), placement
 
 
 def open_checkpoint(
     folder: Path, *, loras: Sequence[tuple[Path, float]] = (), expand: bool = False
 ) -> Opened:
-    """Open a quantized checkpoint, and the report that was saved with it.
+    """Open a quantized checkpoint, and the reports that were saved with it.
 
     Args:
       folder: the checkpoint.
       loras: files and scales of adapters.
       expand: keep 4-bit weights decoded to int8 on the device.
     """
-    components = checkpoint.read_manifest(folder).components
+    manifest = checkpoint.read_manifest(folder)
+    checkpoint.check_carried(folder, manifest)
+    components = manifest.components
     build = functools.partial(build_component, dtype=compute_dtype())
-    quantized = {
+    given = {
         name: Deferred(
             config=models.component_config(component.config),
             load=lambda name=name: checkpoint.load(folder, build, name)[0],
         )
         for name, component in components.items()
     }
-    quantized["transformer"] = _prepared(quantized["transformer"], loras, expand)
-    pipeline = _open_pipeline(folder, None, quantized)
-    return Opened(pipeline=pipeline, report=components["transformer"].report)
+    reports = {name: component.report for name, component in components.items()}
+    if TRANSFORMER not in given:
+        files = models.find_model(folder)
+        given[TRANSFORMER] = _quantized(files, TRANSFORMER, get_recipe("bf16"), reports)
+    given = _prepared(given, loras, expand)
+    return Opened(pipeline=_open_pipeline(folder, given), reports=reports)
+
+
+def load_16_bit(model: Path) -> FluxPipeline:
+    """Return the pipeline of a 16-bit model with all its models loaded."""
+    return models.load_pipeline(model, dtype=compute_dtype())
+
+
+def abstract_transformer(model: Path) -> Any:
+    """Return a 16-bit model's transformer with shapes in place of arrays."""
+    return models.find_model(model).open(TRANSFORMER).abstract
 
 
 def open_16_bit(
     model: Path,
-    recipe: Recipe,
+    recipes: Mapping[str, Recipe],
     *,
     text_encoders: Path | None = None,
+    schedule: str | None = None,
     loras: Sequence[tuple[Path, float]] = (),
     expand: bool = False,
 ) -> Opened:
-    """Open a 16-bit model whose transformer is quantized when it is loaded.
+    """Open a 16-bit model whose components are quantized when they are loaded.
 
     Args:
       model: a diffusers folder or a file in Black Forest Labs' naming.
-      recipe: for the transformer.
+      recipes: by component; without one for the transformer it stays 16-bit.
       text_encoders: gives what `model` lacks.
+      schedule: "dev", "schnell" or "folder", as `models.find_model` takes it.
       loras: files and scales of adapters.
       expand: keep 4-bit weights decoded to int8 on the device.
+
+    Raises:
+      ValueError: a recipe is calibrated, or for a component that there is none of.
     """
-    stored = models.find_model(model, text_encoders).open("transformer", compute_dtype())
+    recipes = {TRANSFORMER: get_recipe("bf16"), **recipes}
+    check_components(recipes)
+    for recipe in recipes.values():
+        if recipe.calibrated:
+            raise ValueError(
+                f"recipe {recipe.name!r} is calibrated: make a checkpoint with quantize.py, and "
+                "give that as --model"
+            )
+    files = models.find_model(model, text_encoders, schedule)
+    reports: dict[str, Report] = {}
+    given = {name: _quantized(files, name, recipe, reports) for name, recipe in recipes.items()}
+    given = _prepared(given, loras, expand)
+    pipeline = _open_pipeline(model, given, text_encoders, schedule)
+    return Opened(pipeline=pipeline, reports=reports)
 
-    def load() -> FluxTransformer:
+
+def _quantized(
+    files: models.ModelFiles, name: str, recipe: Recipe, reports: dict[str, Report]
+) -> Deferred:
+    """Return a 16-bit model that is quantized when it loads, which leaves its report."""
+    stored = files.open(name, compute_dtype())
+
+    def load() -> Any:
         original = stored.load(compute_dtype())
-        transformer, opened.report = quantize_model(original, recipe, progress=bool(recipe.rules))
-        return transformer
+        module, reports[name] = quantize_model(original, recipe, progress=bool(recipe.rules))
+        return module
 
-    transformer = Deferred(config=models.component_config(stored.config), load=load)
-    given = {"transformer": _prepared(transformer, loras, expand)}
-    opened = Opened(pipeline=_open_pipeline(model, text_encoders, given), report=None)
-    return opened
+    return Deferred(config=models.component_config(stored.config), load=load)
 
 
-def _prepared(transformer: Deferred, loras: Sequence[tuple[Path, float]], expand: bool) -> Deferred:
-    """Read and check adapters; return a transformer that loads with them, ready for the device."""
-    adapters = [read_lora(path, transformer.config) for path, _ in loras]
+def _prepared(
+    given: Mapping[str, Deferred], loras: Sequence[tuple[Path, float]], expand: bool
+) -> dict[str, Deferred]:
+    """Read and check adapters; return models that load ready for the device, and with them."""
+    config = given[TRANSFORMER].config
+    adapters = [read_lora(path, config) for path, _ in loras]
     scales = [scale for _, scale in loras]
 
-    def load() -> FluxTransformer:
-        loaded = transformer.load()
-        place(loaded, expand=expand)
-        return add_lora(loaded, adapters, scales, compute_dtype()) if adapters else loaded
+    def load(name: str, deferred: Deferred) -> Any:
+        loaded, _ = place(deferred.load(), expand=expand, dtype=compute_dtype())
+        if name == TRANSFORMER and adapters:
+            return add_lora(loaded, adapters, scales, compute_dtype())
+        return loaded
 
-    return Deferred(config=transformer.config, load=load)
+    return {
+        name: Deferred(config=deferred.config, load=functools.partial(load, name, deferred))
+        for name, deferred in given.items()
+    }
 
 
 def _open_pipeline(
-    model: Path, text_encoders: Path | None, given: dict[str, Deferred]
+    model: Path,
+    given: Mapping[str, Deferred],
+    text_encoders: Path | None = None,
+    schedule: str | None = None,
 ) -> FluxPipeline:
     """Return the pipeline; what isn't given loads in 16 bits, its tensors are checked already."""
     dtype = compute_dtype()
-    files = models.find_model(model, text_encoders)
+    files = models.find_model(model, text_encoders, schedule)
     deferred = dict(given)
-    for name in (name for name in _MODELS if name not in given and files.paths[name].exists()):
+    for name in (name for name in COMPONENTS if name not in given and files.paths[name].exists()):
         stored = files.open(name, dtype)
         config = models.component_config(stored.config)
         deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
-    return load_pipeline(model, dtype, text_encoders=text_encoders, **deferred)
+    options = {"text_encoders": text_encoders, "schedule": schedule}
+    return models.load_pipeline(model, dtype, **options, **deferred)
+
+
+def calibrate(
+    pipeline: FluxPipeline,  # of the 16-bit model
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = 4,
+    size: tuple[int, int] | tuple[None, None] = (None, None),
+    propagate: bool = False,
+) -> Calibration:
+    """Return what a conversion calibrates a transformer on; nothing is sampled before it starts.
+
+    Args:
+      pipeline: draws the prompts in its own number of steps.
+      prompts: an image each.
+      seed: of the noise.
+      steps: of sampling that statistics are taken at, evenly spaced; all if there are no more.
+      size: width and height of the images; None for the model's own.
+      propagate: let blocks see what the quantized blocks before them made.
+    """
+    options, count = SamplingOptions.of(pipeline, size), len(prompts)
+    total = options.num_inference_steps
+    taken = sorted({int(step) for step in np.linspace(0, total - 1, min(steps, total)).round()})
+    tokens = options.height * options.width // pipeline.token_pixels**2
+    most = min(_IMAGES_AT_ONCE, max(1, _TOKENS_AT_ONCE // tokens))
+    batch = max(size for size in range(1, most + 1) if count % size == 0)  # all of one shape
+
+    def make() -> list[dict[str, Any]]:
+        key = jax.random.key(seed)
+        noise = pipeline.initial_noise(key, count, options.height, options.width)
+        return calibration_samples(pipeline, list(prompts), noise, options, batch, taken)
+
+    record = CalibrationRecord(
+        prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        samples=count // batch * len(taken),
+        steps=tuple(taken),
+        seed=seed,
+        propagate=propagate,
+    )
+    return Calibration(make=make, record=record)
+
+
+def plan_conversion(
+    model: Path,
+    recipes: Mapping[str, Recipe],
+    *,
+    text_encoders: Path | None = None,
+    schedule: str | None = None,
+    calibration: Calibration | None = None,
+) -> Conversion:
+    """Open every component of a 16-bit model, and return what is quantized and what is carried.
+
+    Args:
+      model: a diffusers folder or a file in Black Forest Labs' naming.
+      recipes: by component.
+      text_encoders: gives what `model` lacks.
+      schedule: "dev", "schnell" or "folder", as `models.find_model` takes it.
+      calibration: of the transformer, see `calibrate`; None without a calibrated recipe.
+
+    Raises:
+      ValueError: a component is missing, can't be read, or isn't one of `COMPONENTS`.
+    """
+    check_components(recipes)
+    files = models.find_model(model, text_encoders, schedule)
+    opened = {
+        name: files.open(name, check_values=True) for name in files.paths if name in COMPONENTS
+    }
+    files.load_scheduler()  # what is only carried must load too
+    files.load_tokenizers()
+    given = {TRANSFORMER: calibration}
+    sources = tuple(
+        _source(name, recipe, opened[name], given.get(name)) for name, recipe in recipes.items()
+    )
+    carried = [
+        _carry(name, path, opened.get(name))
+        for name, path in files.paths.items()
+        if name not in recipes
+    ]
+    return Conversion(
+        base_name=models.model_name(model), sources=sources, carried=(*carried, *_texts(files))
+    )
+
+
+def _source(
+    name: str, recipe: Recipe, opened: models.StoredModule, calibration: Calibration | None
+) -> Source:
+    return Source(
+        name=name,
+        recipe=recipe,
+        model=opened.abstract,
+        read=opened.read,
+        config=opened.config,
+        files=tuple(sorted(set(opened.checkpoint.files.values()))),
+        calibration=calibration,
+    )
+
+
+def _carry(name: str, path: Path, component: models.StoredModule | None) -> Carried:
+    """Carry a component's folder as it is, or a single file as the folder diffusers would write."""
+    if not path.is_file():
+        if not path.is_dir():
+            raise ValueError(f"{path} does not exist; expected a component of the model")
+        return Carried.copy(path, name)
+    assert component is not None
+    wide = component.checkpoint.stored_dtype(next(iter(component.checkpoint.files))) == "F32"
+    dtype = jnp.float32 if wide else jnp.bfloat16
+
+    def write(folder: Path) -> None:
+        models.export_component(component.load(dtype), folder, dtype)
+
+    return Carried(name=name, bytes=component.checkpoint.bytes, write=write, source=path)
+
+
+def _texts(files: models.ModelFiles) -> list[Carried]:
+    """Carry licences and the like of a model's folder; make what single files lack."""
+    if files.scheduler is None:
+        folder = files.paths[TRANSFORMER].parent
+        found = {file for pattern in checkpoint.TEXTS for file in folder.glob(pattern)}
+        return [Carried.copy(file) for file in sorted(found)]
+    made = {
+        "scheduler": ("scheduler_config.json", files.scheduler),
+        "model_index.json": (None, files.index),
+    }
+    return [
+        Carried(name=name, bytes=1000, write=functools.partial(_write_json, *content))
+        for name, content in made.items()
+    ]
+
+
+def _write_json(inside: str | None, value: dict, path: Path) -> None:
+    """Write a JSON file at a path, or inside a folder that is made there."""
+    if inside:
+        path.mkdir()
+        path /= inside
+    path.write_text(json.dumps(value, indent=2) + "\n")

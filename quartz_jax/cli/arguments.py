@@ -1,4 +1,4 @@
-"""What the scripts share: arguments, and one clear line with exit code 2 for bad input."""
+"""What the commands share: arguments, and one clear line with exit code 2 for bad input."""
 
 import argparse
 import itertools
@@ -9,6 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from quartz_jax.recipes import Recipe, get_recipe
+
+COMPONENT_RECIPES = (
+    "built-in recipe or .json file for the transformer; or several by component, such as "
+    "transformer=w4a8x,text_encoder_2=w4a16"
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -22,7 +29,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def run(
     main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
 ) -> int:
-    """Call a script's main and return its exit code, 0 for None; 2 after one line on stderr.
+    """Call a command's main and return its exit code, 0 for None; 2 after one line on stderr.
 
     ValueError and OSError are how the libraries report bad input; anything else is a defect and
     keeps its traceback.
@@ -40,6 +47,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=finite, help="distilled guidance; default: the model's")
     parser.add_argument("--true-cfg", type=finite, help="classifier-free; default: the model's")
     parser.add_argument("--size", metavar="WxH", help="multiples of 16; default: the model's")
+
+
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """Add whose noise levels are taken, which single files don't say."""
+    parser.add_argument(
+        "--schedule",
+        choices=("dev", "schnell", "folder"),
+        help="noise levels of FLUX.1-dev, -schnell or of --text-encoders; default: the model's own",
+    )
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
@@ -87,13 +103,22 @@ def parse_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
     return sides["width"], sides["height"]
 
 
-def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return the prompts; raises ValueError if there is none or one is blank."""
-    if not prompts:
-        raise ValueError("no prompt was given; write --prompt followed by one text or several")
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("prompt is empty; write some text")
-    return list(prompts)
+def component_recipes(text: str) -> dict[str, Recipe]:
+    """Return recipes by component from text such as "w4a8x" or "transformer=w4a8x,vae=w8a8".
+
+    Raises:
+      ValueError: an unknown recipe, a component without one, or one that is named twice.
+    """
+    if not re.match(r"\w+=", text):
+        return {"transformer": get_recipe(text)}
+    pairs = [part.strip().partition("=") for part in text.split(",")]
+    for name, equals, recipe in pairs:
+        if not (name and equals and recipe):
+            raise ValueError(f"--recipe {text!r}: write COMPONENT=RECIPE,COMPONENT=RECIPE")
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--recipe {text!r} names a component twice")
+    return {name: get_recipe(recipe) for name, _, recipe in pairs}
 
 
 def lora_scales(files: Sequence[Path], scales: Sequence[float]) -> list[tuple[Path, float]]:

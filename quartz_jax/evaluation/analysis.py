@@ -8,8 +8,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import codec
 from quartz_jax.formats import Int, Quartz
-from quartz_jax.formats.base import pad_edge, split
+from quartz_jax.formats.base import cut, pad, split
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
 _LARGE = 8  # magnitudes from here up lose low bits: three magnitude bits are kept
@@ -58,13 +59,13 @@ def analyse_layer(
     """
     x = jnp.asarray(rows, jnp.float32)
     x = x[jnp.max(jnp.abs(x), axis=1) > 0]
-    outer = FORMATS["quartz"].outer(x)
-    m = np.abs(np.asarray(FORMATS["quartz"].integers(x, outer)))
-    step = np.asarray(outer[1])
+    outer = codec.range_scale(x)
+    m = np.abs(np.asarray(codec.to_8bit(x, outer)).astype(int))
+    step = np.asarray(outer.scale)
     errors = {n: np.abs(np.asarray(f(x)) - np.asarray(x)) for n, f in FORMATS.items()}
     in_steps = {name: error / step for name, error in errors.items()}
     small, top = m < _LARGE, np.abs(x) >= np.quantile(np.abs(x), 1 - _OUTLIERS)
-    groups = np.asarray(split(pad_edge(jnp.asarray(m), 16), 16))
+    groups = np.asarray(split(pad(jnp.asarray(m), 16), 16))
     peaks = groups.max(axis=-1)
     companions = np.repeat(peaks >= _LARGE, 16, axis=-1)[:, : m.shape[1]]
     living = small & (m > 0)
@@ -101,31 +102,27 @@ def bit_entropies(codes: np.ndarray) -> tuple[float, ...]:
 
 def findings(layers: list[LayerAnalysis]) -> list[tuple[str, bool, str]]:
     """Return claims of the paper, whether they held on these layers, and the figures."""
+    return [*_theorem(layers), *_codes_and_errors(layers), _growth(layers)]
+
+
+def _theorem(layers: list[LayerAnalysis]) -> list[tuple[str, bool, str]]:
     count = len(layers)
-    dense = sum(x.large < 0.5 for x in layers)
-    better = sum(x.mean_error["quartz"] < x.mean_error["int4"] for x in layers)
-    better_when = sum(
-        x.large < 0.5 and x.mean_error["quartz"] < x.mean_error["int4"] for x in layers
-    )
+    dense = [x for x in layers if x.large < 0.5]
+    better = [x for x in layers if x.mean_error["quartz"] < x.mean_error["int4"]]
+    both = sum(x.large < 0.5 for x in better)
     truncated = sum(x.mean_error["quartz-truncate"] <= x.bound for x in layers)
     rounded = sum(x.mean_error["quartz"] <= x.bound for x in layers)
-    richer = sum(x.code_entropy["quartz"] > x.code_entropy["int4"] for x in layers)
-    near = sum(x.near_zero["quartz"] < x.near_zero["int4"] for x in layers)
-    far = sum(x.outliers["quartz"] <= x.outliers["int4"] for x in layers)
-    sizes = np.mean([x.by_group_size for x in layers], axis=0)
-    fit = np.corrcoef(GROUP_SIZES, sizes)[0, 1] ** 2
-    log_fit = np.corrcoef(np.log2(GROUP_SIZES), sizes)[0, 1] ** 2
     shared, erased = (float(np.mean([getattr(x, n) for x in layers])) for n in ("shared", "erased"))
     return [
         (
             "Most 8-bit values are small: P(|m| >= 8) < 0.5",
-            dense == count,
-            f"in {dense} of {count} layers",
+            len(dense) == count,
+            f"in {len(dense)} of {count} layers",
         ),
         (
             "Where that condition holds, QuaRTZ errs less than INT4 with the same scale",
-            better_when == dense,
-            f"in {better_when} of the {dense} layers where it holds; in {better} of all {count}",
+            both == len(dense),
+            f"in {both} of the {len(dense)} layers where it holds; in {len(better)} of all {count}",
         ),
         (
             "The mean error stays below 16 P(|m| >= 8)",
@@ -138,29 +135,36 @@ def findings(layers: list[LayerAnalysis]) -> list[tuple[str, bool, str]]:
             f"{100 * shared:.0f} % of them share a group with a larger one, and {100 * erased:.0f} "
             "% come back as zero: the blind spot",
         ),
-        (
-            "QuaRTZ's codes carry more information than INT4's",
-            richer == count,
-            f"entropy is higher in {richer} of {count} layers",
-        ),
-        (
-            "Rounding error near zero is smaller than INT4's",
-            near == count,
-            f"in {near} of {count} layers",
-        ),
-        (
-            "Rounding error of outliers is no larger than INT4's",
-            far == count,
-            f"in {far} of {count} layers",
-        ),
-        (
-            "Error grows linearly with the group size",
-            fit > 0.95,
-            f"mean relative squared error {', '.join(f'{x:.5f}' for x in sizes)} for groups of "
-            f"{', '.join(map(str, GROUP_SIZES))}: R2 {fit:.3f} on the size, {log_fit:.3f} on its "
-            "logarithm (the paper says so of FID; evaluate.py measures images: quartz-g8 to -g128)",
-        ),
     ]
+
+
+def _codes_and_errors(layers: list[LayerAnalysis]) -> list[tuple[str, bool, str]]:
+    count = len(layers)
+    richer = sum(x.code_entropy["quartz"] > x.code_entropy["int4"] for x in layers)
+    near = sum(x.near_zero["quartz"] < x.near_zero["int4"] for x in layers)
+    far = sum(x.outliers["quartz"] <= x.outliers["int4"] for x in layers)
+    claims = {
+        "QuaRTZ's codes carry more information than INT4's": (richer, "entropy is higher in"),
+        "Rounding error near zero is smaller than INT4's": (near, "in"),
+        "Rounding error of outliers is no larger than INT4's": (far, "in"),
+    }
+    return [
+        (claim, held == count, f"{words} {held} of {count} layers")
+        for claim, (held, words) in claims.items()
+    ]
+
+
+def _growth(layers: list[LayerAnalysis]) -> tuple[str, bool, str]:
+    sizes = np.mean([x.by_group_size for x in layers], axis=0)
+    fit = np.corrcoef(GROUP_SIZES, sizes)[0, 1] ** 2
+    log_fit = np.corrcoef(np.log2(GROUP_SIZES), sizes)[0, 1] ** 2
+    return (
+        "Error grows linearly with the group size",
+        bool(fit > 0.95),
+        f"mean relative squared error {', '.join(f'{x:.5f}' for x in sizes)} for groups of "
+        f"{', '.join(map(str, GROUP_SIZES))}: R2 {fit:.3f} on the size, {log_fit:.3f} on its "
+        "logarithm (the paper says so of FID; evaluate measures images: quartz-g8 to -g128)",
+    )
 
 
 def _codes(name: str, x: jnp.ndarray) -> np.ndarray:
@@ -169,10 +173,7 @@ def _codes(name: str, x: jnp.ndarray) -> np.ndarray:
         scale = np.max(np.abs(x), axis=1, keepdims=True) / 7
         return np.clip(np.round(np.asarray(x) / scale), -7, 7).astype(int)
     format_ = FORMATS[name]
-    outer = tuple(leaf[..., None] for leaf in format_.outer(x))
-    blocks = split(pad_edge(x, format_.block), format_.block)
-    step = format_.inner(blocks, outer)
-    codes = np.asarray(format_.decoded(blocks, outer, step) // step)
+    codes = np.asarray(format_.encode(*cut(x, format_)))
     return codes.reshape(len(x), -1)[:, : x.shape[1]]
 
 

@@ -2,13 +2,15 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from models.pipeline import FluxPipeline
+from models.pipeline import FluxPipeline, image_ids
+from models.stages import Deferred
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,14 @@ class SamplingOptions:
     true_cfg_scale: float | None  # None for the model's own
 
     @classmethod
-    def of(cls, pipeline: FluxPipeline, size, steps, guidance, true_cfg) -> "SamplingOptions":
+    def of(
+        cls,
+        pipeline: FluxPipeline,
+        size: tuple[int, int] | tuple[None, None] = (None, None),  # width, height
+        steps: int | None = None,
+        guidance: float | None = None,
+        true_cfg: float | None = None,
+    ) -> "SamplingOptions":
         """Fill what is None from the model's own defaults."""
         own = pipeline.defaults
         if guidance is None and pipeline.transformer.config.guidance_embeds:
@@ -63,8 +72,10 @@ def make_images(
     pipeline: FluxPipeline, prompts: list[str], noise: jax.Array, options: SamplingOptions
 ) -> np.ndarray:
     """Return images, float32 [prompts, height, width, 3] in 0..1."""
-    return pipeline(
-        prompts, latents=noise, progress=False, output_type="np", **dataclasses.asdict(options)
+    return np.asarray(
+        pipeline(
+            prompts, latents=noise, progress=False, output_type="np", **dataclasses.asdict(options)
+        )
     )
 
 
@@ -72,21 +83,7 @@ def trajectory(
     pipeline: FluxPipeline, prompts: list[str], noise: jax.Array, options: SamplingOptions
 ) -> Trajectory:
     """Sample step by step with the 16-bit model, without true classifier-free guidance."""
-    embeds, pooled = pipeline.encode_prompts(prompts)
-    sigmas = pipeline.scheduler.sigmas(options.num_inference_steps, noise.shape[1])
-    latents, visited, velocities = noise, [], []
-    for levels in itertools.pairwise(sigmas.tolist()):
-        after = _step(pipeline, latents, embeds, pooled, levels, options)
-        visited.append(np.asarray(latents))
-        velocities.append(_velocity(latents, after, levels))
-        latents = after
-    return Trajectory(
-        embeds=embeds,
-        pooled=pooled,
-        sigmas=sigmas,
-        latents=np.stack(visited),
-        velocities=np.stack(velocities),
-    )
+    return _walk(pipeline, pipeline.encode_prompts(prompts), noise, options)
 
 
 def velocity_errors(
@@ -104,26 +101,97 @@ def velocity_errors(
     return errors
 
 
-def run_for_recording(
+def calibration_samples(
     pipeline: FluxPipeline,
     prompts: list[str],
-    noise: jax.Array,
+    noise: jax.Array,  # [prompts, tokens, channels], as `initial_noise` gives it
     options: SamplingOptions,
     batch: int,
-):
-    """Return a function that samples all prompts with a transformer put in the pipeline's place."""
+    steps: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Return what the transformer is called with on its way from noise to images.
 
-    def run(transformer: Any) -> None:
-        replaced = dataclasses.replace(pipeline, transformer=transformer)
-        for start in tqdm(range(0, len(prompts), batch), desc="recording", unit="batch"):
-            part = slice(start, start + batch)
-            arguments = dataclasses.asdict(options) | {"progress": False, "output_type": "latent"}
-            replaced(prompts[part], latents=noise[part], **arguments)
+    These are keyword arguments, on the host, one entry a batch and step, for
+    `engine.observe.observe`. Deferred models are loaded once each, the encoders first. True
+    classifier-free guidance is left out.
 
-    return run
+    Args:
+      pipeline: of the 16-bit model.
+      prompts: an image each.
+      noise: to start from.
+      options: of sampling.
+      batch: images at a time.
+      steps: those of which entries are returned, from 0 up; None for all.
+    """
+    parts = [slice(start, start + batch) for start in range(0, len(prompts), batch)]
+    encoders = _kept(pipeline, "text_encoder", "text_encoder_2")
+    encoded = [encoders.encode_prompts(prompts[part]) for part in parts]
+    del encoders  # before the transformer comes
+    sampler, samples = _kept(pipeline, "transformer"), []
+    for part, texts in zip(tqdm(parts, "sampling", unit="batch"), encoded, strict=True):
+        path = _walk(sampler, texts, noise[part], options)
+        entries = _arguments(sampler, path, options)
+        samples += entries if steps is None else [entries[step] for step in steps]
+    return samples
 
 
-def _step(pipeline, latents, embeds, pooled, levels, options: SamplingOptions) -> jax.Array:
+def _arguments(
+    pipeline: FluxPipeline, path: Trajectory, options: SamplingOptions
+) -> list[dict[str, Any]]:
+    """Return the transformer's keyword arguments at each step, as `denoising_step` gives them."""
+    embeds, batch, side = np.asarray(path.embeds), len(path.embeds), pipeline.token_pixels
+    guidance = options.guidance_scale
+    fixed = {
+        "encoder_hidden_states": embeds,
+        "pooled_projections": np.asarray(path.pooled),
+        "img_ids": image_ids(options.height // side, options.width // side),
+        "txt_ids": np.zeros((embeds.shape[1], 3), np.float32),
+        "guidance": None if guidance is None else np.full(batch, guidance, np.float32),
+    }
+    return [
+        fixed | {"hidden_states": latents, "timestep": np.full(batch, sigma, np.float32)}
+        for latents, sigma in zip(path.latents, path.sigmas[:-1], strict=True)
+    ]
+
+
+def _kept(pipeline: FluxPipeline, *names: str) -> FluxPipeline:
+    """Return a copy that keeps some models loaded."""
+    found = {name: getattr(pipeline, name) for name in names}
+    loaded = {name: x.load() for name, x in found.items() if isinstance(x, Deferred)}
+    return dataclasses.replace(pipeline, **loaded)
+
+
+def _walk(
+    pipeline: FluxPipeline,
+    encoded: tuple[jax.Array, jax.Array],  # of `encode_prompts`
+    noise: jax.Array,  # [batch, tokens, channels]
+    options: SamplingOptions,
+) -> Trajectory:
+    embeds, pooled = encoded
+    sigmas = pipeline.scheduler.sigmas(options.num_inference_steps, noise.shape[1])
+    latents, visited, velocities = noise, [], []
+    for levels in itertools.pairwise(sigmas.tolist()):
+        after = _step(pipeline, latents, embeds, pooled, levels, options)
+        visited.append(np.asarray(latents))
+        velocities.append(_velocity(latents, after, levels))
+        latents = after
+    return Trajectory(
+        embeds=embeds,
+        pooled=pooled,
+        sigmas=sigmas,
+        latents=np.stack(visited),
+        velocities=np.stack(velocities),
+    )
+
+
+def _step(
+    pipeline: FluxPipeline,
+    latents: jax.Array | np.ndarray,
+    embeds: jax.Array,
+    pooled: jax.Array,
+    levels: tuple[float, float],
+    options: SamplingOptions,
+) -> jax.Array:
     """One Euler step between two noise levels."""
     return dataclasses.replace(pipeline, scheduler=_OneStep(levels)).denoise(
         latents,

@@ -35,7 +35,7 @@ def find_photos(folder: Path, names: Sequence[str] | None) -> list[Path]:
 
     Args:
       folder: where they are.
-      names: paths below the folder, as `quartz_jax.prompts` gives them; None for all.
+      names: paths below the folder, as `evaluation.prompts` gives them; None for all.
 
     Raises:
       ValueError: a named file is absent, or there are fewer than two.

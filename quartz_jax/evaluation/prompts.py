@@ -4,9 +4,8 @@ import dataclasses
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
-
-from quartz_jax.cli.arguments import check_prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +31,7 @@ def read_prompts(path: Path, count: int) -> Prompts:
       ValueError: there is no prompt, the file isn't UTF-8, or a .json file isn't of the form.
     """
     if path.suffix != ".json":
-        lines = [line for line in _read_text(path).splitlines() if line.strip()]
-        return Prompts(texts=_repeated(check_prompts(lines), count), images=None)
+        return Prompts(texts=_repeated(read_lines(path), count), images=None)
     entries = _read_entries(path)
     names = list(entries)
     if count < len(names):
@@ -42,6 +40,25 @@ def read_prompts(path: Path, count: int) -> Prompts:
     texts = check_prompts([entries[name]["prompt"] for name in names])
     images = [f"{entries[name]['category']}/{name}.jpg" for name in names]
     return Prompts(texts=_repeated(texts, count), images=images)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the prompts of a text file, one a line; blank lines are left out.
+
+    Raises:
+      ValueError: it holds none, or isn't UTF-8.
+      OSError: it can't be read.
+    """
+    return check_prompts([line for line in _read_text(path).splitlines() if line.strip()])
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """Return the prompts; raises ValueError if there is none or one is blank."""
+    if not prompts:
+        raise ValueError("no prompt was given; write --prompt followed by one text or several")
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("prompt is empty; write some text")
+    return list(prompts)
 
 
 def _read_text(path: Path) -> str:

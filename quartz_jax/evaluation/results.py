@@ -1,8 +1,10 @@
 """Paired comparison of recipes with the 16-bit model: the same prompts, the same noise."""
 
 import functools
+import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from quartz_jax.conversion.model import linears
+from quartz_jax.conversion.model import round_to_bf16
 from quartz_jax.conversion.report import Report
-from quartz_jax.engine.linear import QuartzLinear, round_to_bf16
+from quartz_jax.engine.linear import QuantizedLinear
 from quartz_jax.evaluation.metrics import bootstrap_interval
 from quartz_jax.io import provenance
 from quartz_jax.io.files import atomic_file
 from quartz_jax.io.images import to_bytes
-from quartz_jax.methods import LayerStatistics, Method, SimulatedLinear, get_method
-from quartz_jax.recipes.recipe import RECIPES, Recipe, get_recipe
+from quartz_jax.recipes.sites import linears
+from quartz_jax.transforms import Seen
 
 Sample = Callable[[int, int], np.ndarray]  # images start..stop, [stop - start, h, w, 3] in 0..1
 Scores = dict[str, list[float]]  # "psnr", "ssim" and such, one figure an image
@@ -31,6 +33,7 @@ COLUMNS = {
     "recipe": "recipe",
     "weight_bits": "bits/element W",
     "activation_bits": "A",
+    "runs": "runs",
     "megabytes": "transformer MB",
     "psnr": "PSNR, dB [95 %]",
     "ssim": "SSIM [95 %]",
@@ -47,23 +50,6 @@ COLUMNS = {
 }
 _DIGITS = {"psnr": 2, "kid": 2, "sqnr": 1, "megabytes": 1, "weight_bits": 2, "activation_bits": 2}
 _DIGITS |= {"fid": 2, "fid_to_bf16": 2, "clip": 2}
-
-
-def resolve(name: str) -> Recipe | Method:
-    """Return a recipe by name, one from a .json file of either kind, or a method by its parts.
-
-    Raises:
-      ValueError: none of them.
-    """
-    if name in RECIPES:
-        return get_recipe(name)
-    if not name.endswith(".json"):
-        return get_method(name)
-    try:
-        value = json.loads(Path(name).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"recipe file {name} can't be read: {error}") from None
-    return Method.from_json(value) if "method" in value else get_recipe(name)
 
 
 def score(
@@ -86,15 +72,14 @@ def score(
         yield stop - start
 
 
-def summarize(
-    recipe: Recipe | Method, report: Report, scores: Scores, activation_bits: float, **more: Any
-) -> dict[str, Any]:
+def summarize(name: str, report: Report, scores: Scores, **more: Any) -> dict[str, Any]:
     """Return one row of the results: sizes, mean scores and their bootstrap intervals."""
     intervals = {name: vars(bootstrap_interval(values)) for name, values in scores.items()}
     return {
-        "recipe": recipe.name,
+        "recipe": name,
         "weight_bits": report.weight_bits,
-        "activation_bits": activation_bits,
+        "activation_bits": report.input_bits,
+        "runs": runs(report),
         "megabytes": report.bytes / 1e6,
         **intervals,
         **more,
@@ -102,36 +87,28 @@ def summarize(
     }
 
 
-def mean_activation_bits(model: nnx.Module, recipe: Recipe | Method) -> float:
-    """Return stored bits an element of the quantized inputs, scales included, mean over layers.
-
-    16 if all is weight-only.
-    """
-    found = linears(model)
-    bits = []
-    for path, rule in recipe.assign(found).items():
-        k, format_ = found[path].in_features, rule.activation
-        if isinstance(recipe, Method):
-            bits += [] if format_ is None else [format_.bits(k)]
-        elif format_.kind != "bf16":
-            block = (format_.config and format_.config.scale_block) or k
-            bits.append(format_.bits + (32 if format_.symmetric else 64) / block)
-    return float(np.mean(bits)) if bits else 16.0
+def runs(report: Report) -> str:
+    """Return whether a model's quantized layers are executed, and in what, or simulated."""
+    ways = report.execution.split(", ")
+    if "simulated" not in ways:
+        return f"executed ({report.execution})"
+    return "simulated" if ways == ["simulated"] else "partly simulated"
 
 
 def layer_sqnr(
-    model: nnx.Module, quantized: nnx.Module, rows: dict[str, LayerStatistics]
+    model: nnx.Module, quantized: nnx.Module, seen: Mapping[str, Seen]
 ) -> dict[str, float]:
     """Return 10 log10(|y|**2 / |y - y_quantized|**2) of each quantized linear on recorded inputs.
 
     Inputs are the 16-bit model's, so that no layer's figure depends on another's error.
     """
-    exact, found = linears(model), {}
+    exact, found = dict(linears(model)), {}
     for path, module in nnx.iter_modules(quantized):
         name = ".".join(map(str, path))
-        if isinstance(module, QuartzLinear | SimulatedLinear):
-            linear = exact[name]
-            x = jnp.asarray(rows[name].rows, linear.dtype)  # as the model computes
+        if isinstance(module, QuantizedLinear):
+            linear, rows = exact[name], seen[name].rows
+            assert rows is not None
+            x = jnp.asarray(rows, linear.dtype).reshape(-1, linear.in_features)
             bias = None if linear.bias is None else linear.bias.get_value()
             graphdef, state = nnx.split(module)
             found[name] = float(_sqnr(graphdef)(state, x, linear.kernel.get_value(), bias))
@@ -222,13 +199,32 @@ def open_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def open_scores(results: dict[str, Any], recipe: Recipe | Method) -> dict[str, Any]:
-    """Return a recipe's entry in the results; a new one unless it was made by the same rules."""
-    entry = results["recipes"].get(recipe.name)
-    if entry is None or entry["recipe"] != recipe.to_json():
-        entry = {"recipe": recipe.to_json(), "scores": {"psnr": [], "ssim": []}}
-        results["recipes"][recipe.name] = entry
+def open_scores(results: dict[str, Any], name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row's entry in the results; a new one unless it was made by the same rules.
+
+    Args:
+      results: of `open_results`.
+      name: of the row.
+      identity: JSON of what the figures are of; it is what the entry starts with.
+    """
+    entry = results["recipes"].get(name)
+    if entry is None or not is_of(entry, identity):
+        entry = {**identity, "scores": {"psnr": [], "ssim": []}}
+        results["recipes"][name] = entry
     return entry
+
+
+def is_of(entry: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether an entry's figures are of a row."""
+    return all(entry.get(key) == value for key, value in identity.items())
+
+
+def folder_name(name: str) -> str:
+    """Return a name of a row as one of a folder, whatever is in it, and another for each."""
+    safe = re.sub(r"[^\w.+-]", "_", name).lstrip(".")
+    if safe == name:
+        return name
+    return f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _same_settings(found: Any, new: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 
 def check_output(
@@ -142,26 +143,47 @@ def resumable_folder(
     """
     work = work_folder(path)
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:  # released by the system however the process ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is writing {path}; wait for it or stop it") from None
-        folder = WorkFolder(
-            contents=work / "contents", records=work / "records", scratch=work / "scratch"
-        )
+    folder = WorkFolder(
+        contents=work / "contents", records=work / "records", scratch=work / "scratch"
+    )
+    with locked(work / "lock", path):
         _start_or_go_on(work, folder, identity, overwrite)
         try:
             yield folder
             _replace_folder(folder.contents, path)
         except incurable:
-            shutil.rmtree(work)
+            shutil.rmtree(work, ignore_errors=True)
             raise
         except OSError as error:
             raise OSError(
                 f"output {path} can't be written: {error}; run the same command again to go on"
             ) from error
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
+    if os.name == "nt":
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def locked(lock: Path, path: Path) -> Iterator[None]:
+    """Hold a lock file, which the system releases however the process ends, and then remove it.
+
+    Args:
+      lock: the file; its folder is made.
+      path: what the lock is for, named where another process has it.
+
+    Raises:
+      ValueError: another process has it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(lock, blocking=False):
+            try:
+                yield
+            finally:
+                if os.name != "nt":  # where what is open can't be removed
+                    lock.unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise ValueError(f"another process is writing {path}; wait for it or stop it") from None
 
 
 def _start_or_go_on(work: Path, folder: WorkFolder, identity: Any, overwrite: bool) -> None:

@@ -1,25 +1,12 @@
-"""Print what a quantized checkpoint is: recipe, layers, bytes, base hash, versions.
+"""The command `quartz inspect`, from a checkout.
 
-Run as `python scripts/inspect.py FOLDER`. That is a folder because a file of that name would stand
-before the standard library's `inspect` for every script beside it.
+A folder, because a file of that name would stand before the standard library's `inspect` for every
+script beside it.
 """
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from quartz_jax.cli import arguments as cli
-from quartz_jax.conversion import checkpoint
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the description."""
-    parser = cli.ArgumentParser(prog="inspect.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="folder that quantize.py made")
-    parser.add_argument("--layers", action="store_true", help="also a line a layer")
-    args = parser.parse_args(argv)
-    print(checkpoint.describe(args.checkpoint, layers=args.layers))
-
+from quartz_jax.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(main(["inspect", *sys.argv[1:]]))

@@ -55,9 +55,9 @@ def single_files(small, tmp_path_factory):
 @pytest.fixture(scope="session")
 def quantized(tiny, tmp_path_factory):
     """Folder of the tiny model quantized by the default recipe."""
-    import quantize
+    from quartz_jax.cli import quantize
 
-    folder = tmp_path_factory.mktemp("quantized") / "w4a4"
+    folder = tmp_path_factory.mktemp("quantized") / "w4a8x"
     quantize.main(["--model", str(tiny), "--out", str(folder)])
     return folder
 

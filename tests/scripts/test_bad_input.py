@@ -3,15 +3,13 @@
 import json
 import shutil
 
-import evaluate
-import generate
 import make_synthetic_flux
 import numpy as np
 import pytest
-import quantize
 from safetensors.numpy import load_file, save_file
 
 from quartz_jax.cli import arguments as cli
+from quartz_jax.cli import evaluate, generate, quantize
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -40,9 +38,42 @@ def broken(tiny, tmp_path):
 
 def test_unknown_recipe(refused, tmp_path):
     argv = ("--prompt", "a", "--recipe", "w3a3", "--out", tmp_path / "x.png")
-    assert "unknown recipe 'w3a3'; use one of bf16" in refused(generate.main, *argv)
+    assert "unknown recipe 'w3a3'" in (line := refused(generate.main, *argv))
+    assert "use one of bf16" in line
     argv = ("--recipe", "w3a3", "--out", tmp_path / "x")
-    assert "unknown recipe 'w3a3'; use one of bf16" in refused(quantize.main, *argv)
+    assert "unknown recipe 'w3a3'" in refused(quantize.main, *argv)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "line"),
+    [
+        ("transformer=w4a8x,unet=w4a8x", "components are text_encoder, text_encoder_2, vae"),
+        ("transformer=w4a8x,transformer=w8a8", "names a component twice"),
+        ("transformer=w4a8x,text_encoder_2", "write COMPONENT=RECIPE"),
+    ],
+)
+def test_recipes_by_component_that_make_no_sense(refused, tmp_path, recipe, line):
+    assert line in refused(quantize.main, "--recipe", recipe, "--out", tmp_path / "x")
+
+
+def test_a_calibrated_recipe_for_sampling_at_once(refused, tmp_path):
+    argv = drawn(tmp_path, "--recipe", "w4a8x-gptq")
+    assert "make a checkpoint with quantize.py" in refused(generate.main, *argv)
+
+
+def test_a_calibrated_recipe_for_a_component_without_samples(refused, small, tmp_path):
+    argv = ("--model", small, "--recipe", "text_encoder_2=w4a8x-gptq", "--out", tmp_path / "x")
+    assert "there are no samples for this component" in refused(quantize.main, *argv)
+
+
+@pytest.mark.parametrize("name", ["bf16", "w4a4"])
+def test_a_recipe_file_under_the_name_of_another_row(refused, tmp_path, name):
+    rule = {"match": {"role": "linear"}, "layer": {"weight": {"part": "Int", "width": 8}}}
+    value = {"format_version": 3, "name": name, "rules": [rule]}
+    (tmp_path / "mine.json").write_text(json.dumps(value))
+    argv = ("--recipes", f"w4a4,{tmp_path / 'mine.json'}", "--out", tmp_path / "x.json")
+    line = refused(evaluate.main, "--prompts", __file__, *argv)
+    assert f"{name!r} is the name of several rows" in line
 
 
 def test_a_rule_that_matches_nothing(refused, tiny, tmp_path):
@@ -173,10 +204,10 @@ def test_an_infinite_weight(refused, small, tmp_path):
 
 def test_a_checkpoint_of_a_newer_format_version(refused, quantized, tmp_path):
     folder = shutil.copytree(quantized, tmp_path / "newer")
-    text = json.loads((folder / "quartz.json").read_text()) | {"format_version": 3}
+    text = json.loads((folder / "quartz.json").read_text()) | {"format_version": 4}
     (folder / "quartz.json").write_text(json.dumps(text))
     line = refused(generate.main, "--model", folder, "--prompt", "a", "--out", tmp_path / "x.png")
-    assert "format_version is 3" in line
+    assert "format_version is 4" in line
     assert "install a newer one" in line
 
 
@@ -243,7 +274,7 @@ def test_an_output_inside_what_is_carried(refused, broken):
 
 def test_another_recipe_than_the_checkpoint_s_own(refused, quantized, tmp_path):
     argv = ("--model", quantized, "--recipe", "w8a8", "--prompt", "a", "--out", tmp_path / "x.png")
-    assert "is quantized as 'w4a4'; leave out --recipe" in refused(generate.main, *argv)
+    assert "is quantized as 'w4a8x'; leave out --recipe" in refused(generate.main, *argv)
 
 
 def test_comparing_a_checkpoint_with_bf16(refused, quantized, tmp_path):

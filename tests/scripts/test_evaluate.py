@@ -1,15 +1,21 @@
 import contextlib
+import dataclasses
 import json
 import shutil
+import sys
 
-import evaluate
 import numpy as np
 import pytest
-import report
 
 from quartz_jax.cli import arguments as cli
+from quartz_jax.cli import evaluate, report
+from quartz_jax.evaluation import results as results_
+from quartz_jax.evaluation import shards
+from quartz_jax.evaluation.pages import comparison
+from quartz_jax.io.files import locked
 
 METHODS = "bf16,w4a4,gptq+int4-g64"
+MARKUP = "a dog <b onclick='x'>&amp;</b>"
 
 
 def command_line(tiny, folder, recipes="w8a8,int4"):
@@ -53,13 +59,18 @@ def done(evaluated, tmp_path):
     shutil.copytree(evaluated, tmp_path, dirs_exist_ok=True)
 
 
+def with_recipes(argv, recipes, *more):
+    at = argv.index("--recipes") + 1
+    return [*argv[:at], recipes, *argv[at + 1 :], *more]
+
+
 def scores(out, recipe):
     return json.loads(out.read_text())["recipes"][recipe]["scores"]["psnr"]
 
 
 def test_the_table_has_a_row_a_recipe_and_the_results_one_score_an_image(evaluated):
     out, lines = evaluated / "out.json", (evaluated / "printed.txt").read_text().splitlines()
-    assert [line.split()[1] for line in lines] == ["recipe", "---", "w8a8", "int4"]
+    assert [line.split()[1] for line in lines] == ["recipe", "---", "bf16", "w8a8", "int4"]
     assert len(scores(out, "w8a8")) == len(scores(out, "int4")) == 2
     assert min(scores(out, "w8a8")) > max(scores(out, "int4"))
 
@@ -104,14 +115,15 @@ def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path
     assert "absent.txt" in done.stderr
 
 
-def with_recipes(argv, recipes, *more):
-    at = argv.index("--recipes") + 1
-    return [*argv[:at], recipes, *argv[at + 1 :], *more]
-
-
 def test_recipes_and_methods_run_side_by_side_with_errors_by_layer_and_step(compared):
     results = json.loads(compared.read_text())["recipes"]
     assert list(results) == METHODS.split(",")
+    words = {name: entry["summary"]["runs"] for name, entry in results.items()}
+    assert words == {
+        "bf16": "executed (bf16)",
+        "w4a4": "executed (int8)",
+        "gptq+int4-g64": "simulated",
+    }
     for name in ("w4a4", "gptq+int4-g64"):
         entry = results[name]
         assert len(entry["sigmas"]) == len(entry["velocity"]) == 1  # one step
@@ -157,6 +169,90 @@ def test_the_report_is_one_file_with_every_method(compared, tmp_path):
     assert not any(word in html for word in ("<script", 'src="http', "src='http", "<link"))
 
 
+@pytest.fixture
+def made(compared):
+    """What the page is made from."""
+    return comparison.compare(json.loads(compared.read_text()), compared.with_suffix(".images"))
+
+
+def test_the_report_leads_with_six_columns_and_folds_the_rest(made):
+    assert made.lead == ["bf16", "w4a4"]
+    assert made.rest == ["gptq+int4-g64"]
+    several = dict.fromkeys((*comparison.LEAD, "int4"), made.done["w4a4"])
+    more = dataclasses.replace(made, done=several, ranked=[x for x in several if x != "bf16"])
+    assert (tuple(more.lead), more.rest) == (comparison.LEAD, ["int4"])
+    side = comparison._side_by_side(made)
+    assert "<th>bf16</th><th>w4a4</th></tr>" in side
+    assert "<td>executed (bf16)</td><td>executed (int8)</td>" in side
+    wall, _, folded = comparison._same_prompts(made).partition("<details>")
+    assert ("w4a4" in wall, "gptq" in wall, "gptq" in folded) == (True, False, True)
+
+
+def test_rows_keep_their_colours_and_the_leading_ones_have_their_own():
+    lead = [comparison.colour(name) for name in comparison.LEAD if name != "bf16"]
+    assert len(set(lead)) == len(lead)
+    assert comparison.colour("a+b") == comparison.colour("a+b")
+
+
+def test_a_prompt_with_markup_is_shown_as_text(made):
+    texts = [MARKUP] * len(made.prompts)
+    marked = dataclasses.replace(made, prompts=texts)
+    html = comparison._same_prompts(marked) + comparison._cases(marked)
+    assert "&lt;b onclick=" in html
+    assert "<b onclick" not in html
+
+
+def test_a_checkpoint_is_one_more_row(quantized, evaluated, argv, out, tmp_path):
+    shutil.copytree(evaluated, tmp_path, dirs_exist_ok=True)
+    more = ("--checkpoint", str(quantized))
+    evaluate.main(with_recipes(argv, "w8a8", *more))
+    entry = json.loads(out.read_text())["recipes"]["w4a8x (checkpoint)"]
+    assert entry["summary"]["runs"] == "executed (int8)"
+    assert "int8, as stored" in entry["placement"] or "int8, xla" in entry["placement"]
+    assert 15 < entry["summary"]["psnr"]["mean"] < 60
+    assert len(entry["sqnr"]) == len(entry["report"]["layers"])
+
+
+def test_a_checkpoint_s_figures_are_those_of_its_recipe(quantized, evaluated, argv, out, tmp_path):
+    shutil.copytree(evaluated, tmp_path, dirs_exist_ok=True)
+    evaluate.main(with_recipes(argv, "w4a8x", "--checkpoint", str(quantized)))
+    assert scores(out, "w4a8x (checkpoint)") == scores(out, "w4a8x")
+
+
+def test_an_evaluation_into_results_of_a_running_one_is_refused(argv, out, capsys):
+    with locked(out.with_name(".out.json.lock"), out):
+        assert cli.run(evaluate.main, argv) == 2
+    assert "another process is writing" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("done")
+def test_results_of_another_autoencoder_are_not_mixed_in(argv, tiny, tmp_path, capsys):
+    model = shutil.copytree(tiny, tmp_path / "model" / tiny.name)
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 2.5}))
+    at = argv.index("--model") + 1
+    assert cli.run(evaluate.main, [*argv[:at], str(model), *argv[at + 1 :]]) == 2
+    assert "made with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "/etc", "a b", "c:d"])
+def test_names_of_rows_are_no_paths(name):
+    safe = results_.folder_name(name)
+    assert "/" not in safe
+    assert not safe.startswith(".")
+    assert safe != name
+
+
+def test_statistics_that_are_there_are_taken_and_others_are_made(argv, out, monkeypatch):
+    evaluate.main(with_recipes(argv, "gptq+int4"))
+    file = out.with_suffix(".calibration.npz")
+    before = file.stat().st_mtime_ns
+    evaluate.main(with_recipes(argv, "gptq+int4-g64"))
+    assert file.stat().st_mtime_ns == before
+    evaluate.main(with_recipes(argv, "smooth+int4"))
+    assert file.stat().st_mtime_ns != before
+
+
 def test_a_report_of_nothing_is_refused(evaluated, tmp_path, capsys):
     results = str(evaluated / "out.json")
     code = cli.run(report.main, ["--results", results, "--out", str(tmp_path / "r.html")])
@@ -189,7 +285,7 @@ def test_what_processes_found_before_they_were_stopped_is_taken_in(argv, out):
 
 def test_a_process_that_fails_is_said_and_its_log_is_kept(argv, out, capsys, monkeypatch):
     evaluate.main(with_recipes(argv, "bf16"))
-    monkeypatch.setattr(evaluate, "__file__", "no_such_script.py")
+    monkeypatch.setattr(shards, "COMMAND", (sys.executable, "no_such_script.py"))
     assert cli.run(evaluate.main, with_recipes(argv, "bf16,w8a8", "--jobs", "2")) == 2
     assert "says why" in capsys.readouterr().err
     assert "no_such_script.py" in out.with_suffix(".shard0.log").read_text()

@@ -3,12 +3,12 @@
 import importlib.util
 import json
 
-import evaluate
 import numpy as np
 import published_files
 import pytest
 
 from quartz_jax.cli import arguments as cli
+from quartz_jax.cli import evaluate
 from quartz_jax.evaluation import metrics_torch as published
 
 PROMPTS = ["a cat", "a dog", "a red car"]
@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(run, results):
 @needs_extra
 def test_the_report_s_table_has_the_columns(run, results, tmp_path):
     pytest.importorskip("matplotlib")
-    import report
+    from quartz_jax.cli import report
 
     report.main(["--results", str(run.out), "--out", str(tmp_path / "report.html")])
     html = (tmp_path / "report.html").read_text()

@@ -1,10 +1,10 @@
 import json
 
-import generate
 import numpy as np
 import pytest
 from PIL import Image
 
+from quartz_jax.cli import generate
 from quartz_jax.evaluation.metrics import PSNR_OF_EQUAL
 
 KEYS = ["recipe", "seed", "seconds", "transformer_bytes", "transformer_bytes_bf16"]
@@ -32,7 +32,7 @@ def test_a_picture_has_one_tile_a_prompt(make):
 def test_json_holds_what_was_done(make):
     out, result = make("--seed", 3)
     assert list(result) == KEYS
-    assert (result["recipe"], result["seed"], result["out"]) == ("w4a4", 3, str(out))
+    assert (result["recipe"], result["seed"], result["out"]) == ("w4a8x", 3, str(out))
     assert (result["psnr"], result["ssim"]) == (None, None)
     assert result["transformer_bytes"] < result["transformer_bytes_bf16"]
 

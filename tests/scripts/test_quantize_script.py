@@ -6,21 +6,21 @@ import subprocess
 import sys
 import time
 
-import generate
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quantize
 from conftest import ROOT
 from flax import nnx
 
 import models
-from quartz_jax import QuartzLinear, dequantize, get_recipe, quantize_model
-from quartz_jax import pipelines as common
+from quartz_jax import QuantizedLinear, dequantize, get_recipe, pipelines, quantize_model
+from quartz_jax.cli import generate, quantize
 from quartz_jax.conversion import checkpoint
 from quartz_jax.conversion.model import stored_arrays
 from quartz_jax.io.files import work_folder
+
+RECIPES = "transformer=w4a4,text_encoder_2=w8a8"
 
 
 def arrays(folder, component="transformer"):
@@ -36,7 +36,7 @@ def assert_equal(found, expected):
 
 def test_the_folder_holds_a_checkpoint_of_the_recipe(quantized, tiny):
     manifest = checkpoint.read_manifest(quantized)
-    assert (manifest.recipe.name, manifest.base_name) == ("w4a4", tiny.name)
+    assert (manifest.recipe.name, manifest.base_name) == ("w4a8x", tiny.name)
 
 
 def test_the_folder_holds_the_base_s_other_components(quantized, tiny):
@@ -78,7 +78,7 @@ def test_a_recipe_file_is_stored_whole(tiny, tmp_path):
 def test_the_arrays_are_those_of_the_model_quantized_in_memory(small, tmp_path):
     quantize.main(["--model", str(small), "--out", str(tmp_path / "out")])
     model = models.load_component(small / "transformer", dtype=jnp.bfloat16)
-    model, report = quantize_model(model, get_recipe("w4a4"))
+    model, report = quantize_model(model, get_recipe("w4a8x"))
     assert_equal(arrays(tmp_path / "out"), stored_arrays(nnx.state(model)))
     stored = checkpoint.read_manifest(tmp_path / "out").report
     assert stored.bytes == report.bytes
@@ -97,21 +97,22 @@ def test_single_files_give_the_arrays_of_the_diffusers_folder(small, single_file
     vaes = [models.load_component(folder / "vae") for folder in out.values()]
     assert vaes[0].config == vaes[1].config
     jax.tree.map(np.testing.assert_array_equal, *(nnx.state(vae) for vae in vaes))
-    opened = common.open_checkpoint(out["files"])
-    assert opened.report.recipe == "w4a4"
+    opened = pipelines.open_checkpoint(out["files"])
+    assert opened.report.recipe == "w4a8x"
     assert opened.pipeline.scheduler == models.load_component(small / "scheduler")
 
 
 @pytest.mark.parametrize(("recipe", "bound"), [("w4a16", 1e-5), ("w8a8", 0.03)])
 def test_a_quantized_t5_is_loaded_back_and_used(small, tmp_path, recipe, bound):
     """The bound of w8a8 is that of 8-bit inputs; w4a16 has 16-bit ones and differs by rounding."""
+    recipes = f"transformer=w4a8x,text_encoder_2={recipe}"
     out, picture = tmp_path / "out", tmp_path / "x.png"
-    quantize.main(["--model", str(small), "--t5", recipe, "--out", str(out)])
+    quantize.main(["--model", str(small), "--recipe", recipes, "--out", str(out)])
     assert not list((out / "text_encoder_2").rglob("*.safetensors"))
-    encoder = common.open_checkpoint(out).pipeline.text_encoder_2.load()
+    encoder = pipelines.open_checkpoint(out).pipeline.text_encoder_2.load()
     expected = models.load_component(small / "text_encoder_2", dtype=jnp.float32)
     linears = dict(nnx.iter_modules(expected))
-    quantized = {p: x for p, x in nnx.iter_modules(encoder) if isinstance(x, QuartzLinear)}
+    quantized = {p: x for p, x in nnx.iter_modules(encoder) if isinstance(x, QuantizedLinear)}
     assert len(quantized) == 14
     for path, linear in quantized.items():
         linears[path].kernel.set_value(dequantize(linear.weight.get_value()).T)
@@ -125,7 +126,7 @@ def test_a_quantized_t5_is_loaded_back_and_used(small, tmp_path, recipe, bound):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys):
     quantize.main(
-        ["--model", str(small), "--t5", "w8a8", "--out", str(tmp_path / "out"), "--dry-run"]
+        ["--model", str(small), "--recipe", RECIPES, "--out", str(tmp_path / "out"), "--dry-run"]
     )
     text = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -158,7 +159,12 @@ def test_killed_at_any_moment_and_run_again_it_gives_the_same(small, tmp_path):
 def test_inspect_says_what_a_checkpoint_is(run_script, quantized):
     done = run_script("inspect.py", quantized, "--layers")
     assert done.returncode == 0, done.stderr
-    for part in ("recipe w4a4", "base SHA-256", "format version 2", "double_blocks.0.img_attn.qkv"):
+    for part in (
+        "recipe w4a8x",
+        "base SHA-256",
+        "format version 3",
+        "double_blocks.0.img_attn.qkv",
+    ):
         assert part in done.stdout
 
 

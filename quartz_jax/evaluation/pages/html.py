@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return f"<div class=scroll><table><tr>{'</tr><tr>'.join(lines)}</tr></table></div>"
 
 
+def folded(title: str, *parts: str) -> str:
+    """Return what is only shown once its title is clicked."""
+    return f"<details><summary>{text(title)}</summary>{''.join(parts)}</details>"
+
+
 def image(
     pixels: np.ndarray,  # uint8 [h, w, 3]
     label: str = "",
@@ -97,19 +103,26 @@ def plot(figure: Any, caption: str) -> str:
     return f"<figure class=plot>{drawing}<figcaption>{text(caption)}</figcaption></figure>"
 
 
-def new_figure(width: float = 10, height: float = 4.5, columns: int = 1):
+def check_plots() -> None:
+    """Raise ValueError unless plots can be drawn; for before the work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib; run: pip install -e '.[report]'")
+
+
+def new_figure(width: float = 10, height: float = 4.5, columns: int = 1) -> tuple[Any, Any]:
     """Return a matplotlib figure and its axes, drawn without a display.
 
     Raises:
       ValueError: matplotlib isn't installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("plots need matplotlib; install quartz-jax[report]") from None
+    check_plots()
+    import matplotlib
+
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "quartz", "font.size": 9}
     matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
+    # What stands between dollar signs in a name is no formula.
+    matplotlib.rcParams |= {"text.parse_math": False}
     from matplotlib import pyplot
 
     return pyplot.subplots(1, columns, figsize=(width, height), squeeze=False)
