@@ -24,7 +24,6 @@ from models.checkpoint_io import (
     save_params,
 )
 from models.linear import Linear
-from models.stored_files import open_folder, unwrap
 from models.stored_files import Checkpoint, find_prefix, open_checkpoint, open_folder, unwrap
 
 TELLING = "text_model.final_layer_norm.weight"  # a tensor that every checkpoint has

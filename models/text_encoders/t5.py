@@ -26,7 +26,6 @@ from models.checkpoint_io import (
     save_params,
 )
 from models.linear import Linear
-from models.stored_files import open_folder
 from models.stored_files import Checkpoint, find_prefix, open_checkpoint, open_folder
 
 TELLING = "encoder.final_layer_norm.weight"  # a tensor that every checkpoint has
