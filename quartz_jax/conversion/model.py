@@ -14,6 +14,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from quartz_jax.conversion.report import LayerReport, Report, measure_layer
+from quartz_jax.engine.attention import is_attention
 from quartz_jax.engine.linear import QuantizedLinear
 from quartz_jax.engine.surgery import replace_linears
 from quartz_jax.formats import Stored
@@ -102,6 +103,7 @@ def quantize_model(
     with bar:
         quantized = replace_linears(model, replace, only=assigned)
     nnx.update(quantized, jax.tree.map(round_to_bf16, nnx.state(quantized, nnx.Param)))
+    set_attention(quantized, recipe)
     other = 2 * elements - sum(layer.bytes_bf16 for layer in layers)
     roles = {site.path: site.role for site in sites(model)}
     layers = [dataclasses.replace(layer, role=roles[layer.path]) for layer in layers]
@@ -218,7 +220,16 @@ def quantize_shapes(model: M, recipe: Recipe) -> M:
             raise ValueError(f"{path}: {error}") from None
         return fitted.module(linear, assigned[path])
 
-    return replace_linears(model, replace, only=assigned)
+    quantized = replace_linears(model, replace, only=assigned)
+    set_attention(quantized, recipe)
+    return quantized
+
+
+def set_attention(model: nnx.Module, recipe: Recipe) -> None:
+    """Note with the attention of a model, in place, what a recipe has it read; `place` sees to it."""
+    for _, module in nnx.iter_modules(model):
+        if is_attention(module):
+            module.attention_format = recipe.attention
 
 
 @functools.lru_cache(maxsize=256)

@@ -158,6 +158,9 @@ class Recipe:
 
     name: str  # shown in reports and stored in checkpoints
     rules: tuple[Rule, ...]  # the first that matches a layer decides
+    # what attention reads: 16-bit floats, or int8 queries and keys and float8 values where the
+    # device has kernels for them
+    attention: Literal["bf16", "int8_fp8"] = "bf16"
 
     def assign(self, sites: Iterable[Site]) -> dict[str, LayerRecipe]:
         """Return what is done to each layer that is quantized, by path, in the order of sites.
