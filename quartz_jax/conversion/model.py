@@ -226,7 +226,7 @@ def quantize_shapes(model: M, recipe: Recipe) -> M:
 
 
 def set_attention(model: nnx.Module, recipe: Recipe) -> None:
-    """Note with the attention of a model, in place, what a recipe has it read; `place` sees to it."""
+    """Note with a model's attention, in place, what a recipe has it read; `place` sees to it."""
     for _, module in nnx.iter_modules(model):
         if is_attention(module):
             module.attention_format = recipe.attention
