@@ -20,10 +20,10 @@ from flax import nnx
 
 from models.checkpoint_io import StoredModule, TracingRngs, check_bounds, config_from_json
 from models.fit import check_fit
+from models.flux import params as flux_params
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
 from models.flux.params import (
-    config_from_bfl,
     export_flux_transformer,
     is_bfl_transformer,
     open_flux_transformer,
@@ -44,14 +44,13 @@ from models.text_encoders import clip, t5
 from models.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder, open_clip_text_encoder
 from models.text_encoders.t5 import T5Config, T5Encoder, open_t5_encoder
 from models.tokenizers import load_tokenizer
+from models.vae import params as vae_params
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL
-from models.vae.params import config_from_bfl as vae_config_from_bfl
 from models.vae.params import (
     export_autoencoder_kl,
     is_bfl_autoencoder,
     open_autoencoder_kl,
-    select_bfl_autoencoder,
 )
 
 # Class in a config.json: how to open a folder of it, its config, its module.
@@ -70,10 +69,10 @@ _OPENERS = {
 }
 # A tensor's name that tells each in a file, where a prefix may stand before it.
 _TELLING = {
-    "transformer": "double_blocks.0.img_attn.qkv.weight",
-    "vae": "decoder.up.0.block.0.norm1.weight",
-    "text_encoder": "text_model.final_layer_norm.weight",
-    "text_encoder_2": "encoder.final_layer_norm.weight",
+    "transformer": flux_params.TELLING,
+    "vae": vae_params.TELLING,
+    "text_encoder": clip.TELLING,
+    "text_encoder_2": t5.TELLING,
 }
 _CONFIGS = (FluxConfig, AutoencoderKLConfig, CLIPTextConfig, T5Config)
 _STEPS = {True: 28, False: 4}  # by default, of dev and of schnell
@@ -298,9 +297,11 @@ def _folder_scheduler(folder: Path) -> FlowMatchEulerScheduler:
 def _file_config(name: str, file: Path) -> Any:
     checkpoint = open_checkpoint(file)
     if name == "transformer":
-        return config_from_bfl(select_bfl_transformer(checkpoint).shapes, file)
+        return flux_params.config_from_bfl(select_bfl_transformer(checkpoint).shapes, file)
     if name == "vae":
-        return vae_config_from_bfl(select_bfl_autoencoder(checkpoint).shapes, file)
+        return vae_params.config_from_bfl(
+            vae_params.select_bfl_autoencoder(checkpoint).shapes, file
+        )
     if name == "text_encoder":
         return clip.config_from_shapes(clip.select_clip(checkpoint).shapes, file)
     return t5.config_from_shapes(t5.select_t5(checkpoint).shapes, file)

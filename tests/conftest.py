@@ -33,8 +33,11 @@ QUICKLY_COMPILED = {
     "quartz_jax/test_analysis.py",
     "quartz_jax/test_checkpoint.py",
     "quartz_jax/test_conversion.py",
+    "quartz_jax/test_convert.py",
+    "quartz_jax/test_linear.py",
     "quartz_jax/test_methods.py",
     "quartz_jax/test_networks.py",
+    "quartz_jax/test_placement.py",
     "quartz_jax/test_quantized_lora.py",
     "quartz_jax/test_transforms.py",
 }

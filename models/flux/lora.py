@@ -28,7 +28,7 @@ from flax import nnx
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
 from models.flux.params import diffusers_rules
-from models.linear import Part, modulate
+from models.linear import EPSILON, Part, modulate
 from models.stored_files import (
     FLOATING,
     Checkpoint,
@@ -128,7 +128,9 @@ class LoRALinear(nnx.Module):
             whole = x
             if isinstance(x, tuple):
                 whole = jnp.concatenate([part.value() for part in x], axis=-1)
-            whole = whole if modulation is None else modulate(whole, *modulation)
+            if modulation is not None:
+                epsilon = getattr(self.base, "norm_epsilon", EPSILON)
+                whole = modulate(whole, *modulation, epsilon)
             x = (Part(array=whole, size=whole.shape[-1]),)
         ends = np.cumsum([part.size for part in x])[:-1]
         pieces = zip(x, jnp.split(self.down.get_value(), ends), strict=True)

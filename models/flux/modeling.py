@@ -90,13 +90,25 @@ def apply_rope(
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
+def attend(
+    streams: tuple[Stream, ...],
+    rope: jax.Array,  # float32 [2, t, d / 2], for the tokens of all streams
+    *,
+    heads: int,
+) -> jax.Array:
+    """Return attention over the tokens of all streams, [b, t, h, d]."""
+    return dot_product_attention(*qk_norm_rope(streams, rope, heads=heads))
+
+
 class JointAttention(nnx.Module):
     """Attention with rotary positions over the tokens of all streams; holds no weights."""
 
     def __init__(self, heads: int):
         self.heads = heads
-        self.qk_norm_rope = qk_norm_rope  # `quartz_jax.place` puts a kernel here, since
-        self.qk_norm_rope_kernel = True  # neighbouring channels are rotated, behind an RMSNorm
+        # What may take its place: an RMSNorm of queries and keys, then a rotation of neighbouring
+        # channels, then attention without a mask.
+        self.attention_of = "qk_norm_rope"
+        self.attend = attend
 
     def __call__(
         self,
@@ -104,7 +116,7 @@ class JointAttention(nnx.Module):
         rope: jax.Array,  # float32 [2, t, d / 2]
     ) -> jax.Array:
         """Return [b, t, c], t tokens of all streams."""
-        out = dot_product_attention(*self.qk_norm_rope(streams, rope, heads=self.heads))
+        out = self.attend(streams, rope, heads=self.heads)
         return out.reshape(*out.shape[:2], -1)
 
 

@@ -24,7 +24,8 @@ from models.stored_files import (
     open_folder,
 )
 
-_TELLING = "double_blocks.0.img_attn.qkv.weight"
+# A tensor of Black Forest Labs' naming that every checkpoint has.
+TELLING = "double_blocks.0.img_attn.qkv.weight"
 # What names of other models begin with in files that hold several.
 _BESIDE = r"(vae|first_stage_model|text_encoders?|text_encoder_2|cond_stage_model|conditioner)\."
 
@@ -118,7 +119,7 @@ def is_bfl_transformer(names: Mapping[str, object]) -> bool:
 
     They may have a prefix, and other models' names may stand beside them.
     """
-    return find_prefix(names, _TELLING) is not None
+    return find_prefix(names, TELLING) is not None
 
 
 def select_bfl_transformer(checkpoint: Checkpoint) -> Checkpoint:
@@ -127,7 +128,7 @@ def select_bfl_transformer(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
       CheckpointError: it holds several.
     """
-    prefix = find_prefix(checkpoint.shapes, _TELLING, checkpoint.path)
+    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
     return checkpoint.under(prefix) if prefix else checkpoint.without(_BESIDE)
 
 

@@ -24,10 +24,9 @@ from models.checkpoint_io import (
     save_params,
 )
 from models.linear import Linear
-from models.stored_files import open_folder, unwrap
 from models.stored_files import Checkpoint, find_prefix, open_checkpoint, open_folder, unwrap
 
-_TELLING = "text_model.final_layer_norm.weight"  # a tensor that every checkpoint has
+TELLING = "text_model.final_layer_norm.weight"  # a tensor that every checkpoint has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,7 +204,7 @@ def checkpoint_rules(prefix: str = "text_model.") -> list[Rule]:
 
 def select_clip(checkpoint: Checkpoint) -> Checkpoint | None:
     """Return the tensors of the CLIP text encoder among those of a file; None if there is none."""
-    prefix = find_prefix(checkpoint.shapes, _TELLING, checkpoint.path)
+    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
     return None if prefix is None else checkpoint.under(prefix)
 
 
@@ -261,7 +260,7 @@ def open_clip_text_encoder(path: Path | str, dtype: jnp.dtype = jnp.float32) -> 
             raise CheckpointError(f"{path} holds no CLIP text encoder")
         config = config_from_shapes(checkpoint.shapes, path)
     else:
-        values, checkpoint = open_folder(path, _TELLING)
+        values, checkpoint = open_folder(path, TELLING)
         config = CLIPTextConfig.from_json(values)
     prefixed = any(name.startswith("text_model.") for name in checkpoint.shapes)
     checkpoint = checkpoint if prefixed else unwrap(checkpoint, "final_layer_norm.weight")

@@ -26,10 +26,9 @@ from models.checkpoint_io import (
     save_params,
 )
 from models.linear import Linear
-from models.stored_files import open_folder
 from models.stored_files import Checkpoint, find_prefix, open_checkpoint, open_folder
 
-_TELLING = "encoder.final_layer_norm.weight"  # a tensor that every checkpoint has
+TELLING = "encoder.final_layer_norm.weight"  # a tensor that every checkpoint has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,7 +245,7 @@ def checkpoint_rules(embedding: str = "shared") -> list[Rule]:
 
 def select_t5(checkpoint: Checkpoint) -> Checkpoint | None:
     """Return the tensors of the T5 encoder among those of a file; None if there is none."""
-    prefix = find_prefix(checkpoint.shapes, _TELLING, checkpoint.path)
+    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
     return None if prefix is None else checkpoint.under(prefix)
 
 
@@ -304,7 +303,7 @@ def open_t5_encoder(path: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredM
             raise CheckpointError(f"{path} holds no T5 encoder")
         config = config_from_shapes(checkpoint.shapes, path)
     else:
-        values, checkpoint = open_folder(path, _TELLING)
+        values, checkpoint = open_folder(path, TELLING)
         config = T5Config.from_json(values)
     shared = "shared.weight" in checkpoint.shapes
     return match_params(

@@ -23,7 +23,8 @@ from models.stored_files import (
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL
 
-_TELLING = "decoder.up.0.block.0.norm1.weight"
+# A tensor of Black Forest Labs' naming that every checkpoint has.
+TELLING = "decoder.up.0.block.0.norm1.weight"
 _ATTENTION = r"(.+\.mid_block)\.attention\."
 
 RULES = (
@@ -89,7 +90,7 @@ def bfl_rules(config: AutoencoderKLConfig) -> list[Rule]:
 
 def is_bfl_autoencoder(names: Mapping[str, object]) -> bool:
     """Return whether names hold those of an autoencoder in Black Forest Labs' naming."""
-    return find_prefix(names, _TELLING) is not None
+    return find_prefix(names, TELLING) is not None
 
 
 def select_bfl_autoencoder(checkpoint: Checkpoint) -> Checkpoint:
@@ -98,7 +99,7 @@ def select_bfl_autoencoder(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
       CheckpointError: it holds several.
     """
-    prefix = find_prefix(checkpoint.shapes, _TELLING, checkpoint.path)
+    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
     return checkpoint.under(prefix) if prefix else checkpoint
 
 

@@ -67,13 +67,18 @@ def shared_bytes(config: Config, d: int) -> int:
 
 def why_not(target: device.Device, heads: QuantizedHeads, **kwargs) -> str | None:
     """Say why the device can't run this kernel with these arguments, or return None."""
-    if target.platform != "gpu" or target.generation != 90:
-        return f"needs a Hopper GPU, not {target.kind}"
-    if reason := compat.gpu_attention_why_not():
+    if reason := device_why_not(target):
         return reason
     if heads.q.shape[3] not in HEAD_DIMS:
         return f"needs heads of 64 or 128 channels, not {heads.q.shape[3]}"
     return "needs at least one query and one key" if 0 in (*heads.q.shape, *heads.k.shape) else None
+
+
+def device_why_not(target: device.Device) -> str | None:
+    """Say why the device can't run this kernel with any arguments, or return None."""
+    if target.platform != "gpu" or target.generation != 90:
+        return f"needs a Hopper GPU, not {target.kind}"
+    return compat.gpu_attention_why_not()
 
 
 # Under jit of its own a kernel that a program calls many times is lowered once.

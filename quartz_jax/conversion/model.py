@@ -14,6 +14,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from quartz_jax.conversion.report import LayerReport, Report, measure_layer
+from quartz_jax.engine.attention import is_attention
 from quartz_jax.engine.linear import QuantizedLinear
 from quartz_jax.engine.surgery import replace_linears
 from quartz_jax.formats import Stored
@@ -102,6 +103,7 @@ def quantize_model(
     with bar:
         quantized = replace_linears(model, replace, only=assigned)
     nnx.update(quantized, jax.tree.map(round_to_bf16, nnx.state(quantized, nnx.Param)))
+    set_attention(quantized, recipe)
     other = 2 * elements - sum(layer.bytes_bf16 for layer in layers)
     roles = {site.path: site.role for site in sites(model)}
     layers = [dataclasses.replace(layer, role=roles[layer.path]) for layer in layers]
@@ -190,8 +192,8 @@ def _output_norm(weight: jax.Array, gram: jax.Array) -> jax.Array:
 
 
 def round_to_bf16(x: jax.Array) -> jax.Array:
-    """Return floating values rounded to bfloat16, in the dtype they have."""
-    return x.astype(jnp.bfloat16).astype(x.dtype)
+    """Return floating values rounded to bfloat16, in the dtype they have; others as they are."""
+    return x.astype(jnp.bfloat16).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def abstract_quantized(build: Callable[[], M], recipe: Recipe) -> M:
@@ -202,7 +204,7 @@ def abstract_quantized(build: Callable[[], M], recipe: Recipe) -> M:
       recipe: as for `quantize_model`.
 
     Raises:
-      ValueError: a rule matches nothing; it is named.
+      ValueError: a rule matches nothing, or a layer doesn't fit its recipe; it is named.
     """
     return quantize_shapes(nnx.eval_shape(build), recipe)
 
@@ -212,10 +214,22 @@ def quantize_shapes(model: M, recipe: Recipe) -> M:
     assigned = recipe.assign(sites(model))
 
     def replace(path: str, linear: nnx.Module) -> nnx.Module:
-        fitted = _abstract_layer(assigned[path], linear.out_features, linear.in_features)
+        try:
+            fitted = _abstract_layer(assigned[path], linear.out_features, linear.in_features)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return fitted.module(linear, assigned[path])
 
-    return replace_linears(model, replace, only=assigned)
+    quantized = replace_linears(model, replace, only=assigned)
+    set_attention(quantized, recipe)
+    return quantized
+
+
+def set_attention(model: nnx.Module, recipe: Recipe) -> None:
+    """Note with a model's attention, in place, what a recipe has it read; `place` sees to it."""
+    for _, module in nnx.iter_modules(model):
+        if is_attention(module):
+            module.attention_format = recipe.attention
 
 
 @functools.lru_cache(maxsize=256)

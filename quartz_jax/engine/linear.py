@@ -20,6 +20,7 @@ from quartz_jax.formats.storage import dequantize, row_operand
 from quartz_jax.transforms import BlockRotation, Offset, Op, Product, Scale, TakeOut
 
 FEW_ROWS = 8  # rows of x up to which reading the weights is the whole cost of a weight-only layer
+INT8 = Int(width=8)
 _FEW_ROWS_BACKENDS = ("triton_few_rows", "xla")  # those that read the packed order
 
 
@@ -91,16 +92,18 @@ class QuantizedLinear(nnx.Module):
             residual=None if residual is None or outside else residual.reshape(-1, n).astype(dtype),
             out_dtype=dtype,
         )
-        given, epilogue = through(self.ops.get_value() if self.ops else (), given, epilogue)
-        y = product(given, self.weight.get_value(), self.activation, epilogue)
+        ops = self.ops.get_value() if self.ops else ()
+        ops, last = _apart(ops, self.activation)
+        given, epilogue = through(ops, given, epilogue)
+        y = product(given, self.weight.get_value(), self.activation, epilogue, last)
         y = y.reshape(*leading, n)
         y = gate * y if outside and gate is not None else y
         return residual + y if outside and residual is not None else y
 
     def _given(self, x: jax.Array | tuple, modulation: tuple | None) -> tuple["Given", tuple]:
         """Return the input as rows, and its leading axes."""
-        if self.dtype is not None and not isinstance(x, tuple):
-            x = x.astype(self.dtype)
+        if self.dtype is not None:
+            x = _cast(x, self.dtype)
         rows, leading = _rows(x)
         if modulation is None:
             return Given(rows=rows, leading=leading), leading
@@ -215,6 +218,18 @@ def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Give
     return given, epilogue
 
 
+def _apart(ops: tuple[Op, ...], activation: Format | None) -> tuple[tuple[Op, ...], Product | None]:
+    """Return the ops, and apart from them a last branch that may read the quantized input.
+
+    Eight bits are so near to what a branch would read in 16 that it reads those: half the bytes,
+    and nothing to be computed for it alone.
+    """
+    last = ops[-1] if ops else None
+    if isinstance(last, Product) and isinstance(activation, Int) and activation.is_operand:
+        return ops[:-1], last
+    return ops, None
+
+
 def _with_branch(epilogue: Epilogue, inner: jax.Array, up: jax.Array) -> Epilogue:
     """Return the epilogue with one more branch: several are one of the sum of their ranks."""
     if epilogue.branch is not None:
@@ -228,6 +243,7 @@ def product(
     weight: Stored | PreparedWeights,  # [n, k]
     activation: Format | None,
     epilogue: Epilogue,
+    branch: Product | None = None,  # that reads the quantized input, int8 rows
 ) -> jax.Array:
     """Return the product [m, n], its input quantized unless activation is None."""
     if activation is None:
@@ -237,7 +253,12 @@ def product(
         x = activation(jax.lax.optimization_barrier(given.images(activation)))
         y = simulated_dot(x.reshape(-1, x.shape[-1]), dequantize(weight))
         return reference.finish(y, epilogue)
-    return multiply(given.quantized(activation), weight, epilogue)
+    x = given.quantized(activation)
+    if branch is not None:
+        down = INT8.store(branch.down.T)
+        inner = multiply(x, down, Epilogue(out_dtype=given.dtype))
+        epilogue = _with_branch(epilogue, inner, branch.up.astype(given.dtype))
+    return multiply(x, weight, epilogue)
 
 
 def how_it_runs(weight: Stored | PreparedWeights, activation: Format | None) -> str:
@@ -256,6 +277,13 @@ def _execution(weight: Stored | PreparedWeights, activation: Format) -> str:
     k = weight.shape[1]
     x = jax.eval_shape(activation.store, jax.ShapeDtypeStruct((1, k), jnp.float32))
     return execution(x, weight)
+
+
+def _cast(x: jax.Array | tuple, dtype: Any) -> jax.Array | tuple:
+    """Return x, or all its parts, in a dtype."""
+    if not isinstance(x, tuple):
+        return x.astype(dtype)
+    return tuple(dataclasses.replace(part, array=part.array.astype(dtype)) for part in x)
 
 
 def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
@@ -289,8 +317,8 @@ def _weight_only(
     by_row = rows is not None and getattr(rows, "scale_block", None) is None
     if by_row and x.shape[0] <= FEW_ROWS and not isinstance(weight, BlockRows):
         both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_split_16_bits(x))
-        backends = "xla" if isinstance(weight, Int8Rows) else _FEW_ROWS_BACKENDS
-        y = multiply(both, weight, Epilogue(out_dtype=jnp.float32), backends)
+        backends = "xla" if isinstance(rows, Int8Rows) else _FEW_ROWS_BACKENDS
+        y = multiply(both, rows, Epilogue(out_dtype=jnp.float32), backends)
         y = y[: x.shape[0]] + y[x.shape[0] :]
     else:
         operand = int8_values(rows).astype(x.dtype) if by_row else dequantize(weight, x.dtype)

@@ -69,8 +69,9 @@ def quartz_matmul(
         activation=activation,
         out_dtype=out_dtype,
     )
-    n = w.n if isinstance(w, PreparedWeights) else w.shape[0]
     leading = _leading(x)
+    x, w = _last(x), _last(w)
+    n = w.shape[0]
     check_epilogue(epilogue, math.prod(leading), n)
     return multiply(x, w, epilogue, implementation).reshape(*leading, n)
 
@@ -102,8 +103,6 @@ def multiply(
     if how == "int8":
         rows = jax.tree.map(_flatten, _int8_rows(x))
         weights = w if isinstance(w, PreparedWeights) else row_operand(w)
-        if isinstance(weights, PackedRows) and weights.axis != -1:
-            weights = dataclasses.replace(weights, axis=-1)
         return matmul.matmul(rows, weights, epilogue, implementation=implementation)
     if how == "int8 blocks":
         return _multiply_blocks(x, w, epilogue, implementation)
@@ -194,6 +193,12 @@ def _flatten(array: jax.Array) -> jax.Array:
 
 def _block(tensor: Stored) -> int | None:
     return tensor.scale_block if isinstance(tensor, PackedRows) else None
+
+
+def _last(tensor: Any) -> Any:
+    """Return a tensor as rows: the contraction axis is the last of the arrays in any case."""
+    packed = isinstance(tensor, PackedRows) and tensor.axis != -1
+    return dataclasses.replace(tensor, axis=-1) if packed else tensor
 
 
 def _leading(x: Stored) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from flax import nnx
 from pallas_kernels import matmul
 from pallas_kernels.matmul import PreparedWeights
 from pallas_kernels.operands import Int8Rows, PackedRows
-from pallas_kernels.qk_norm_rope import Stream, qk_norm_rope
+from quartz_jax.engine.attention import attention_of, is_attention
 from quartz_jax.engine.linear import QuantizedLinear, how_it_runs
 from quartz_jax.formats import Stored
 from quartz_jax.formats.storage import decode, row_operand
@@ -24,7 +24,7 @@ class Placement:
     """How each quantized layer of a placed model runs."""
 
     layers: dict[str, str]  # path to words such as "int8, mosaic_gpu" or "simulated"
-    attention: str  # what norms and rotates queries and keys
+    attention: str  # how attention runs, and the norm and rotation before it
 
     def table(self) -> str:
         """Return a line for each way to run, with the number of layers."""
@@ -32,7 +32,7 @@ class Placement:
         for way in self.layers.values():
             ways[way] += 1
         lines = [f"{count} layers: {way}" for way, count in ways.items()]
-        return "\n".join([*lines, f"queries and keys: {self.attention}"])
+        return "\n".join([*lines, f"attention: {self.attention}"])
 
 
 def place(model: M, *, expand: bool = False, dtype: Any = None) -> tuple[M, Placement]:
@@ -42,30 +42,32 @@ def place(model: M, *, expand: bool = False, dtype: Any = None) -> tuple[M, Plac
     A model works without it too, but then every call reorders them. The copy can't be saved: save
     the given model, which is untouched. Weight-only layers read the packed order.
 
-    Modules that have a `qk_norm_rope` and say by `qk_norm_rope_kernel` that the kernel computes
-    the same, as the attention of `models.flux` does, get the one that runs in a single pass where
-    the device has a kernel. It has no gradient.
+    Modules that say by `attention_of = "qk_norm_rope"` what their `attend` computes, as the
+    attention of `models.flux` does, get norm and rotation in a single pass where the device has a
+    kernel, and attention in 8 bits where the recipe asks for that and the device has it. Neither
+    has a gradient.
 
     Args:
       model: as `quantize_model` or `checkpoint.load` returns it.
       expand: decode 4-bit weights to int8 once, for a device with room: nothing is left to decode
         in a call, and the weights take almost twice the memory.
-      dtype: that the model computes in; None for that of its biases, or bfloat16 without any.
+      dtype: that the model computes in; None for each layer's own, and for layers that state none
+        for that of the model's parameters, or bfloat16 without any.
     """
     model = nnx.clone(model)
     layers, attention = {}, "as the model has it"
-    dtype = dtype or _dtype(model)
+    usual = _dtype(model)
     for path, module in nnx.iter_modules(model):
         if isinstance(module, QuantizedLinear):
             how = how_it_runs(module.weight.get_value(), module.activation)
             if how == "int8":
-                weight = place_weight(module.weight.get_value(), expand, dtype)
+                results = jnp.dtype(dtype or module.dtype or usual)
+                weight = place_weight(module.weight.get_value(), expand, results)
                 module.weight.set_value(weight)
                 how = f"int8, {_backend(weight)}"
             layers[".".join(map(str, path))] = how
-        elif getattr(module, "qk_norm_rope_kernel", False):
-            module.qk_norm_rope = _qk_norm_rope
-            attention = "one pass"
+        elif is_attention(module):
+            module.attend, attention = attention_of(getattr(module, "attention_format", "bf16"))
     return model, Placement(layers=layers, attention=attention)
 
 
@@ -103,21 +105,3 @@ def _dtype(model: nnx.Module) -> Any:
     """Return the dtype of the parameters that a quantized model still has."""
     floats = [x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
     return jnp.result_type(*floats) if floats else jnp.dtype(jnp.bfloat16)
-
-
-def _qk_norm_rope(
-    streams: tuple[Any, ...],  # `models.flux.modeling.Stream`: qkv, query_norm and key_norm
-    rope: jax.Array,  # float32 [2, t, d / 2]
-    *,
-    heads: int,
-) -> tuple[jax.Array, ...]:
-    scaled = (
-        Stream(
-            qkv=stream.qkv,
-            query_scale=stream.query_norm.scale.get_value(),
-            key_scale=stream.key_norm.scale.get_value(),
-            epsilon=stream.query_norm.epsilon,
-        )
-        for stream in streams
-    )
-    return qk_norm_rope(tuple(scaled), rope, heads=heads)

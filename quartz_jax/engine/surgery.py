@@ -3,11 +3,13 @@
 from collections.abc import Callable, Container
 from typing import TypeVar
 
+import jax
 from flax import nnx
 
 from quartz_jax.recipes.sites import linears
 
 M = TypeVar("M", bound=nnx.Module)
+_NODES = (nnx.Module, nnx.Variable)  # of a module's graph: not looked into
 
 
 def replace_linears(
@@ -34,7 +36,20 @@ def replace_linears(
         for name, child in list(nnx.iter_children(parent)):
             if id(child) in made:
                 _set_child(parent, name, made[id(child)])
+        for name, value in list(vars(parent).items()):
+            if isinstance(value, list | tuple | dict):
+                _replace_inside(parent, name, value, made)
     return model
+
+
+def _replace_inside(
+    parent: nnx.Module, name: str, value: list | tuple | dict, made: dict[int, nnx.Module]
+) -> None:
+    """Replace children that lie in plain containers, which a module may hold as data."""
+    leaves, tree = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, _NODES))
+    if any(id(leaf) in made for leaf in leaves):
+        replaced = tree.unflatten([made.get(id(leaf), leaf) for leaf in leaves])
+        setattr(parent, name, nnx.data(replaced))
 
 
 def _set_child(parent: nnx.Module, name: str | int, child: nnx.Module) -> None:

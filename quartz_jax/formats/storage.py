@@ -87,8 +87,9 @@ def dequantize(q: Stored, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 def row_operand(stored: Stored) -> PackedRows | Int8Rows | None:
     """Return what kernels multiply of a stored tensor, or None where it has no such form.
 
-    Groups of a size that kernels lack are decoded. Integers of up to 8 bits with one symmetric scale a row are int8 rows whatever their width;
-    other formats are if they decode to such integers, `Format.exact_8`.
+    Groups of a size that kernels lack are decoded. Integers of up to 8 bits with one symmetric
+    scale a row are int8 rows whatever their width; other formats are if they decode to such
+    integers, `Format.exact_8`.
     """
     if isinstance(stored, PackedRows) and not (
         stored.scale_block or stored.group_size in CHOICES["group_size"]

@@ -45,9 +45,7 @@ class LayerRecipe:
             raise ValueError(f"rounding is {self.rounding!r}; it must be a Rounding")
         if self.weight is None and (self.activation or self.transforms):
             raise ValueError("weight is None, so that nothing else can be done to the layer")
-        if getattr(self.weight, "range", "absmax") == "minmax" and isinstance(
-            self.weight, Quartz | Int
-        ):
+        if isinstance(self.weight, Quartz | Int) and self.weight.range != "absmax":
             raise ValueError(f"weight is {self.weight}; weights must be symmetric (absmax)")
         if getattr(self.activation, "search", False):
             raise ValueError(f"activation is {self.activation}; only weights can be searched")
@@ -160,6 +158,9 @@ class Recipe:
 
     name: str  # shown in reports and stored in checkpoints
     rules: tuple[Rule, ...]  # the first that matches a layer decides
+    # what attention reads: 16-bit floats, or int8 queries and keys and float8 values where the
+    # device has kernels for them
+    attention: Literal["bf16", "int8_fp8"] = "bf16"
 
     def assign(self, sites: Iterable[Site]) -> dict[str, LayerRecipe]:
         """Return what is done to each layer that is quantized, by path, in the order of sites.

@@ -20,7 +20,8 @@ class Gptq(Rounding):
     Columns are rounded one after the other; the error of each, weighted by the inverse Hessian of
     the layer's output error, is made up for by the columns still to come. A block's scales are
     found when its first column is reached, from the weights as they are by then; what rows or
-    the tensor share is found before the start. Columns keep their order.
+    the tensor share is found before the start, as are scales that depend on other blocks. Columns
+    keep their order.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"gram"})
@@ -78,20 +79,14 @@ def _gptq(
     else:
         outer = jax.tree.map(lambda leaf: leaf[:, None], format.outer(weight))
     weight = pad(weight, padded, format.padding_mode)
-    # Scales of a block that depend on other blocks are found before the start, for all of them.
-    fixed = None
-    if not format.blocks_apart:
-        fixed = format.inner(split(weight, size), outer)
+    found = None if format.blocks_apart else format.inner(split(weight, size), outer)
 
     def block_step(weight: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple]:
         start = index * size
-        shared = jax.tree.map(lambda leaf: _pick(leaf, start // row, 1)[:, 0], outer)
+        shared = _at(outer, start // row)
         part = _pick(weight, start, size)
         inner_factor = jax.lax.dynamic_slice(factor, (start, start), (size, size))
-        if fixed is None:
-            scales = format.inner(part, shared)
-        else:
-            scales = jax.tree.map(lambda leaf: _pick(leaf, index, 1)[:, 0], fixed)
+        scales = format.inner(part, shared) if found is None else _at(found, index)
         codes, errors = _round_block(part, inner_factor, shared, scales, format)
         later = jax.lax.dynamic_slice(factor, (start, 0), (size, padded))
         weight = weight - jnp.matmul(errors, later, precision=HIGHEST)
@@ -130,6 +125,11 @@ def _round_block(
     state = (part, jnp.zeros_like(part), jnp.zeros(part.shape, jnp.int32))
     _, errors, codes = jax.lax.fori_loop(0, part.shape[1], column_step, state)
     return codes, errors
+
+
+def _at(scales: Scales, index: jax.Array) -> Scales:
+    """Return the scales of one block, leaves [n, 1] of [n, blocks, 1]."""
+    return jax.tree.map(lambda leaf: _pick(leaf, index, 1)[:, 0], scales)
 
 
 def _pick(x: jax.Array, start: jax.Array, size: int) -> jax.Array:

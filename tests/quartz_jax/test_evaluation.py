@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-
 from flax import nnx
 
 from quartz_jax import get_recipe, observe, place, quantize_model

@@ -1,5 +1,6 @@
-"""What `place` does to a transformer's attention; its weights are `test_linear`'s."""
+"""What `place` does to a model: weights in the kernels' order, attention in one pass."""
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -7,11 +8,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh
+from layers import layer_of
 
 from models.flux import FluxConfig, FluxTransformer
-from quartz_jax import place
+from quartz_jax import Int, LayerRecipe, QuantizedLinear, Quartz, get_recipe, place, quantize_model
+from quartz_jax.conversion.model import quantize_layer
+from quartz_jax.engine.linear import how_it_runs
+from quartz_jax.engine.place import is_placed, place_weight
+from quartz_jax.formats import IF4, NVFP4, FittedTable
+from quartz_jax.transforms import LowRank, ResidualChannels, Rotate, Shift, Smooth, Sort
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
 from random_weights import random_module
@@ -43,38 +51,181 @@ def inputs():
     return *arrays, np.array([0.9, 0.4], np.float32), *(x.astype(np.float32) for x in ids)
 
 
+@functools.cache
+def quantized(recipe="w4a4x"):
+    return quantize_model(build(), get_recipe(recipe))[0]
+
+
+def arrays(model):
+    return {p: x.get_value() for p, x in nnx.to_flat_state(nnx.state(model))}
+
+
+def on(kind):
+    """Tracing for a device that isn't there."""
+    platform = "tpu" if kind.startswith("TPU") else "gpu"
+    chip = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip))
+
+
+H100, V6E = "NVIDIA H100 80GB HBM3", "TPU v6 lite"
+
+
 def test_a_placed_transformer_gives_the_same_output():
-    model, placed = build(), build()
-    place(placed)
+    model = quantized()
+    placed, _ = place(model)
     expected = np.asarray(model(*inputs()), np.float32)
     assert np.std(expected) > 0.1
     np.testing.assert_array_equal(np.asarray(placed(*inputs()), np.float32), expected)
 
 
-def test_a_placed_transformer_keeps_the_epsilon_of_its_norms():
-    model, placed = build(), build()
+def test_place_leaves_the_given_model_alone():
+    model = quantized()
+    before = arrays(model)
+    placed, _ = place(model, expand=True)
+    after = arrays(model)
+    assert before.keys() == after.keys()
+    for path, value in before.items():
+        leaves = (jax.tree.leaves(x) for x in (value, after[path]))
+        assert all(one is other for one, other in zip(*leaves, strict=True)), path
+    attention = model.double_blocks[0].attention, placed.double_blocks[0].attention
+    assert attention[0].qk_norm_rope is not attention[1].qk_norm_rope
+    assert placed.double_blocks[0].img_mlp.up.weight.get_value().values.dtype == jnp.int8
+
+
+def test_a_placement_names_every_quantized_layer_and_how_it_runs():
+    model = quantized()
+    placed, placement = place(model)
+    layers = {p for p, m in nnx.iter_modules(placed) if isinstance(m, QuantizedLinear)}
+    assert placement.layers.keys() == {".".join(map(str, p)) for p in layers}
+    assert placement.layers["double_blocks.0.img_mod.lin"] == "weight-only"
+    assert placement.layers["single_blocks.0.linear1"] == "int8, as stored"
+    assert placement.attention == "one pass"
+    assert placement.table().splitlines()[-1] == "queries and keys: one pass"
+
+
+# One layer of each op and way to run, and pairs of formats that place brings to another form.
+FORMATS = {
+    "stretched": (Quartz(step="integer", levels="stretched", search=True), Int(width=8)),
+    "int4": (Int(width=4), Quartz()),
+    "fitted table": (FittedTable(), Int(width=8)),
+    "groups of 128": (Quartz(group_size=128), Quartz(group_size=128)),
+    "blocks": (Quartz(scale_block=16), Int(width=8)),
+    "nvfp4": (NVFP4(), NVFP4()),
+    "simulated": (IF4(), Int(width=8)),
+    "weight-only": (Quartz(), None),
+}
+EVERY_OP = (
+    Shift(),
+    Smooth(alpha=0.5),
+    LowRank(rank=2, iterations=1),
+    Rotate(block=16),
+    Sort(),
+    ResidualChannels(count=3),
+)
+
+
+PLACED = [(name, (), False) for name in FORMATS]
+PLACED += [(name, (), True) for name in ("stretched", "int4", "weight-only")]
+PLACED += [(name, EVERY_OP, False) for name in ("stretched", "nvfp4", "weight-only")]
+
+
+@pytest.mark.parametrize(("formats", "transforms", "expand"), PLACED)
+def test_a_placed_layer_computes_the_same_numbers(formats, transforms, expand):
+    weight, activation = FORMATS[formats]
+    recipe = LayerRecipe(weight=weight, activation=activation, transforms=transforms)
+    layer = layer_of(0)
+    fitted, _ = quantize_layer("x", layer.weight, layer.bias, recipe, layer.seen)
+    module = nnx.Dict({"x": QuantizedLinear(fitted.weight, None, activation, fitted.ops)})
+    placed, placement = place(module, expand=expand)
+    x = layer.seen.rows
+    np.testing.assert_array_equal(placed["x"](x), module["x"](x))
+    assert placement.layers["x"].partition(",")[0] == how_it_runs(
+        weight.store(layer.weight), activation
+    )
+    again, same = place(placed)  # what is placed stays so
+    assert same.layers["x"].partition(",")[0] == placement.layers["x"].partition(",")[0]
+    np.testing.assert_array_equal(again["x"](x), module["x"](x))
+
+
+@pytest.mark.parametrize("kind", [H100, V6E])
+def test_weights_are_placed_in_the_order_of_the_devices_kernel(kind):
+    weight = Quartz().store(layer_of(0, 8, 128).weight)
+    with on(kind):
+        placed = jax.eval_shape(lambda w: place_weight(w, False), weight)
+    assert placed.implementation == ("mosaic_gpu" if kind == H100 else "mosaic_tpu")
+    assert placed.shape == (8, 128)
+
+
+def test_a_weight_only_layer_keeps_the_packed_order():
+    placed, _ = place(quantized(), expand=True)
+    assert placed.double_blocks[0].img_mod.lin.weight.get_value().codes.dtype == jnp.uint8
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_defect_4_a_placed_model_of_any_dtype_can_be_called_on_hopper(dtype, stated):
+    """Weights were prepared for a kernel that writes 16 bits, whatever the model computes in."""
+    layer = layer_of(0, 128, 128)
+    bias = nnx.Param(layer.bias if stated else layer.bias.astype(dtype))
+    options = {"dtype": dtype} if stated else {}
+    stored = Quartz().store(layer.weight)
+    model = nnx.Dict({"x": QuantizedLinear(stored, bias, Int(width=8), **options)})
+
+    def run(model, x):
+        placed, placement = place(model)
+        assert ("mosaic_gpu" in placement.layers["x"]) == (dtype == jnp.bfloat16)
+        return placed["x"](x)
+
+    with on(H100):
+        y = nnx.eval_shape(run, model, jax.ShapeDtypeStruct((256, 128), dtype))
+    assert y.dtype == dtype
+
+
+def test_a_placed_model_says_that_it_is():
+    layer = layer_of(0, 128, 128)
+    model = nnx.Dict({"x": QuantizedLinear(Quartz().store(layer.weight), None, Int(width=8))})
+    assert not is_placed(model)
+
+    def check(model):
+        assert is_placed(place(model)[0])
+        return jnp.zeros(())
+
+    with on(H100):
+        nnx.eval_shape(check, model)
+
+
+def test_attention_that_does_not_say_that_the_kernel_computes_the_same_is_left_alone():
+    class Other(nnx.Module):
+        def __init__(self):
+            self.qk_norm_rope = "something else of that name"
+
+    placed, placement = place(Other())
+    assert placed.qk_norm_rope == "something else of that name"
+    assert placement.attention == "as the model has it"
+
+
+def test_defect_3_a_placed_transformer_keeps_the_epsilon_of_its_norms():
+    model = quantized()
     expected = model(*inputs())
-    for m in (model, placed):
-        for _, module in nnx.iter_modules(m):
-            if isinstance(module, nnx.RMSNorm):
-                module.epsilon = 0.5
-    place(placed)
+    changed = nnx.clone(model)
+    for _, module in nnx.iter_modules(changed):
+        if isinstance(module, nnx.RMSNorm):
+            module.epsilon = 0.5
+    placed, _ = place(changed)
     found = np.asarray(placed(*inputs()), np.float32)
-    np.testing.assert_array_equal(found, np.asarray(model(*inputs()), np.float32))
+    np.testing.assert_array_equal(found, np.asarray(changed(*inputs()), np.float32))
     assert (found != np.asarray(expected, np.float32)).any()
 
 
 def test_norms_and_rotations_of_a_placed_transformer_are_a_kernel_on_gpus():
     """One of the block with two streams, one of that with one; without `place` none."""
-    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
     def kernels(model):
-        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=gpu)):
+        with on(H100):
             traced = jax.jit(lambda *args: model(*args)).trace(*inputs())
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
         return len(re.findall(r'custom_call.*name = "qk_norm_rope"', text))
 
     model = build()
     assert kernels(model) == 0
-    place(model)
-    assert kernels(model) == 2
+    assert kernels(place(model)[0]) == 2

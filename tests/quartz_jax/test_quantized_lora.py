@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from models.flux import FluxConfig, FluxTransformer, add_lora, read_lora
-from quartz_jax import QuartzLinear, get_recipe, quantize_model
+from quartz_jax import QuantizedLinear, get_recipe, quantize_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
 import lora_files
@@ -34,7 +34,7 @@ def adapter(tmp_path_factory):
     return read_lora(lora_files.save(path, lora_files.diffusers_tensors(factors)), CONFIG)
 
 
-@pytest.fixture(scope="module", params=["w4a4", "w4a16"])
+@pytest.fixture(scope="module", params=["w4a8x", "w4a16"])
 def quantized(request):
     model = FluxTransformer(CONFIG, rngs=nnx.Rngs(0))
     return quantize_model(model, get_recipe(request.param))[0]
@@ -43,7 +43,7 @@ def quantized(request):
 def test_codes_and_scales_stay(quantized, adapter):
     adapted = add_lora(quantized, [adapter], dtype=jnp.float32)
     before, after = quantized.single_blocks[0].linear1, adapted.single_blocks[0].linear1.base
-    assert isinstance(after, QuartzLinear)
+    assert isinstance(after, QuantizedLinear)
     leaves = (jax.tree.leaves(layer.weight.get_value()) for layer in (after, before))
     assert all(one is other for one, other in zip(*leaves, strict=True))
 
