@@ -37,7 +37,7 @@ from models.text_encoders.clip import export_clip_text_encoder
 from models.text_encoders.t5 import export_t5_encoder
 from models.tiny_flux import architecture, dataset, training
 from models.vae.params import export_autoencoder_kl, load_autoencoder_kl
-from quartz_jax import pipelines as common
+from quartz_jax import pipelines
 from quartz_jax.cli import arguments as cli
 from quartz_jax.cli import cache as compilation_cache
 from quartz_jax.io.files import check_output
@@ -104,7 +104,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stages; one that isn't finished ends the run."""
     args = parse(argv)
-    common.compile_quickly()
+    pipelines.compile_quickly()
     compilation_cache.enable()
     others = {"export": export, "measure": measure}
     for stage in args.stages:
@@ -160,7 +160,7 @@ def train_vae(args: argparse.Namespace, stage: str) -> bool:
 
 def compute_dtype() -> jnp.dtype:
     """Return bfloat16, but float32 on CPUs, whose convolutions in bfloat16 take minutes a step."""
-    return common.compute_dtype()
+    return pipelines.compute_dtype()
 
 
 @functools.cache

@@ -253,9 +253,13 @@ def test_statistics_that_are_there_are_taken_and_others_are_made(argv, out, monk
     assert file.stat().st_mtime_ns != before
 
 
-def test_a_report_of_nothing_is_refused(evaluated, tmp_path, capsys):
-    results = str(evaluated / "out.json")
-    code = cli.run(report.main, ["--results", results, "--out", str(tmp_path / "r.html")])
+@pytest.mark.parametrize("only", ["bf16", "w8a8"])
+def test_a_report_of_nothing_is_refused(evaluated, tmp_path, capsys, only):
+    results = json.loads((evaluated / "out.json").read_text())
+    results["recipes"] = {only: results["recipes"][only]}
+    (tmp_path / "out.json").write_text(json.dumps(results))
+    argv = ["--results", str(tmp_path / "out.json"), "--out", str(tmp_path / "r.html")]
+    code = cli.run(report.main, argv)
     assert (code, (tmp_path / "r.html").exists()) == (2, False)
     assert "needs bf16" in capsys.readouterr().err
 

@@ -134,10 +134,9 @@ def test_a_second_process_compiles_nothing(run_script, tiny, tmp_path):
         return json.loads(done.stdout.splitlines()[-1])["programs"]
 
     first = run()
-    assert first["compiled"] > 0
-    assert first["from_cache"] == 0
+    assert first["compiled"] > 10 * first["from_cache"]  # a few are the same program twice
     assert list((tmp_path / "cache" / "quartz-jax").rglob("*-cache"))
-    assert run() == {"compiled": 0, "from_cache": first["compiled"]}
+    assert run() == {"compiled": 0, "from_cache": sum(first.values())}
 
 
 def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path):

@@ -183,3 +183,19 @@ def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path
     done = run_script("quantize.py", "--recipe", "w3a3", "--out", tmp_path / "out")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith("error: unknown recipe 'w3a3'")
+
+
+def test_a_calibrated_checkpoint_is_made_loaded_and_says_what_it_saw(small, tmp_path):
+    prompts, out = tmp_path / "p.txt", tmp_path / "out"
+    prompts.write_text("a cat\na dog\n")
+    argv = ["--model", small, "--recipe", "w4a8x-gptq", "--calibration", prompts, "--out", out]
+    more = ["--calibration-size", "32x32", "--calibration-steps", "2", "--seed", "3"]
+    quantize.main([str(x) for x in (*argv, *more)])
+    component = checkpoint.read_manifest(out).components["transformer"]
+    assert component.calibration.samples == 2  # both images at once, at two steps
+    assert component.calibration.steps[0] == 0
+    assert component.calibration.seed == 3
+    assert all(layer.execution != "simulated" for layer in component.report.layers)
+    pipeline = pipelines.load_pipeline(out)
+    image = pipeline(["a cat"], height=32, width=32, num_inference_steps=1, output_type="np")
+    assert image.shape == (1, 32, 32, 3)
