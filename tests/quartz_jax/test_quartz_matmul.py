@@ -119,8 +119,11 @@ FLOATS = [NVFP4(), NVFP4(block_max="4or6"), MXFP4(), RaZeR(), HiF4(), SDR(base=1
 OTHERS = [IF4(), Int(block=16, scale="float16"), FittedTable(), Int(width=8)]
 
 
-@pytest.mark.parametrize("x_format", [*FLOATS, *OTHERS], ids=str)
-@pytest.mark.parametrize("w_format", [*FLOATS, *OTHERS], ids=str)
+PAIRS = {(f, f) for f in FLOATS + OTHERS}
+PAIRS |= {pair for f in FLOATS + OTHERS for pair in ((f, NVFP4()), (Int(width=8), f))}
+
+
+@pytest.mark.parametrize(("x_format", "w_format"), sorted(PAIRS, key=str), ids=str)
 def test_formats_without_kernels_equal_the_matmul_of_dequantized_operands(x_format, w_format):
     """In bfloat16 too, which holds both operands."""
     x, w = quantize(normal(2, 3, 37), x_format), quantize(normal(5, 37, seed=1), w_format)
