@@ -86,8 +86,9 @@ def tpu_matmul_arguments(
 
     The weights are packed, of a kind that `abstract_packed` takes, or int8 if `group_size` is None.
     """
-    int8 = group_size is None
-    w = abstract_rows(n, k) if int8 else abstract_packed(n, k, group_size=group_size, **kind)
+    w: Int8Rows | PackedRows = abstract_rows(n, k)
+    if group_size is not None:
+        w = abstract_packed(n, k, group_size=group_size, **kind)
     return abstract_rows(m, k), jax.eval_shape(mosaic_tpu.prepare, w)
 
 
@@ -127,10 +128,11 @@ def read_schedule(bundles: str, utilization: str) -> Schedule:
     matrix = [address for address in range(begin, end) if busy[address]]
     first = last = 0
     for address, text in jumps[:-1]:
-        target = re.search(r"target = \$region(\d+)", text)[1]
-        stop = next(
-            (a for a, _, t in code if a > address and f"/End empty region {target} " in t), address
-        )
+        target = re.search(r"target = \$region(\d+)", text)
+        if target is None:
+            raise ValueError("bundles has a jump without a target; expected a dump of libtpu's")
+        end_words = f"/End empty region {target[1]} "
+        stop = next((a for a, _, t in code if a > address and end_words in t), address)
         # Branches around the whole step hold the dot as well; the others are short or its sides.
         if stop <= matrix[0]:
             first = max(first, stop - address)

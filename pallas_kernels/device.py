@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 
@@ -54,7 +55,8 @@ def current() -> Device:
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return describe(abstract.platform, abstract.device_kind)
-    default = jax.config.jax_default_device
+    config: Any = jax.config  # its options are attributes that no stub lists
+    default = config.jax_default_device
     if isinstance(default, str):
         default = jax.devices(default)[0]
     device = default or jax.devices()[0]

@@ -28,7 +28,7 @@ def kernel_times(function: Callable[[], Any], calls: int = 1) -> dict[str, float
                 result = function()
             jax.block_until_ready(result)
         files = list(Path(folder).rglob("*.xplane.pb"))
-        totals = collections.Counter()
+        totals: dict[str, float] = collections.defaultdict(float)
         for file in files:
             for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
                 if "/device:GPU" in plane.name:
@@ -36,7 +36,7 @@ def kernel_times(function: Callable[[], Any], calls: int = 1) -> dict[str, float
                         if line.name.startswith("Stream"):
                             for event in line.events:
                                 totals[event.name] += event.duration_ns * 1e-9 / calls
-    return dict(totals.most_common())
+    return dict(sorted(totals.items(), key=lambda item: item[1], reverse=True))
 
 
 def measure(

@@ -1,6 +1,7 @@
 """Attention in 16 bits as it comes: cuDNN's and XLA's, behind JAX's own function."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ def attention(
     v: jax.Array,  # [b, tk, kv_heads, d]
     *,
     scale: float,
-    implementation: str,  # "cudnn" or "xla"
+    implementation: Literal["cudnn", "xla"],
 ) -> jax.Array:
     """Return the attention; see `pallas_kernels.attention.attention`."""
     return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation)

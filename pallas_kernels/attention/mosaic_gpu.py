@@ -18,6 +18,8 @@ for 4 % of the time (one H100, 2026-11-28, an earlier form of this kernel).
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +92,7 @@ def attention_int8_fp8(
     batch, tq, count, d = heads.q.shape
     config = config or choose_config(heads.tokens)
     processors = _multiprocessors() // config.cluster
-    cluster = {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
+    clustered = config.cluster > 1
     # Copies clip at the end of an axis of whole rows of the swizzle, but not along one that a tile
     # covers whole.
     rows = heads.tokens + -heads.tokens % 8 if heads.tokens > TILE else tq
@@ -99,7 +101,8 @@ def attention_int8_fp8(
         out_type=jax.ShapeDtypeStruct((batch, rows, count * d), jnp.bfloat16),
         grid=(processors,),
         grid_names=("sm",),
-        **(cluster if config.cluster > 1 else {}),
+        cluster=(config.cluster,) if clustered else (),
+        cluster_names=("cluster",) if clustered else (),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=_scratch(config, d, heads.v.shape[2]),
@@ -124,7 +127,7 @@ def _multiprocessors() -> int:
 
 def _scratch(config: Config, d: int, v_rows: int) -> dict:
     stages = config.stages
-    free = plgpu.Barrier
+    free: Callable[..., Any] = plgpu.Barrier
     if config.cluster > 1:  # a slot is filled for both processors once both have left it
         free = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
     return {

@@ -137,7 +137,9 @@ def _probabilities(codes: Halves) -> mgpu.FragmentedArray:
     )
 
 
-def _softmax(products: Halves, maximum: list, unit: list) -> tuple[Halves, list, list]:
+def _softmax(
+    products: Halves, maximum: list[ir.Value], unit: list[ir.Value]
+) -> tuple[Halves, list[ir.Value], list[ir.Value]]:
     """Return codes of the probabilities, the new maxima and the factor of what was summed before.
 
     Args:
@@ -145,9 +147,11 @@ def _softmax(products: Halves, maximum: list, unit: list) -> tuple[Halves, list,
       maximum: of each row so far, in octaves (log2).
       unit: octaves of a product of one.
     """
-    codes, maxima, factors = [], [], []
+    codes: Halves = []
+    maxima: list[ir.Value] = []
+    factors: list[ir.Value] = []
     for half in (0, 1):
-        x = [arith.sitofp(_f32(), value) for value in products[half]]
+        x: list[ir.Value] = [arith.sitofp(_f32(), value) for value in products[half]]
         best = arith.maximumf(maximum[half], arith.mulf(_largest(x), unit[half]))
         factors.append(_exp2(arith.subf(maximum[half], best)))
         maxima.append(best)
@@ -283,8 +287,8 @@ def softmax_and_sums(d: int) -> Callable:
 
 def last_product(d: int) -> Callable:
     """Return (p, v, sums, factor) to the rows' results, float32 [ROWS, d]: the last block's p v."""
-    args = probabilities_type().layout, plgpu.RefType(transforms(BLOCK))
-    args += sums_type(d).layout, row_type().layout
+    p, v_ref = probabilities_type().layout, plgpu.RefType(transforms(BLOCK))
+    args = p, v_ref, sums_type(d).layout, row_type().layout
     result = _shape(d, jnp.float32, plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=args, return_type=result)

@@ -343,7 +343,7 @@ def _dot(x_ref, w_ref, plan: _Plan) -> jax.Array:
         return jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.int32)
     tile_k = w_ref.shape[0]
     exact_k = 2**24 // (plan.x_largest * plan.w_largest) // 128 * 128
-    total = 0
+    total = jnp.int32(0)
     for start in range(0, tile_k, exact_k):
         part = slice(start, min(start + exact_k, tile_k))
         dot = jnp.dot(x_ref[:, part], w_ref[part, :], preferred_element_type=jnp.float32)

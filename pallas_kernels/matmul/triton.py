@@ -291,9 +291,9 @@ def _decode_kernel(
     interpret: bool,
 ):
     codes, shifts = codes_ref[...], shifts_ref[...].astype(jnp.int32)
-    steps = [step_of(s, step).astype(jnp.uint8)[..., None] for s in (shifts & 15, shifts >> 4)]
+    both = [step_of(s, step).astype(jnp.uint8)[..., None] for s in (shifts & 15, shifts >> 4)]
     second = lax.broadcasted_iota(jnp.int32, codes.shape, 2) >= codes.shape[2] // 2
-    first, last = (jnp.broadcast_to(s, codes.shape) for s in steps)
+    first, last = (jnp.broadcast_to(s, codes.shape) for s in both)
     steps = jnp.where(second, last, first)
     if interpret:
         pairs = decoding_jnp(codes, steps.astype(jnp.int32), 0, 2, levels)

@@ -97,8 +97,9 @@ def qk_norm_rope_8bit(
         raise ValueError(f"heads have {d} channels; a Hadamard matrix needs a power of two")
     if v_scale is not None:
         check_array("v_scale", v_scale, (batch, heads, d), jnp.float32)
-    options = {"heads": heads, "v_scale": v_scale, "implementation": implementation}
-    return QK_NORM_ROPE_8BIT(streams, rope, **options)
+    return QK_NORM_ROPE_8BIT(
+        streams, rope, heads=heads, v_scale=v_scale, implementation=implementation
+    )
 
 
 def _check(streams: tuple[Stream, ...], rope: jax.Array, heads: int) -> None:

@@ -31,7 +31,8 @@ def qk_norm_rope(
     """Return queries, keys and values; see `pallas_kernels.qk_norm_rope.qk_norm_rope`."""
     parts = zip(*(_project(stream, heads) for stream in streams), strict=True)
     q, k, v = (jnp.concatenate(part, axis=1) for part in parts)
-    return *(_rotate(x, rope).astype(v.dtype) for x in (q, k)), v
+    q, k = (_rotate(x, rope).astype(v.dtype) for x in (q, k))
+    return q, k, v
 
 
 def qk_norm_rope_8bit(

@@ -76,7 +76,8 @@ def _qk_norm_rope(
         interpret=interpret,
         name="qk_norm_rope",
     )(words, *scales, rope)
-    return tuple(lax.bitcast_convert_type(y, dtype).reshape(*y.shape[:-1], d) for y in results)
+    q, k, v = (lax.bitcast_convert_type(y, dtype).reshape(*y.shape[:-1], d) for y in results)
+    return q, k, v
 
 
 def why_not(
@@ -163,7 +164,8 @@ def _kernel(
 def _unpack(words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Return the low and the high halves as float32."""
     halves = (half.astype(jnp.uint16) for half in (words, words >> 16))
-    return tuple(lax.bitcast_convert_type(half, dtype).astype(jnp.float32) for half in halves)
+    low, high = (lax.bitcast_convert_type(half, dtype).astype(jnp.float32) for half in halves)
+    return low, high
 
 
 def _pack(low: jax.Array, high: jax.Array, dtype: jnp.dtype) -> jax.Array:

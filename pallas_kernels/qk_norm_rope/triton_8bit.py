@@ -152,7 +152,8 @@ def _kernel(
     cos, sin = (plgpu.load(rope_ref.at[which, down(token), pair]) for which in (0, 1))
 
     inside = [found for _, found in places(token)]
-    epsilon = sum(jnp.where(x, e, 0.0) for x, e in zip(inside, epsilons, strict=True))[:, None]
+    pairs = zip(inside, epsilons, strict=True)
+    epsilon = sum((jnp.where(x, e, 0.0) for x, e in pairs), jnp.float32(0))[:, None]
 
     def rotated(part, scale_refs):
         """Return normed, turned and Hadamard-rotated rows [BLOCK, d], and a zero or NaN a row."""
@@ -193,11 +194,11 @@ def _kernel(
         # Comparisons, which leave NaN alone.
         x = jnp.where(x > E4M3_MAX, E4M3_MAX, jnp.where(x < -E4M3_MAX, -E4M3_MAX, x))
         tokens_here = pl.ds(parity * k_ref.shape[1] + block * BLOCK, BLOCK)
-        at = batch, head, pl.ds(0, half), tokens_here
-        plgpu.store(v_ref.at[at], x.astype(jnp.float8_e4m3fn).T)
+        rows = pl.ds(0, half)
+        plgpu.store(v_ref.at[batch, head, rows, tokens_here], x.astype(jnp.float8_e4m3fn).T)
         ones = jnp.broadcast_to(valid.astype(jnp.float32)[None], (ONES // 2, BLOCK))
-        at = batch, head, pl.ds(half, ONES // 2), tokens_here
-        plgpu.store(v_ref.at[at], ones.astype(jnp.float8_e4m3fn))
+        rows = pl.ds(half, ONES // 2)
+        plgpu.store(v_ref.at[batch, head, rows, tokens_here], ones.astype(jnp.float8_e4m3fn))
 
 
 def _signs(half: int, parity: int, dtype: jnp.dtype) -> jax.Array:

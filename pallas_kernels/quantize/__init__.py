@@ -91,12 +91,14 @@ def quantize(
     k = _check_x(x)
     _check_channels(k, norm, multiplier, rotation)
     wide = _check_wide(wide, -(-k // group_size), bits, packed)
-    kind = {"group_size": group_size, "step": step, "levels": levels, "range": range}
     arrays = QUANTIZE(
         x,
         bits=bits,
+        group_size=group_size,
+        range=range,
+        step=step,
         rounding=rounding,
-        **kind,
+        levels=levels,
         norm=norm,
         multiplier=multiplier,
         rotation=rotation,
@@ -106,8 +108,17 @@ def quantize(
     )
     if packed:
         codes, shifts, scale, lo = arrays
-        places = {"codes": codes, "shifts": shifts, "scale": scale, "lo": lo}
-        return PackedRows(**places, **kind, padding=2 * codes.shape[1] - k)
+        return PackedRows(
+            codes=codes,
+            shifts=shifts,
+            scale=scale,
+            lo=lo,
+            group_size=group_size,
+            step=step,
+            levels=levels,
+            range=range,
+            padding=2 * codes.shape[1] - k,
+        )
     powers = bits == 4 and step == "power" and wide is None
     values, scale, lo = arrays
     return Int8Rows(values=values, scale=scale, lo=lo, value_bits=4 if powers else 8)

@@ -34,7 +34,7 @@ def hadamard(size: int) -> np.ndarray:
     Args:
       size: one of `SIZES`, a power of four.
     """
-    four = np.ones((4, 4)) - 2 * np.eye(4)[::-1]
+    four: np.ndarray = np.ones((4, 4)) - 2 * np.eye(4)[::-1]
     matrix = functools.reduce(np.kron, [four] * round(math.log(size, 4)))
     return (matrix * root(size)).astype(np.float32)
 

@@ -117,7 +117,7 @@ def _inputs(
     plan: _Plan,
 ) -> dict[str, jax.Array]:
     """Return the kernel's arrays by name: x, those of its channels, and constant matrices."""
-    vectors = {}
+    vectors: dict[str, jax.Array] = {}
     if norm is not None:
         vectors |= {"norm_shift": norm.shift, "norm_scale": norm.scale}
     if multiplier is not None:

@@ -38,11 +38,12 @@ def quantize(
         x = rotate(x.astype(jnp.float32), rotation)
     values, scale, lo = codec.quantize_8bit(x, range=range)
     if bits == 4:
-        kind = {"step": step, "levels": levels}
-        codes, shifts = codec.encode(values, group_size=group_size, rounding=rounding, **kind)
+        codes, shifts = codec.encode(
+            values, group_size=group_size, step=step, levels=levels, rounding=rounding
+        )
         if packed:
             return codec.pack(codes), codec.pack(shifts), scale, lo
-        decoded = codec.decode(codes, shifts, **kind)[:, : x.shape[1]]
+        decoded = codec.decode(codes, shifts, step=step, levels=levels)[:, : x.shape[1]]
         values = decoded if wide is None else _keep(values, decoded, wide, group_size)
     return codec.to_operand(values), scale, lo
 

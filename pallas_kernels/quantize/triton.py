@@ -9,6 +9,7 @@ below the exponent; what is stored are the lowest ones.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,8 +165,10 @@ def why_not(target: device.Device, x: jax.Array | tuple[Part, ...], **kwargs) ->
     """Say why the device can't run this kernel with these arguments, or return None."""
     if reason := device.triton_why_not(target):
         return reason
-    parts = isinstance(x, tuple)
-    rows, k = (x[0].array.shape[0], sum(p.size for p in x)) if parts else x.shape
+    if isinstance(x, tuple):
+        rows, k = x[0].array.shape[0], sum(part.size for part in x)
+    else:
+        rows, k = x.shape
     if not 0 < k <= MAX_K:
         return f"needs 1 to {MAX_K} elements a row, not {k}"
     if rows * k > device.TRITON_MAX_BYTES:
@@ -228,12 +231,11 @@ def _modulate(parts: list, norm: Norm, plan: _Plan, dtype) -> list:
     center = mean(parts)
     parts = [part - center for part in parts]
     factor = lax.rsqrt(mean([part * part for part in parts]) + jnp.float32(norm.epsilon))
+    vectors: tuple[Any, Any] = norm.shift, norm.scale  # in a kernel, refs
     modulated = []
     for span, part in zip(plan.spans, parts, strict=True):
         at = pl.ds(span.start, span.size)
-        shift, scale = (
-            plgpu.load(ref.at[at]).astype(jnp.float32) for ref in (norm.shift, norm.scale)
-        )
+        shift, scale = (plgpu.load(ref.at[at]).astype(jnp.float32) for ref in vectors)
         modulated.append((part * factor * scale + shift).astype(dtype).astype(jnp.float32))
     return modulated
 
@@ -324,7 +326,7 @@ def _scale_row(
     multiplier = _divide(levels, jnp.where(live, extent, 1.0), plan.interpret) * factor
     scale = jnp.where(tiny, 0.0, extent * jnp.float32(1 / levels))
     plgpu.store(scale_ref.at[row], jnp.where(finite, scale, jnp.nan))
-    if not plan.signed:
+    if lo is not None:
         plgpu.store(lo_ref.at[row], jnp.where(finite, lo, jnp.nan))
     return lo, jnp.where(live, multiplier, 0.0)
 
@@ -376,7 +378,8 @@ def _encode(
     if plan.step == "integer":
         return _encode_integer_step(rounded, peak, plan)
     limit = codec.NIBBLE_MAX if plan.signed else codec.UNSIGNED_NIBBLE_MAX
-    shift = sum((peak >= (limit + 1) << i).astype(jnp.int32) for i in range(4))
+    doublings = ((peak >= (limit + 1) << i).astype(jnp.int32) for i in range(4))
+    shift = sum(doublings, jnp.int32(0))
     half = (1 << shift) >> 1 if plan.rounding == "nearest" else jnp.zeros_like(shift)
     decoded = jnp.minimum((rounded + half) & -(1 << shift), _ROUNDED + (limit << shift))
     return decoded, shift, (decoded & 255) >> shift
@@ -436,7 +439,7 @@ def _spans(columns: tuple[tuple[int, int, str | None], ...], largest: int) -> tu
 
 def _reduce(pairwise, total, parts: list[jax.Array], of_totals=None) -> jax.Array:
     """Reduce the parts to one number; those of the same length first to one part."""
-    by_length = {}
+    by_length: dict[tuple[int, ...], jax.Array] = {}
     for part in parts:
         known = by_length.get(part.shape)
         by_length[part.shape] = part if known is None else pairwise(known, part)
