@@ -11,17 +11,18 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import models
 from models import build_component
-from models.flux import add_lora, read_lora
+from models.flux import FluxTransformer, add_lora, read_lora
 from models.pipeline import FluxPipeline
 from models.stages import Deferred
 from quartz_jax.conversion import checkpoint
@@ -149,7 +150,7 @@ def open_checkpoint(
     given = {
         name: Deferred(
             config=models.component_config(component.config),
-            load=lambda name=name: checkpoint.load(folder, build, name)[0],
+            load=functools.partial(_load_quantized, folder, build, name),
         )
         for name, component in components.items()
     }
@@ -161,9 +162,21 @@ def open_checkpoint(
     return Opened(pipeline=_open_pipeline(folder, given), reports=reports)
 
 
+def _load_quantized(
+    folder: Path, build: Callable[[dict[str, Any]], nnx.Module], component: str
+) -> nnx.Module:
+    return checkpoint.load(folder, build, component)[0]
+
+
 def load_16_bit(model: Path) -> FluxPipeline:
     """Return the pipeline of a 16-bit model with all its models loaded."""
     return models.load_pipeline(model, dtype=compute_dtype())
+
+
+def loaded_transformer(pipeline: FluxPipeline) -> FluxTransformer:
+    """Return the transformer of a pipeline that keeps its models loaded."""
+    assert not isinstance(pipeline.transformer, Deferred)
+    return pipeline.transformer
 
 
 def abstract_transformer(model: Path) -> Any:
@@ -232,7 +245,8 @@ def _prepared(
     scales = [scale for _, scale in loras]
 
     def load(name: str, deferred: Deferred) -> Any:
-        loaded, _ = place(deferred.load(), expand=expand, dtype=compute_dtype())
+        module: Any = deferred.load()  # of whatever class the component is
+        loaded, _ = place(module, expand=expand, dtype=compute_dtype())
         if name == TRANSFORMER and adapters:
             return add_lora(loaded, adapters, scales, compute_dtype())
         return loaded
@@ -252,13 +266,14 @@ def _open_pipeline(
     """Return the pipeline; what isn't given loads in 16 bits, its tensors are checked already."""
     dtype = compute_dtype()
     files = models.find_model(model, text_encoders, schedule)
-    deferred = dict(given)
+    deferred: dict[str, Any] = dict(given)  # they stand where modules would
     for name in (name for name in COMPONENTS if name not in given and files.paths[name].exists()):
         stored = files.open(name, dtype)
         config = models.component_config(stored.config)
         deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
-    options = {"text_encoders": text_encoders, "schedule": schedule}
-    return models.load_pipeline(model, dtype, **options, **deferred)
+    return models.load_pipeline(
+        model, dtype, text_encoders=text_encoders, schedule=schedule, **deferred
+    )
 
 
 def calibrate(

@@ -51,12 +51,12 @@ def part(word: str | None = None) -> Callable[[type[T]], type[T]]:
     return make
 
 
-def parts(kind: type[T]) -> dict[str, type[T]]:
+def parts(kind: type) -> dict[str, type[Any]]:
     """Return the registered parts that are of a kind, by their names."""
     return {name: cls for name, cls in _PARTS.items() if issubclass(cls, kind)}
 
 
-def words(kind: type[T]) -> dict[str, type[T]]:
+def words(kind: type) -> dict[str, type[Any]]:
     """Return the registered parts of a kind that names of recipes can hold, by their words."""
     return {word: cls for word, cls in _WORDS.items() if issubclass(cls, kind)}
 

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from quartz_jax.evaluation.pages.analysis import analysis_page
 from quartz_jax.evaluation.prompts import read_lines
 from quartz_jax.io.files import atomic_file, check_output
 from quartz_jax.recipes import get_recipe, sites
+from quartz_jax.transforms.base import Need
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = " ".join(["quartz analyze", *argv])
     title = f"The QuaRTZ paper's analyses on {args.model.resolve().name}"
     with atomic_file(args.out.with_suffix(".json")) as partial:
-        figures = {"made": made, "command": command}
+        figures: dict[str, Any] = {"made": made, "command": command}
         figures["layers"] = [dataclasses.asdict(layer) for layer in layers]
         partial.write_text(json.dumps(figures, indent=1) + "\n")
     pages.write_page(args.out, analysis_page(layers, title, made, command))
@@ -80,8 +82,10 @@ def sampled(
     options = paired.SamplingOptions.of(base, size, args.steps, args.guidance, args.true_cfg)
     noise = base.initial_noise(jax.random.key(0), len(prompts), options.height, options.width)
     samples = paired.calibration_samples(base, prompts, noise, options, args.batch)
-    needs = dict.fromkeys(quantized_inputs(base.transformer), frozenset({"rows"}))
-    seen = observe(base.transformer, samples, needs, rows=args.rows * len(samples))
+    transformer = pipelines.loaded_transformer(base)
+    rows: frozenset[Need] = frozenset({"rows"})
+    needs = dict.fromkeys(quantized_inputs(transformer), rows)
+    seen = observe(transformer, samples, needs, rows=args.rows * len(samples))
     return {path: _flat(found.rows) for path, found in seen.items()}
 
 

@@ -1,7 +1,6 @@
 """What the commands share: arguments, and one clear line with exit code 2 for bad input."""
 
 import argparse
-import itertools
 import math
 import re
 import secrets
@@ -131,7 +130,8 @@ def lora_scales(files: Sequence[Path], scales: Sequence[float]) -> list[tuple[Pa
             f"--lora-scale was given {len(scales)} times, --lora {len(files)}; give one for each "
             "file, in order"
         )
-    return list(itertools.zip_longest(files, scales, fillvalue=1.0))
+    given = [*scales, *[1.0] * (len(files) - len(scales))]
+    return list(zip(files, given, strict=True))
 
 
 def check_strength(strength: float | None, image: Path | None) -> None:

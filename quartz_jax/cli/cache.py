@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -10,7 +11,7 @@ _EVENTS = {
     "/jax/compilation_cache/cache_hits": "from_cache",
     "/jax/compilation_cache/cache_misses": "compiled",
 }
-_counts = Counter()
+_counts: Counter[str] = Counter()
 
 
 def enable(use: bool = True) -> Path | None:
@@ -26,10 +27,11 @@ def enable(use: bool = True) -> Path | None:
     Returns:
       The folder, or None where the cache is off.
     """
-    if not (use and jax.config.jax_enable_compilation_cache):
+    config: Any = jax.config  # its options are attributes that no stub lists
+    if not (use and config.jax_enable_compilation_cache):
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    folder = jax.config.jax_compilation_cache_dir or str(_user_folder())
+    folder = config.jax_compilation_cache_dir or str(_user_folder())
     jax.config.update("jax_compilation_cache_dir", folder)
     # Small programs too: a start has hundreds of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -26,19 +26,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{args.model} is quantized already; give the 16-bit model as --model")
     size = cli.parse_size(args.calibration_size)
     prompts = read_lines(args.calibration)[: args.calibration_samples]
-    files = {"text_encoders": args.text_encoders, "schedule": args.schedule}
-    given = {}
+    calibration = None
     if any(recipe.calibrated for recipe in recipes.values()):
-        pipeline = pipelines.open_16_bit(args.model, {}, **files).pipeline
-        given["calibration"] = pipelines.calibrate(
-            pipeline,
+        opened = pipelines.open_16_bit(
+            args.model, {}, text_encoders=args.text_encoders, schedule=args.schedule
+        )
+        calibration = pipelines.calibrate(
+            opened.pipeline,
             prompts,
             seed=args.seed,
             steps=args.calibration_steps,
             size=size,
             propagate=args.propagate,
         )
-    conversion = pipelines.plan_conversion(args.model, recipes, **files, **given)
+    conversion = pipelines.plan_conversion(
+        args.model,
+        recipes,
+        text_encoders=args.text_encoders,
+        schedule=args.schedule,
+        calibration=calibration,
+    )
     if args.dry_run:
         print(conversion.plan())
         return

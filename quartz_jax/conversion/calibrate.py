@@ -1,16 +1,15 @@
 """Statistics of layers' inputs for a model that is read block by block.
 
-A model that can be calibrated so has, besides its call, `start(**inputs)` to what goes into the
-first block, `blocks()` to paths and blocks in their order, and `advance(block, carry)`. Samples
-are run through one block after another: they, and the statistics of one block, are what memory
-holds beside the block itself. Both are on the device.
+A model that can be calibrated so is a `Blockwise` one. Samples are run through one block after
+another: they, and the statistics of one block, are what memory holds beside the block itself. Both
+are on the device.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,21 @@ from quartz_jax.transforms import Seen
 Sample = Mapping[str, np.ndarray]  # keyword arguments of the model's call
 
 
+@runtime_checkable
+class Blockwise(Protocol):
+    """What a model has, besides its call, to be run block by block."""
+
+    def start(self, *, hidden_states: Any) -> Any:
+        """Return what goes into the first block."""
+
+    def blocks(self) -> Sequence[tuple[str, nnx.Module]]:
+        """Return the blocks by path, in the order in which they run."""
+
+    @staticmethod
+    def advance(block: nnx.Module, carry: Any) -> Any:
+        """Return what goes into the next block."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Where samples come from."""
@@ -37,7 +51,7 @@ class Calibration:
     def load(self, path: Path) -> list[Sample]:
         """Return the samples, from a file if they were made before."""
         if not path.exists():
-            arrays = {
+            arrays: dict[str, Any] = {
                 f"{i}/{name}": np.asarray(value)
                 for i, sample in enumerate(self.make())
                 for name, value in sample.items()
@@ -55,14 +69,14 @@ class Calibration:
 
 def check(
     model: nnx.Module, recipe: Recipe, parts: Sequence[Part], calibration: Calibration | None
-) -> None:
-    """Raise ValueError unless a model can be calibrated for a recipe."""
+) -> Blockwise:
+    """Return the model; raise ValueError unless it can be calibrated for a recipe."""
     if calibration is None:
         raise ValueError(
             f"recipe {recipe.name!r} is calibrated and there are no samples for this component; "
             "choose another recipe for it"
         )
-    if not hasattr(model, "advance"):
+    if not isinstance(model, Blockwise):
         raise ValueError(
             f"{type(model).__name__} can't be run block by block, so recipe {recipe.name!r}, which "
             "is calibrated, can't be used for it"
@@ -75,9 +89,10 @@ def check(
                 f"recipe {recipe.name!r} would calibrate {outside[0]}, which lies in none of the "
                 "model's blocks; leave it out, or give it a plain format"
             )
+    return model
 
 
-def in_order(model: Any, parts: Sequence[Part]) -> list[Part]:
+def in_order(model: Blockwise, parts: Sequence[Part]) -> list[Part]:
     """Return what lies outside of blocks, then the blocks as they run."""
     by_name = {part.name: part for part in parts}
     names = [name for name, _ in model.blocks()]
@@ -93,6 +108,7 @@ class BlockRun:
         samples: Sequence[Sample],
     ):
         self.model = model
+        self.kind: Any = type(model)
         self.blocks = dict(model.blocks())
         self.samples = samples
         self.carries: list[Any] = []
@@ -105,7 +121,7 @@ class BlockRun:
         inside = {path.removeprefix(f"{part.name}."): need for path, need in needs.items()}
         block = _filled(self.blocks[part.name], part.name, params)
         watched = watch(block, inside, len(self.carries), ROWS)
-        run = _watched_step(type(self.model))
+        run = _watched_step(self.kind)
         for carry in self.carries:
             run(watched, carry)
         return {f"{part.name}.{path}": seen for path, seen in statistics(watched).items()}
@@ -135,7 +151,7 @@ class BlockRun:
         else:
             shapes = dict(quantize_shapes(self.model, recipe).blocks())[part.name]
             block = _filled(shapes, part.name, quantized())
-        run = _step(type(self.model))
+        run = _step(self.kind)
         self.carries = [run(block, carry) for carry in self.carries]
 
 

@@ -304,7 +304,7 @@ def save(
     carried = carried_files(base, index)
     recover_folder(folder)
     check_target(folder, [base / TRANSFORMER, *carried], overwrite=overwrite)
-    parts = collections.defaultdict(dict)
+    parts: dict[str, dict[str, jax.Array]] = collections.defaultdict(dict)
     for name, array in stored_arrays(nnx.state(model)).items():
         parts[part_of(name)][name] = array
     with atomic_folder(folder) as partial:
@@ -435,7 +435,9 @@ def _write_errors(folder: Path) -> Iterator[None]:
 
 
 def _read(
-    path: Path, parts: Mapping[str, str], expected: dict[str, jax.ShapeDtypeStruct]
+    path: Path,
+    parts: Mapping[str, str],  # SHA-256 by name
+    expected: Mapping[str, jax.Array | jax.ShapeDtypeStruct],  # only shapes and dtypes are read
 ) -> dict[str, jax.Array]:
     """Read the arrays of all parts, after checking that they are those expected."""
     shapes = {
@@ -454,7 +456,7 @@ def _read(
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = {}
+    arrays: dict[str, jax.Array] = {}
     for part, stored in shapes.items():
         wanted = {}
         for name in stored:

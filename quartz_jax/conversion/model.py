@@ -42,7 +42,7 @@ class Fitted:
     weight: Stored  # [n, k]
     ops: tuple[Op, ...]
 
-    def module(self, linear: nnx.Module, recipe: LayerRecipe) -> QuantizedLinear:
+    def module(self, linear: nnx.Linear, recipe: LayerRecipe) -> QuantizedLinear:
         """Return the module that takes the place of a linear."""
         return QuantizedLinear(
             self.weight,
@@ -86,7 +86,7 @@ def quantize_model(
     layers: list[LayerReport] = []
     bar = tqdm(total=len(assigned), desc="quantizing", disable=not progress)
 
-    def replace(path: str, linear: nnx.Module) -> nnx.Module:
+    def replace(path: str, linear: nnx.Linear) -> nnx.Module:
         kernel = linear.kernel.get_value()
         if isinstance(kernel, jax.core.Tracer):
             raise ValueError(
@@ -213,7 +213,7 @@ def quantize_shapes(model: M, recipe: Recipe) -> M:
     """Do what `quantize_model` does to a model with shapes in place of arrays."""
     assigned = recipe.assign(sites(model))
 
-    def replace(path: str, linear: nnx.Module) -> nnx.Module:
+    def replace(path: str, linear: nnx.Linear) -> nnx.Module:
         try:
             fitted = _abstract_layer(assigned[path], linear.out_features, linear.in_features)
         except ValueError as error:
@@ -240,9 +240,8 @@ def _abstract_layer(recipe: LayerRecipe, n: int, k: int) -> Fitted:
         "mean": (k,),
         "gram": (k, k),
     }
-    seen = Seen(
-        **{name: jax.ShapeDtypeStruct(shapes[name], jnp.float32) for name in recipe.needs}  # type: ignore[arg-type]
-    )
+    shape: Any = jax.ShapeDtypeStruct  # stands where an array would
+    seen = Seen(**{name: shape(shapes[name], jnp.float32) for name in recipe.needs})
     weight = jax.ShapeDtypeStruct((n, k), jnp.bfloat16)
 
     def fit(weight, seen):

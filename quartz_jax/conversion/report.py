@@ -186,4 +186,6 @@ def _count_shifts(weight: PackedRows) -> tuple[int, ...]:
 
 def _shares(shifts: tuple[int, ...] | None) -> str:
     total = sum(shifts or ())
-    return " ".join(f"{100 * count / total:.0f}" for count in shifts) if total else ""
+    if not shifts or not total:
+        return ""
+    return " ".join(f"{100 * count / total:.0f}" for count in shifts)

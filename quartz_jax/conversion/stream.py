@@ -67,8 +67,8 @@ class Source:
         parts = plan_parts(self.model, self.recipe)
         if not any(layer.needs for part in parts for layer in part.layers.values()):
             return parts
-        calibrate.check(self.model, self.recipe, parts, self.calibration)
-        return calibrate.in_order(self.model, parts)
+        model = calibrate.check(self.model, self.recipe, parts, self.calibration)
+        return calibrate.in_order(model, parts)
 
     @property
     def calibrated(self) -> bool:
@@ -164,8 +164,9 @@ class Conversion:
         out = out.resolve()
         recover_folder(out)
         self.check(out, overwrite=overwrite)
-        options = {"incurable": WeightError, "overwrite": overwrite}
-        with resumable_folder(out, self._identity(), **options) as work:
+        with resumable_folder(
+            out, self._identity(), incurable=WeightError, overwrite=overwrite
+        ) as work:
             with _hashing(self.sources, work) as hashes:
                 self._write_parts(work, progress)
                 for item in self.carried:

@@ -1,7 +1,7 @@
 """Attention of models by kernels: norm and rotation in one pass, and 8 bits where asked for."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import jax
 from flax import nnx
@@ -14,7 +14,14 @@ from pallas_kernels.qk_norm_rope import Stream, qk_norm_rope, qk_norm_rope_8bit
 Attend = Callable[..., jax.Array]  # streams, rope and heads to [b, t, heads, d]
 
 
-def is_attention(module: nnx.Module) -> bool:
+class Attention(Protocol):
+    """A module whose attention these functions can compute."""
+
+    attend: Attend
+    attention_format: str  # absent until `conversion.model.set_attention` notes it
+
+
+def is_attention(module: nnx.Module) -> TypeGuard[Attention]:
     """Whether a module says that its `attend` is what these functions compute."""
     return getattr(module, "attention_of", None) == "qk_norm_rope"
 

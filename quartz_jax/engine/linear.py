@@ -1,7 +1,7 @@
 """The quantized drop-in for a linear, and how its input is made ready."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +153,8 @@ class Given:
     def quantized(self, format: Format) -> Stored:
         """Return the input in a format; 4-bit codes come decoded, as matmuls want them."""
         if _passes_quartz(format):
-            kind = {"bits": 4, "group_size": format.group_size, "rounding": format.rounding}
+            kind: dict[str, Any] = {"bits": 4, "group_size": format.group_size}
+            kind |= {"rounding": format.rounding}
             kind |= {"range": format.range, "step": format.step, "levels": format.levels}
         elif isinstance(format, Int) and format.is_operand:
             kind = {"bits": 8, "range": format.range}
@@ -253,12 +254,12 @@ def product(
         x = activation(jax.lax.optimization_barrier(given.images(activation)))
         y = simulated_dot(x.reshape(-1, x.shape[-1]), dequantize(weight))
         return reference.finish(y, epilogue)
-    x = given.quantized(activation)
+    rows = given.quantized(activation)
     if branch is not None:
         down = INT8.store(branch.down.T)
-        inner = multiply(x, down, Epilogue(out_dtype=given.dtype))
+        inner = multiply(rows, down, Epilogue(out_dtype=given.dtype))
         epilogue = _with_branch(epilogue, inner, branch.up.astype(given.dtype))
-    return multiply(x, weight, epilogue)
+    return multiply(rows, weight, epilogue)
 
 
 def how_it_runs(weight: Stored | PreparedWeights, activation: Format | None) -> str:
@@ -266,7 +267,7 @@ def how_it_runs(weight: Stored | PreparedWeights, activation: Format | None) -> 
     return "weight-only" if activation is None else _execution(weight, activation)
 
 
-def _passes_quartz(format: Format) -> bool:
+def _passes_quartz(format: Format) -> TypeGuard[Quartz]:
     """Whether the quantize pass has a QuaRTZ format."""
     if not isinstance(format, Quartz) or format.scale_block is not None:
         return False
@@ -314,17 +315,26 @@ def _weight_only(
     exact, the scale after.
     """
     rows = weight if isinstance(weight, PreparedWeights) else row_operand(weight)
-    by_row = rows is not None and getattr(rows, "scale_block", None) is None
-    if by_row and x.shape[0] <= FEW_ROWS and not isinstance(weight, BlockRows):
+    by_row = None if getattr(rows, "scale_block", None) else rows
+    if by_row is None:
+        y = _dot(x, dequantize(weight, x.dtype))
+    elif x.shape[0] <= FEW_ROWS and not isinstance(weight, BlockRows):
         both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_split_16_bits(x))
-        backends = "xla" if isinstance(rows, Int8Rows) else _FEW_ROWS_BACKENDS
-        y = multiply(both, rows, Epilogue(out_dtype=jnp.float32), backends)
+        backends = "xla" if isinstance(by_row, Int8Rows) else _FEW_ROWS_BACKENDS
+        y = multiply(both, by_row, Epilogue(out_dtype=jnp.float32), backends)
         y = y[: x.shape[0]] + y[x.shape[0] :]
     else:
-        operand = int8_values(rows).astype(x.dtype) if by_row else dequantize(weight, x.dtype)
-        y = jnp.einsum("mk,nk->mn", x, operand, preferred_element_type=jnp.float32)
-        y = y * rows.scale[:, 0] if by_row else y
+        assert not isinstance(by_row, PreparedWeights)  # `place` leaves such layers as they are
+        y = _dot(x, int8_values(by_row).astype(x.dtype)) * by_row.scale[:, 0]
     return reference.finish(y, epilogue)
+
+
+def _dot(
+    x: jax.Array,  # [m, k]
+    w: jax.Array,  # [n, k]
+) -> jax.Array:
+    """Return x w^T in float32, [m, n]."""
+    return jnp.einsum("mk,nk->mn", x, w, preferred_element_type=jnp.float32)
 
 
 def _split_16_bits(x: jax.Array) -> tuple[Int8Rows, Int8Rows]:

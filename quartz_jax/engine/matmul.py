@@ -102,8 +102,9 @@ def multiply(
     how = execution(x, w)
     if how == "int8":
         rows = jax.tree.map(_flatten, _int8_rows(x))
-        weights = w if isinstance(w, PreparedWeights) else row_operand(w)
+        weights = w if isinstance(w, PreparedWeights) else _row_operand(w)
         return matmul.matmul(rows, weights, epilogue, implementation=implementation)
+    assert not isinstance(w, PreparedWeights)
     if how == "int8 blocks":
         return _multiply_blocks(x, w, epilogue, implementation)
     if implementation is not None:
@@ -136,22 +137,36 @@ def _has_exact_16(tensor: BlockRows) -> bool:
     return jax.eval_shape(exact_16, tensor) is not None
 
 
-def _int8_rows(x: Stored) -> Int8Rows:
-    rows = row_operand(x)
+def _row_operand(tensor: Stored) -> PackedRows | Int8Rows:
+    """Return what kernels multiply of a tensor that has such a form."""
+    rows = row_operand(tensor)
     assert rows is not None
+    return rows
+
+
+def _int8_rows(x: Stored) -> Int8Rows:
+    rows = _row_operand(x)
     if isinstance(rows, Int8Rows):
         return rows
     bits = 4 if rows.step == "power" else 8
     return Int8Rows(values=int8_values(rows), scale=rows.scale, lo=rows.lo, value_bits=bits)
 
 
-def _in_bf16(x: BlockRows, w: BlockRows) -> jax.Array:
+def _in_bf16(x: Stored, w: Stored) -> jax.Array:
     """Multiply in bfloat16, exact but for the order of float32 sums; [..., n]."""
-    (a, a_scale), (b, b_scale) = exact_16(x), exact_16(w)  # type: ignore[misc]
+    (a, a_scale), (b, b_scale) = _exact_16(x), _exact_16(w)
     if device.current().platform == "cpu":  # as exact in float32, and faster
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     y = jnp.einsum("...k,nk->...n", a, b, preferred_element_type=jnp.float32)
     return y * a_scale * b_scale[:, 0]
+
+
+def _exact_16(tensor: Stored) -> tuple[jax.Array, jax.Array]:
+    """Return the bfloat16 values and scales of a tensor that has them."""
+    assert isinstance(tensor, BlockRows)
+    found = exact_16(tensor)
+    assert found is not None
+    return found
 
 
 def _multiply_blocks(
@@ -162,9 +177,8 @@ def _multiply_blocks(
 ) -> jax.Array:
     """Add up one matmul for each scale block, x [m, k], scales [m, 1 or blocks]."""
     block = _block(x) or _block(w)
-    x, w = row_operand(x), row_operand(w)
-    assert x is not None and w is not None
-    values, x_scale, x_lo = jax.tree.map(_flatten, (int8_values(x), x.scale, x.lo))
+    given, weight = _row_operand(x), _row_operand(w)
+    values, x_scale, x_lo = jax.tree.map(_flatten, (int8_values(given), given.scale, given.lo))
     blocks = -(-values.shape[1] // block)
 
     def cut(values):  # [rows, k] to [blocks, rows, block], zeros after the end of k
@@ -180,7 +194,7 @@ def _multiply_blocks(
 
     lo = None if x_lo is None else spread(x_lo)
     rows = Int8Rows(values=cut(values), scale=spread(x_scale), lo=lo)
-    parts = rows, Int8Rows(values=cut(int8_values(w)), scale=spread(w.scale))
+    parts = rows, Int8Rows(values=cut(int8_values(weight)), scale=spread(weight.scale))
     first, _ = add(jnp.float32(0), jax.tree.map(lambda part: part[0], parts))
     total, _ = lax.scan(add, first, jax.tree.map(lambda part: part[1:], parts))
     return reference.finish(total, epilogue)

@@ -30,7 +30,7 @@ class Observed(nnx.Module):
 
     def __init__(
         self,
-        linear: nnx.Module,
+        linear: nnx.Linear,
         needs: Container[Need],
         calls: int,  # to come, at most
         rows: int,  # kept of each call, evenly spaced over its tokens; fewer if it has fewer
@@ -39,16 +39,20 @@ class Observed(nnx.Module):
         self.linear = linear
         self.calls = Statistic(jnp.int32(0))
         self.tokens = Statistic(jnp.float32(0))
-        shapes = {"absmax": (k,), "mean": (k,), "gram": (k, k), "rows": (calls, rows, k)}
-        for name, shape in shapes.items():
-            setattr(self, name, Statistic(jnp.zeros(shape)) if name in needs else None)
+
+        def zeros(need: Need, *shape: int) -> Statistic | None:
+            return Statistic(jnp.zeros(shape)) if need in needs else None
+
+        self.absmax, self.mean = zeros("absmax", k), zeros("mean", k)
+        self.gram, self.rows = zeros("gram", k, k), zeros("rows", calls, rows, k)
 
     def __call__(self, x: jax.Array | tuple, *, modulation=None, **rest) -> jax.Array:
         """Do what the linear does, and take note of its input."""
         self._see(whole_input(x, modulation, getattr(self.linear, "norm_epsilon", 1e-6)))
         if modulation is not None:
             rest["modulation"] = modulation
-        return self.linear(x, **rest)
+        linear: Callable[..., jax.Array] = self.linear  # subclasses take more than nnx.Linear
+        return linear(x, **rest)
 
     def _see(self, given: jax.Array) -> None:
         flat = given.reshape(-1, given.shape[-1])
@@ -113,7 +117,7 @@ def watch(
     """Return a copy of a model whose linears gather what is needed of them; shares its arrays."""
     per_call = max(1, rows // max(calls, 1))
 
-    def observed(path: str, linear: nnx.Module) -> nnx.Module:
+    def observed(path: str, linear: nnx.Linear) -> nnx.Module:
         return Observed(linear, needs[path], calls, per_call)
 
     return replace_linears(model, observed, only=needs)
@@ -172,7 +176,7 @@ def observe(
 
 def save_statistics(path: Path, found: Mapping[str, Seen]) -> None:
     """Write statistics as one .npz; the file appears complete or not at all."""
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{name}/{field.name}": np.asarray(value)
         for name, seen in found.items()
         for field in dataclasses.fields(seen)
@@ -190,7 +194,7 @@ def load_statistics(path: Path) -> dict[str, Seen]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            fields: dict[str, dict[str, np.ndarray]] = {}
+            fields: dict[str, dict[str, Any]] = {}  # NumPy's arrays, until they are used
             for key in file:
                 name, _, field = key.rpartition("/")
                 fields.setdefault(name, {})[field] = file[key]

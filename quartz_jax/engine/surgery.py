@@ -1,7 +1,7 @@
 """Putting other modules in the place of linears."""
 
 from collections.abc import Callable, Container
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -14,7 +14,7 @@ _NODES = (nnx.Module, nnx.Variable)  # of a module's graph: not looked into
 
 def replace_linears(
     model: M,
-    replace: Callable[[str, nnx.Module], nnx.Module],
+    replace: Callable[[str, nnx.Linear], nnx.Module],
     only: Container[str] | None = None,
 ) -> M:
     """Return a copy of a model with replace(path, linear) in the place of each linear.
@@ -48,12 +48,16 @@ def _replace_inside(
     """Replace children that lie in plain containers, which a module may hold as data."""
     leaves, tree = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, _NODES))
     if any(id(leaf) in made for leaf in leaves):
-        replaced = tree.unflatten([made.get(id(leaf), leaf) for leaf in leaves])
+        replaced = jax.tree.unflatten(tree, [made.get(id(leaf), leaf) for leaf in leaves])
         setattr(parent, name, nnx.data(replaced))
 
 
-def _set_child(parent: nnx.Module, name: str | int, child: nnx.Module) -> None:
+def _set_child(
+    parent: Any,  # a module; one that is a list or a dict of modules is given an index or a key
+    name: Any,
+    child: nnx.Module,
+) -> None:
     if isinstance(name, int):
-        parent[name] = child  # type: ignore[index]
+        parent[name] = child
     else:
         setattr(parent, name, child)

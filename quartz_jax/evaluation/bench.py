@@ -28,14 +28,17 @@ from quartz_jax.io import provenance
 from quartz_jax.io.files import atomic_file, check_output, hash_files, join_hashes
 from quartz_jax.recipes import Recipe, get_recipe, sites
 from quartz_jax.recipes.names import split_names
+from quartz_jax.recipes.sites import Site
 from quartz_jax.transforms import Seen
 from quartz_jax.transforms.base import Need
 
 _OTHER_NOISE = 1_000_003  # added to the seed: calibration must not see the noise of the images
 _BESIDE = ("calibration.npz", "rows.npz", "real.npy", "bf16.npy")  # statistics and features
 # What of the options shapes the images or the statistics.
-_SETTINGS = ("steps", "guidance", "true_cfg", "size", "seed0", "batch")
-_SETTINGS += ("calibration", "calibration_rows")
+_SETTINGS = (
+    *("steps", "guidance", "true_cfg", "size", "seed0", "batch"),
+    *("calibration", "calibration_rows"),
+)
 
 
 class OutOfTime(Exception):
@@ -225,9 +228,8 @@ class Bench:
         path = self.trajectory
         entry["velocity"] = paired.velocity_errors(pipeline, path, self.sampling)
         entry["sigmas"] = path.sigmas[:-1].tolist()
-        entry["sqnr"] = results.layer_sqnr(
-            self.rounded.transformer, pipeline.transformer, self.inputs
-        )
+        exact = pipelines.loaded_transformer(self.rounded)
+        entry["sqnr"] = results.layer_sqnr(exact, pipeline.transformer, self.inputs)
         return {
             "velocity": vars(bootstrap_interval(np.mean(entry["velocity"], axis=0))),
             "sqnr": float(np.mean(list(entry["sqnr"].values()))),
@@ -270,15 +272,16 @@ class Bench:
         return paired.trajectory(self.base, self.prompts[part], self.noise[part], self.sampling)
 
     @functools.cached_property
-    def _sites(self) -> list:
-        return sites(self.original.transformer)
+    def _sites(self) -> list[Site]:
+        return sites(pipelines.loaded_transformer(self.original))
 
     @functools.cached_property
     def inputs(self) -> dict[str, Seen]:
         """Inputs of the quantized linears on the first batch of prompts that are evaluated."""
         part = slice(0, self.options.batch)
         paths = {path for row in self.rows for path in row.recipe.assign(self._sites)}
-        needs = dict.fromkeys(paths, frozenset({"rows"}))
+        rows: frozenset[Need] = frozenset({"rows"})
+        needs = dict.fromkeys(paths, rows)
         return self._observed("rows", self.prompts[part], self.noise[part], needs)
 
     def calibration(self, recipe: Recipe) -> dict[str, Seen]:
@@ -305,7 +308,8 @@ class Bench:
                 self.base, prompts, noise, self.sampling, self.options.batch
             )
             rows = self.options.calibration_rows * len(samples)
-            known = observe(self.rounded.transformer, samples, needs, rows=rows)
+            transformer = pipelines.loaded_transformer(self.rounded)
+            known = observe(transformer, samples, needs, rows=rows)
             save_statistics(path, known)
         return known
 

@@ -139,6 +139,7 @@ class Judges:
     @functools.cached_property
     def _real_features(self) -> np.ndarray:
         """Features of the real images, [n, 1280]."""
+        assert self.networks is not None and self.real is not None
         return self.networks.features(self.real)[0]
 
     @functools.cached_property
@@ -156,6 +157,7 @@ class Judges:
         """Return Inception's features, from the file beside the results if it is there."""
         path = self.beside(f"{name}.npy")
         if not path.exists():
+            assert self.published.inception is not None
             images = tqdm(images, f"{name} images", count, unit="feature")
             features = self.published.inception.features(images)
             with atomic_file(path) as partial, partial.open("wb") as file:

@@ -1,6 +1,7 @@
 """Similarity of images and its uncertainty, for comparing a quantized model with its original."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from skimage.metrics import structural_similarity
@@ -47,7 +48,7 @@ def ssim(
 
 
 def bootstrap_interval(
-    values: np.ndarray,  # [n], one figure an image
+    values: np.ndarray | Sequence[float],  # [n], one figure an image
     *,
     confidence: float = 0.95,
     resamples: int = 10_000,

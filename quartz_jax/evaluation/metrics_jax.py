@@ -84,7 +84,7 @@ def stlpips(
     Ghildyal and Liu, ECCV 2022 (arXiv 2207.13686), the AlexNet variant: LPIPS (arXiv 1801.03924)
     with stride one in the first convolution and blurred downsampling in the place of strides.
     """
-    distance = 0.0
+    distance = jnp.float32(0)
     pairs = zip(_stages(weights, images), _stages(weights, reference), strict=True)
     for i, (a, b) in enumerate(pairs):
         difference = (_unit(a) - _unit(b)) ** 2
@@ -153,7 +153,8 @@ class ImageNetworks:
             part = images[start : start + batch]
             part = part / np.float32(255) if part.dtype == np.uint8 else part
             parts.append(jax.device_get(efficientnet_lite0(self._effnet, part)))
-        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+        features, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return features, logits
 
     def distance(self, images: np.ndarray, reference: np.ndarray, batch: int = 8) -> np.ndarray:
         """Return ST-LPIPS of each pair of images [n, h, w, 3] in 0..1, float32 [n].

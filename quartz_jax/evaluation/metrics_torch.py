@@ -130,12 +130,14 @@ class Clip:
 
         _check_clip(folder)
         try:
-            self._model, found = CLIPModel.from_pretrained(
+            # With loading info it gives two things, which its types don't know.
+            loaded: Any = CLIPModel.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
             )
             self._processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise _other_network(folder, "a CLIP model with its processor", error) from None
+        self._model, found = loaded
         if missing := sorted(found["missing_keys"]):
             raise ValueError(f"{folder} lacks {len(missing)} tensors of a CLIP model: {missing[0]}")
         self._model.eval().to(_device())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -157,7 +158,9 @@ def _arguments(
 def _kept(pipeline: FluxPipeline, *names: str) -> FluxPipeline:
     """Return a copy that keeps some models loaded."""
     found = {name: getattr(pipeline, name) for name in names}
-    loaded = {name: x.load() for name, x in found.items() if isinstance(x, Deferred)}
+    loaded: dict[str, Any] = {
+        name: x.load() for name, x in found.items() if isinstance(x, Deferred)
+    }
     return dataclasses.replace(pipeline, **loaded)
 
 
@@ -193,8 +196,9 @@ def _step(
     options: SamplingOptions,
 ) -> jax.Array:
     """One Euler step between two noise levels."""
-    return dataclasses.replace(pipeline, scheduler=_OneStep(levels)).denoise(
-        latents,
+    scheduler: Any = _OneStep(levels)  # stands where the model's own would
+    return dataclasses.replace(pipeline, scheduler=scheduler).denoise(
+        jnp.asarray(latents),
         embeds,
         pooled,
         height=options.height,

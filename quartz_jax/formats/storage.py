@@ -122,4 +122,5 @@ def _per_element(scale: jax.Array, q: PackedRows | Int8Rows) -> jax.Array:
     """Repeat one scale a block to one an element, [..., k]; one a row broadcasts as it is."""
     if scale.shape[-1] == 1 or isinstance(q, Int8Rows):
         return scale
+    assert q.scale_block is not None
     return jnp.repeat(scale, q.scale_block, axis=-1)[..., : q.k]

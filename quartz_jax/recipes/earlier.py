@@ -4,6 +4,7 @@ Version 2 had two kinds, each with patterns for paths: recipes of plain formats,
 parts. Fields and classes have changed names since.
 """
 
+from collections.abc import Set
 from typing import Any
 
 
@@ -72,7 +73,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _fields(
-    value: dict[str, Any], where: str, names: set[str], ignored: set[str] = frozenset()
+    value: dict[str, Any], where: str, names: set[str], ignored: Set[str] = frozenset()
 ) -> None:
     found = set(value) - ignored
     for problem, wrong in (("unknown", found - names), ("missing", names - found)):

@@ -22,5 +22,6 @@ class Sort(Transform):
 
     def fit(self, layer: Layer, rest: "LayerRecipe") -> Layer:
         """Return the layer behind a `Permute`."""
+        assert layer.seen.absmax is not None
         order = jnp.argsort(-layer.seen.absmax).astype(jnp.int32)
         return layer.then(Permute(index=order), layer.weight[:, order])

@@ -30,6 +30,7 @@ class ResidualChannels(Transform):
 
     def fit(self, layer: Layer, rest: "LayerRecipe") -> Layer:
         """Return the layer behind a `TakeOut`."""
+        assert layer.seen.absmax is not None
         count = min(self.count, layer.weight.shape[1])
         index = jax.lax.top_k(layer.seen.absmax, count)[1].astype(jnp.int32)
         taken = layer.weight[:, index].astype(jnp.bfloat16)

@@ -65,6 +65,7 @@ class Smooth(_Smoothing):
 
     def factor(self, layer: Layer, exponent: jax.Array | float) -> jax.Array:
         """Return max|X|**alpha / max|W|**(1 - alpha)."""
+        assert layer.seen.absmax is not None
         return _largest(layer.seen.absmax) ** exponent / _of_weight(layer) ** (1 - exponent)
 
 
