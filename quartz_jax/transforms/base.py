@@ -9,7 +9,7 @@ input as it was where it was fitted.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -265,7 +265,10 @@ class Layer:
 class Transform(abc.ABC):
     """What changes a layer before it is rounded: a frozen dataclass, `schema.part`."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset()  # the statistics that `fit` reads
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics that `fit` reads; a class that always reads the same says so plainly."""
+        return frozenset()
 
     def quick(self) -> "Transform":
         """Return a cheaper form for comparing what comes before it; itself if there is none."""

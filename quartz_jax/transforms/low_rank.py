@@ -30,7 +30,7 @@ class LowRank(Transform):
         check_block("iterations", self.iterations)
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> frozenset[Need]:
         """Rows, to see whether the error falls."""
         return frozenset({"rows"} if self.iterations > 1 else ())
 

@@ -29,7 +29,7 @@ class _Smoothing(Transform):
         raise NotImplementedError
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> frozenset[Need]:
         """Channel maxima, and rows to choose the exponent with."""
         return frozenset({"absmax"} if self.exponent is not None else {"absmax", "rows"})
 
