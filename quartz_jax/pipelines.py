@@ -232,7 +232,8 @@ def _prepared(
     scales = [scale for _, scale in loras]
 
     def load(name: str, deferred: Deferred) -> Any:
-        loaded, _ = place(deferred.load(), expand=expand, dtype=compute_dtype())
+        options = {"expand": expand, "dtype": compute_dtype()}
+        loaded, _ = place(deferred.load(), **options, in_place=True)
         if name == TRANSFORMER and adapters:
             return add_lora(loaded, adapters, scales, compute_dtype())
         return loaded
