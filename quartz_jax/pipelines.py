@@ -246,7 +246,7 @@ def _prepared(
 
     def load(name: str, deferred: Deferred) -> Any:
         module: Any = deferred.load()  # of whatever class the component is
-        loaded, _ = place(module, expand=expand, dtype=compute_dtype())
+        loaded, _ = place(module, expand=expand, dtype=compute_dtype(), in_place=True)
         if name == TRANSFORMER and adapters:
             return add_lora(loaded, adapters, scales, compute_dtype())
         return loaded

@@ -35,7 +35,9 @@ class Placement:
         return "\n".join([*lines, f"attention: {self.attention}"])
 
 
-def place(model: M, *, expand: bool = False, dtype: Any = None) -> tuple[M, Placement]:
+def place(
+    model: M, *, expand: bool = False, dtype: Any = None, in_place: bool = False
+) -> tuple[M, Placement]:
     """Return a copy of a model that is ready for this device's kernels, and how its layers run.
 
     Quantized weights are brought into the order that the kernels read; the integers stay the same.
@@ -53,8 +55,10 @@ def place(model: M, *, expand: bool = False, dtype: Any = None) -> tuple[M, Plac
         in a call, and the weights take almost twice the memory.
       dtype: that the model computes in; None for each layer's own, and for layers that state none
         for that of the model's parameters, or bfloat16 without any.
+      in_place: change the given model instead of a copy, for a device without room for the weights
+        in both orders.
     """
-    model = nnx.clone(model)
+    model = model if in_place else nnx.clone(model)
     layers, attention = {}, "as the model has it"
     usual = _dtype(model)
     for path, module in nnx.iter_modules(model):

@@ -15,8 +15,8 @@ from pallas_kernels.matmul.shapes import SHAPES
 from pallas_kernels.operands import Branch, Epilogue
 from pallas_kernels.quantize import channels
 from pallas_kernels.quantize import mosaic_tpu as quantize_tpu
-from quartz_jax import Format, QuartzConfig, quantize, quartz_matmul
-from quartz_jax.engine.linear import encode_activation
+from quartz_jax import Int, Quartz, quantize, quartz_matmul
+from quartz_jax.engine.linear import Given
 from quartz_jax.engine.place import place_weight
 
 pytestmark = pytest.mark.skipif(
@@ -150,7 +150,7 @@ def test_dispatch_runs_the_named_kernel_on_a_tpu(chip):
     assert "quartz_matmul" in aot.compile_for_tpu(chip, run, *arguments).as_text()
 
 
-POWER, INTEGER = QuartzConfig(), QuartzConfig(step="integer")
+POWER, INTEGER = Quartz(), Quartz(step="integer")
 
 
 @pytest.mark.parametrize(
@@ -158,18 +158,17 @@ POWER, INTEGER = QuartzConfig(), QuartzConfig(step="integer")
     [
         (POWER, False, True),
         (POWER, True, True),
-        (QuartzConfig(range="minmax"), True, True),
+        (Quartz(range="minmax"), True, True),
         (INTEGER, False, False),
-        (None, True, False),
+        (Int(width=8), True, False),
     ],
     ids=str,
 )
 def test_four_bits_on_both_sides_multiply_in_float8_on_v7x(activation, placed, float8):
-    kind = Format(kind="quartz", config=activation) if activation else Format(kind="int8")
-
     def run(x, w):
         w = quantize(w)
-        return quartz_matmul(encode_activation(x, kind), place_weight(w, False) if placed else w)
+        x = Given(rows=x).quantized(activation)
+        return quartz_matmul(x, place_weight(w, False) if placed else w)
 
     shape = jax.ShapeDtypeStruct
     x, w = shape((100, 320), jnp.bfloat16), shape((200, 320), jnp.bfloat16)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quartz_jax.images import read_image
+from quartz_jax.io.images import read_image
 
 GREYS = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(64, 0)
 PHOTO = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)

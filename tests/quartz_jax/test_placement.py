@@ -229,3 +229,10 @@ def test_norms_and_rotations_of_a_placed_transformer_are_a_kernel_on_gpus():
     model = build()
     assert kernels(model) == 0
     assert kernels(place(model)[0]) == 2
+
+
+def test_placing_in_place_gives_the_given_model():
+    model = quantized("w4a4")
+    placed, placement = place(model, in_place=True)
+    assert placed is model
+    assert placement.layers
