@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,9 +34,14 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from quartz_jax import schema
-from quartz_jax.conversion.model import abstract_quantized, leaf_name, part_of, stored_arrays
+from quartz_jax.conversion.model import (
+    abstract_quantized,
+    check_unplaced,
+    leaf_name,
+    part_of,
+    stored_arrays,
+)
 from quartz_jax.conversion.report import Report
-from quartz_jax.engine.place import is_placed
 from quartz_jax.io.files import (
     atomic_file,
     atomic_folder,
@@ -44,6 +50,7 @@ from quartz_jax.io.files import (
     copy_synced,
     hash_file,
     hash_files,
+    is_system_file,
     recover_folder,
     tree_bytes,
     unchanged,
@@ -197,12 +204,12 @@ def read_manifest(folder: Path | str) -> Manifest:
 def write_manifest(folder: Path, base_name: str, components: dict[str, Component]) -> Manifest:
     """Write quartz.json, which makes a folder a checkpoint, and return its contents.
 
-    What else the folder holds by then is hashed.
+    What else the folder holds by then is hashed, but for files of operating systems.
     """
     carried = {
         path.name: hash_files(path, "*") if path.is_dir() else hash_file(path)
         for path in sorted(folder.iterdir())
-        if path.name not in components and path.name != _MANIFEST
+        if path.name not in components and path.name != _MANIFEST and not is_system_file(path)
     }
     manifest = Manifest(
         components=components,
@@ -243,16 +250,32 @@ def write_part(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> st
       OSError: they can't be written.
     """
     arrays = dict(sorted(arrays.items()))
-    with _write_errors(folder):
-        ocp.save(folder.absolute(), arrays)
+    with _write_errors(folder), _without_brackets(folder) as plain:
+        ocp.save(plain, arrays)
     # A path that the writer takes otherwise than the reader leaves a part that nobody can read.
     try:
-        found = ocp.metadata(folder.absolute()).metadata
+        found = ocp.metadata(folder.absolute()).metadata or {}
     except (OSError, ValueError) as error:
         raise OSError(f"{folder} can't be read back: {error}") from error
     if {name: x.shape for name, x in found.items()} != {n: x.shape for n, x in arrays.items()}:
-        raise OSError(f"{folder} can't be read back; choose a path without brackets and the like")
+        raise OSError(f"{folder} can't be read back; choose a path of plain letters")
     return hash_files(folder, "*")
+
+
+@contextmanager
+def _without_brackets(folder: Path) -> Iterator[Path]:
+    """Give a path of a folder that is to be made which holds no brackets.
+
+    Orbax searches for what it wrote by a pattern, in which brackets in the path mean something
+    else: it would find nothing, and leave a part that nobody can read.
+    """
+    if "[" not in str(folder.absolute()):
+        yield folder.absolute()
+        return
+    with tempfile.TemporaryDirectory() as links:
+        link = Path(links) / "link"
+        link.symlink_to(folder.absolute().parent, target_is_directory=True)
+        yield link / folder.name
 
 
 def read_part(folder: Path) -> dict[str, jax.Array]:
@@ -288,14 +311,10 @@ def save(
       overwrite: replace a checkpoint that exists.
 
     Raises:
-      ValueError: the model is placed, the folder exists or can't be written, or base is no 16-bit
-        model folder or in it.
+      ValueError: the model is placed or wasn't quantized with the recipe, the folder exists or
+        can't be written, or base is no 16-bit model folder or in it.
     """
-    if is_placed(model):
-        raise ValueError(
-            "model is placed: its weights are in the order of some kernel; save the model that was "
-            "given to place"
-        )
+    check_unplaced(model, recipe, report)
     base, folder = Path(base).resolve(), Path(folder).resolve()
     index = _read_base(base, "model_index.json")
     config = _read_base(base, f"{TRANSFORMER}/config.json")

@@ -20,7 +20,7 @@ from quartz_jax.engine.surgery import replace_linears
 from quartz_jax.formats import Stored
 from quartz_jax.formats.storage import WeightError, check_finite, dequantize
 from quartz_jax.recipes.recipe import LayerRecipe, Recipe
-from quartz_jax.recipes.sites import sites
+from quartz_jax.recipes.sites import Site, block_of, sites
 from quartz_jax.rounding import Nearest
 from quartz_jax.transforms import Layer, Op, Seen
 from quartz_jax.transforms.base import HIGHEST
@@ -223,6 +223,37 @@ def quantize_shapes(model: M, recipe: Recipe) -> M:
     quantized = replace_linears(model, replace, only=assigned)
     set_attention(quantized, recipe)
     return quantized
+
+
+def check_unplaced(model: nnx.Module, recipe: Recipe, report: Report) -> None:
+    """Raise ValueError unless a quantized model's weights are as its recipe stores them.
+
+    Those of a placed one may not be, even on a device without kernels; loading would miss them.
+
+    Args:
+      model: the quantized model.
+      recipe: that it was quantized with.
+      report: that `quantize_model` returned.
+    """
+    roles = {layer.path: layer.role for layer in report.layers}
+    for keys, module in nnx.iter_modules(model):
+        if not isinstance(module, QuantizedLinear):
+            continue
+        path, weight = ".".join(map(str, keys)), module.weight.get_value()
+        n, k = weight.shape
+        role = roles.get(path, "linear")
+        site = Site(path=path, kind="linear", n=n, k=k, block=block_of(path), role=role)
+        layer = next((rule.layer for rule in recipe.rules if rule.match(site)), LayerRecipe())
+        expected = _abstract_layer(layer, n, k).weight if layer.weight else None
+        if _layout(weight) != _layout(expected):
+            raise ValueError(
+                f"{path} isn't stored as recipe {recipe.name!r} has it: the model is placed, or of "
+                "another recipe; give the model that quantize_model returned, with its recipe"
+            )
+
+
+def _layout(tree: Any) -> Any:
+    return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
 def set_attention(model: nnx.Module, recipe: Recipe) -> None:

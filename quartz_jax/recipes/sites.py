@@ -54,7 +54,7 @@ def sites(model: nnx.Module) -> list[Site]:
             kind="linear",
             n=getattr(module, "out_features", 0),
             k=getattr(module, "in_features", 0),
-            block=_block(path),
+            block=block_of(path),
             role=role or ("embed" if stated else "linear"),
             obstacle=_obstacle(path, module),
         )
@@ -91,5 +91,6 @@ def _obstacle(path: str, module: nnx.Module) -> str | None:
     return None
 
 
-def _block(path: str) -> int | None:
+def block_of(path: str) -> int | None:
+    """Return which block of its list a layer lies in, or None outside of lists."""
     return next((int(name) for name in path.split(".") if name.isdigit()), None)

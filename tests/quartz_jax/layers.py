@@ -4,10 +4,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quartz_jax.transforms import Layer, Seen
+from quartz_jax.transforms import (
+    Layer,
+    LowRank,
+    ResidualChannels,
+    Rotate,
+    Seen,
+    Shift,
+    Smooth,
+    Sort,
+)
 
 N, K = 16, 32
 HIGHEST = jax.lax.Precision.HIGHEST
+
+# One of each op.
+EVERY_OP = (
+    Shift(),
+    Smooth(alpha=0.5),
+    LowRank(rank=2, iterations=1),
+    Rotate(block=16),
+    Sort(),
+    ResidualChannels(count=3),
+)
 
 
 def rows_of(seed, samples=64, k=K):

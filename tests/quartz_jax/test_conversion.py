@@ -8,13 +8,14 @@ import resource
 import shutil
 from contextlib import contextmanager
 
+import jax
 import numpy as np
 import pytest
-from blocks import BF16, CONFIG, INT8, RECIPE, build, poison
+from blocks import CONFIG, INT8, RECIPE, build, poison, rule
 from flax import nnx
 from safetensors.numpy import save_file
 
-from quartz_jax import Recipe, Rule, quantize_model
+from quartz_jax import Recipe, quantize_model
 from quartz_jax.cli import arguments as cli
 from quartz_jax.conversion import checkpoint
 from quartz_jax.conversion import stream as conversion
@@ -160,7 +161,7 @@ def test_unfinished_work_of_another_recipe_is_refused_and_overwrite_starts_anew(
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_at(patch, (checkpoint, "write_part"), 1)
         convert(base).run(out)
-    other = Recipe(name="int8", rules=(Rule(pattern=".*", weight=INT8, activation=BF16),))
+    other = Recipe(name="int8", rules=(rule(".*", INT8),))
     with pytest.raises(ValueError, match="unfinished work of another model, recipe"):
         convert(base, recipe=other).run(out)
     convert(base, recipe=other).run(out, overwrite=True)
@@ -355,13 +356,13 @@ def test_a_record_of_nothing_is_none(tmp_path):
 @pytest.mark.parametrize("as_numpy", [True, False])
 def test_a_weight_in_slices_is_the_weight_at_once(monkeypatch, as_numpy):
     kernel = build().blocks[0].up.kernel.get_value()
-    rule = RECIPE.rules[0]
-    whole, report = quantize_layer("x", kernel, None, rule)
-    monkeypatch.setattr("quartz_jax.conversion.model._ELEMENTS_AT_ONCE", 5 * kernel.shape[0])
-    given = np.ascontiguousarray(np.asarray(kernel).T).T if as_numpy else kernel
-    sliced, sliced_report = quantize_layer("x", given, None, rule)
-    for name in ("codes", "shifts", "scale"):
-        np.testing.assert_array_equal(getattr(whole, name), getattr(sliced, name))
+    layer = RECIPE.rules[0].layer
+    whole, report = quantize_layer("x", kernel.T, None, layer)
+    monkeypatch.setattr("quartz_jax.conversion.model._ELEMENTS_AT_ONCE", 8 * kernel.shape[0])
+    given = np.ascontiguousarray(np.asarray(kernel).T) if as_numpy else kernel.T
+    sliced, sliced_report = quantize_layer("x", given, None, layer)
+    assert_equal = np.testing.assert_array_equal
+    jax.tree.map(assert_equal, (sliced.weight, sliced.ops), (whole.weight, whole.ops))
     # Two float32 sums of that many squares, in different orders; the root halves their errors.
     bound = kernel.size * 2.0**-24
     assert sliced_report.relative_error == pytest.approx(report.relative_error, rel=bound)

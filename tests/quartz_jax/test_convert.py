@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from blocks import INT8, QUARTZ, RECIPE, Block, X, build, poison, rule
 from flax import nnx
-from layers import rows_of, seen_of
+from layers import EVERY_OP, rows_of, seen_of
 
 from models.linear import Part
 from quartz_jax import Int, QuantizedLinear, Recipe, Report, quantize_model
@@ -14,25 +14,7 @@ from quartz_jax.conversion.model import abstract_quantized, plan_parts, stored_a
 from quartz_jax.formats import NVFP4
 from quartz_jax.formats.storage import dequantize
 from quartz_jax.rounding import Gptq
-from quartz_jax.transforms import (
-    LowRank,
-    ResidualChannels,
-    Rotate,
-    Shift,
-    Smooth,
-    Sort,
-    run_ops,
-)
-
-# One of each op, and a rounding that reads what was seen.
-EVERY_OP = (
-    Shift(),
-    Smooth(alpha=0.5),
-    LowRank(rank=2, iterations=1),
-    Rotate(block=16),
-    Sort(),
-    ResidualChannels(count=3),
-)
+from quartz_jax.transforms import LowRank, Rotate, Sort, run_ops
 
 
 @pytest.fixture(scope="module")

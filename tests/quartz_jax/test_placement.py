@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh
-from layers import layer_of
+from layers import EVERY_OP, layer_of
 
 from models.flux import FluxConfig, FluxTransformer
 from quartz_jax import Int, LayerRecipe, QuantizedLinear, Quartz, get_recipe, place, quantize_model
@@ -19,7 +19,6 @@ from quartz_jax.conversion.model import quantize_layer
 from quartz_jax.engine.linear import how_it_runs
 from quartz_jax.engine.place import is_placed, place_weight
 from quartz_jax.formats import IF4, NVFP4, FittedTable
-from quartz_jax.transforms import LowRank, ResidualChannels, Rotate, Shift, Smooth, Sort
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
 from random_weights import random_module
@@ -114,14 +113,6 @@ FORMATS = {
     "simulated": (IF4(), Int(width=8)),
     "weight-only": (Quartz(), None),
 }
-EVERY_OP = (
-    Shift(),
-    Smooth(alpha=0.5),
-    LowRank(rank=2, iterations=1),
-    Rotate(block=16),
-    Sort(),
-    ResidualChannels(count=3),
-)
 
 
 PLACED = [(name, (), False) for name in FORMATS]
