@@ -1,5 +1,7 @@
 """QuaRTZ 4-bit quantization (arXiv 2509.26436) for diffusion transformers in JAX."""
 
+from quartz_jax.conversion.checkpoint import load as load_model
+from quartz_jax.conversion.checkpoint import save_model
 from quartz_jax.conversion.model import abstract_quantized, quantize_model
 from quartz_jax.conversion.report import Report
 from quartz_jax.engine.linear import QuantizedLinear
@@ -34,10 +36,12 @@ __all__ = [
     "decode",
     "dequantize",
     "get_recipe",
+    "load_model",
     "observe",
     "place",
     "quantize",
     "quantize_model",
     "quartz_matmul",
+    "save_model",
     "sites",
 ]

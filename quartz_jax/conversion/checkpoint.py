@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -84,7 +85,8 @@ class Component:
     recipe: Recipe  # that it was quantized with
     report: Report  # formats, errors and sizes of its layers
     config: dict[str, Any]  # its config.json
-    base_sha256: str  # of the 16-bit model's safetensors files, see `hash_files`
+    # of the 16-bit model's safetensors files, see `hash_files`; "" for one that was in memory only
+    base_sha256: str
     parts: dict[str, str]  # part to the SHA-256 of its files; "" for the component's own folder
     calibration: CalibrationRecord | None = None  # None where the recipe needs none
 
@@ -323,24 +325,73 @@ def save(
     carried = carried_files(base, index)
     recover_folder(folder)
     check_target(folder, [base / TRANSFORMER, *carried], overwrite=overwrite)
-    parts: dict[str, dict[str, jax.Array]] = collections.defaultdict(dict)
-    for name, array in stored_arrays(nnx.state(model)).items():
-        parts[part_of(name)][name] = array
     with atomic_folder(folder) as partial:
         for source in carried:
             copy_synced(source, partial / source.name)
-        (partial / TRANSFORMER).mkdir()
-        hashes = {
-            name: write_part(partial / TRANSFORMER / name, arrays) for name, arrays in parts.items()
-        }
         component = Component(
             recipe=recipe,
             report=report,
             config=config,
             base_sha256=hash_files(base / TRANSFORMER, "*.safetensors"),
-            parts=hashes,
+            parts=_write_parts(partial / TRANSFORMER, model),
         )
         write_manifest(partial, base.name, {TRANSFORMER: component})
+
+
+def save_model(
+    folder: Path | str,
+    model: nnx.Module,
+    *,
+    recipe: Recipe,
+    report: Report,
+    config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint of any quantized model, which `load` reads; nothing else is in it.
+
+    As `save`, it leaves nothing under the final name when it is interrupted.
+
+    Args:
+      folder: the checkpoint to make. The model stands in it as its transformer, whatever it is.
+      model: the quantized model, not placed. Its float parameters are stored in bfloat16.
+      recipe: that it was quantized with.
+      report: that `quantize_model` returned.
+      config: what `load` hands to `build`, as JSON; None for an empty one.
+      overwrite: replace a checkpoint that exists.
+
+    Raises:
+      ValueError: the model is placed or holds random keys, config is no JSON object, or the folder
+        exists or can't be written.
+    """
+    check_unplaced(model, recipe, report)
+    for name, array in stored_arrays(nnx.state(model)).items():
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"model holds a random key, {name}, which no checkpoint does; build it without, "
+                "for example with a dropout that takes its key in the call"
+            )
+    try:
+        config = json.loads(json.dumps(dict(config or {})))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config must be a JSON object: {error}") from None
+    folder = Path(folder).resolve()
+    recover_folder(folder)
+    check_target(folder, overwrite=overwrite)
+    with atomic_folder(folder) as partial:
+        parts = _write_parts(partial / TRANSFORMER, model)
+        component = Component(
+            recipe=recipe, report=report, config=config, base_sha256="", parts=parts
+        )
+        write_manifest(partial, type(model).__name__, {TRANSFORMER: component})
+
+
+def _write_parts(folder: Path, model: nnx.Module) -> dict[str, str]:
+    """Make a component's folder with a model's arrays; return the hashes of its parts."""
+    parts: dict[str, dict[str, jax.Array]] = collections.defaultdict(dict)
+    for name, array in stored_arrays(nnx.state(model)).items():
+        parts[part_of(name)][name] = array
+    folder.mkdir()
+    return {name: write_part(folder / name, arrays) for name, arrays in parts.items()}
 
 
 def carried_files(base: Path, index: Mapping[str, Any]) -> list[Path]:
