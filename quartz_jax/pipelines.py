@@ -298,6 +298,7 @@ def calibrate(
         steps=tuple(taken),
         seed=seed,
         propagate=propagate,
+        size=(options.width, options.height),
     )
     return Calibration(make=make, record=record)
 
