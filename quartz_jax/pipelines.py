@@ -313,6 +313,7 @@ def calibrate(
         steps=tuple(taken),
         seed=seed,
         propagate=propagate,
+        size=(options.width, options.height),
     )
     return Calibration(make=make, record=record)
 

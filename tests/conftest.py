@@ -31,6 +31,7 @@ QUICKLY_COMPILED = {
     "scripts",
     "quartz_jax/test_activation_ranges.py",
     "quartz_jax/test_analysis.py",
+    "quartz_jax/test_calibrated.py",
     "quartz_jax/test_checkpoint.py",
     "quartz_jax/test_conversion.py",
     "quartz_jax/test_convert.py",

@@ -17,7 +17,14 @@ import numpy as np
 from flax import nnx
 
 from quartz_jax.conversion.checkpoint import CalibrationRecord
-from quartz_jax.conversion.model import OTHER, Part, leaf_name, quantize_shapes
+from quartz_jax.conversion.model import (
+    OTHER,
+    Part,
+    leaf_name,
+    part_of,
+    quantize_shapes,
+    stored_arrays,
+)
 from quartz_jax.engine.observe import ROWS, statistics, watch
 from quartz_jax.io.files import atomic_file
 from quartz_jax.recipes.recipe import Recipe
@@ -49,21 +56,25 @@ class Calibration:
     record: CalibrationRecord
 
     def load(self, path: Path) -> list[Sample]:
-        """Return the samples, from a file if they were made before."""
+        """Return the samples, from a file if they were made before.
+
+        The file says the dtypes by name: numpy forgets that of bfloat16.
+        """
         if not path.exists():
             arrays: dict[str, Any] = {
-                f"{i}/{name}": np.asarray(value)
+                f"{i}/{name}/{array.dtype}": array.view(f"u{array.dtype.itemsize}")
                 for i, sample in enumerate(self.make())
                 for name, value in sample.items()
                 if value is not None
+                for array in [np.asarray(value)]
             }
             with atomic_file(path) as partial, partial.open("wb") as file:
                 np.savez(file, **arrays)
         samples: dict[int, dict[str, np.ndarray]] = {}
         with np.load(path, allow_pickle=False) as file:
             for key in file:
-                index, _, name = key.partition("/")
-                samples.setdefault(int(index), {})[name] = file[key]
+                index, name, dtype = key.split("/")
+                samples.setdefault(int(index), {})[name] = file[key].view(jnp.dtype(dtype))
         return [samples[i] for i in sorted(samples)]
 
 
@@ -89,6 +100,11 @@ def check(
                 f"recipe {recipe.name!r} would calibrate {outside[0]}, which lies in none of the "
                 "model's blocks; leave it out, or give it a plain format"
             )
+        if part.name not in {OTHER, *names}:
+            raise ValueError(
+                f"{type(model).__name__} holds a list with {part.name}, which isn't one of its "
+                f"blocks(), so recipe {recipe.name!r}, which is calibrated, can't be used for it"
+            )
     return model
 
 
@@ -112,6 +128,8 @@ class BlockRun:
         self.blocks = dict(model.blocks())
         self.samples = samples
         self.carries: list[Any] = []
+        if OTHER not in map(part_of, stored_arrays(nnx.state(model))):
+            self.carries = _start(model, {}, samples)
 
     def observe(self, part: Part, params: Mapping[str, np.ndarray]) -> dict[str, Seen]:
         """Return what the layers of a block are given, by path; nothing for what isn't a block."""

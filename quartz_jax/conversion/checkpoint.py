@@ -76,6 +76,7 @@ class CalibrationRecord:
     steps: tuple[int, ...]  # of sampling, those that calls were taken at
     seed: int  # of the noise
     propagate: bool  # whether blocks saw what the quantized blocks before them made
+    size: tuple[int, int] | None = None  # width and height of images; None where there are none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from quartz_jax.io.files import (
     join_hashes,
     recover_folder,
     resumable_folder,
+    stamps,
     tree_bytes,
     work_folder,
 )
@@ -189,8 +190,11 @@ class Conversion:
                 for source in self.sources
                 if source.calibration and source.calibrated
             },
-            "files": [[str(x), x.stat().st_size, x.stat().st_mtime_ns] for x in files],
-            "carried": [[item.name, item.bytes] for item in self.carried],
+            "files": [stamp for file in files for stamp in stamps(file)],
+            "carried": [
+                [item.name, item.bytes, stamps(item.source) if item.source else []]
+                for item in self.carried
+            ],
         }
 
     def _write_parts(self, work: WorkFolder, progress: bool) -> None:

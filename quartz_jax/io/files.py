@@ -256,10 +256,7 @@ def unchanged(path: Path, sha256: str) -> bool:
     The answer yes is kept in the user's cache together with sizes and times, and no file is read
     again as long as those are the same.
     """
-    inside = sorted(x for x in path.rglob("*") if x.is_file() and not is_system_file(x))
-    files = [path] if path.is_file() else inside
-    stamps = [[str(x.absolute()), x.stat().st_size, x.stat().st_mtime_ns] for x in files]
-    key = hashlib.sha256(json.dumps([sha256, stamps]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([sha256, stamps(path)]).encode()).hexdigest()
     note = cache_folder() / "unchanged" / key
     if note.exists():
         return True
@@ -269,6 +266,13 @@ def unchanged(path: Path, sha256: str) -> bool:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
     return found == sha256
+
+
+def stamps(path: Path) -> list[tuple[str, int, int]]:
+    """Return path, size and time of a file, or of those that `hash_files` sees of a folder."""
+    inside = sorted(x for x in path.rglob("*") if x.is_file() and not is_system_file(x))
+    files = [path] if path.is_file() else inside
+    return [(str(x.absolute()), x.stat().st_size, x.stat().st_mtime_ns) for x in files]
 
 
 def is_system_file(path: Path) -> bool:

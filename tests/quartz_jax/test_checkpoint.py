@@ -377,7 +377,7 @@ def test_version_3_loads():
     component = manifest.components["transformer"]
     assert (manifest.format_version, component.recipe, component.config) == (3, MIXED, STEPPED)
     assert component.calibration == checkpoint.CalibrationRecord(
-        prompts_sha256="0" * 64, samples=4, steps=(0, 2), seed=0, propagate=True
+        prompts_sha256="0" * 64, samples=4, steps=(0, 2), seed=0, propagate=True, size=(32, 32)
     )
     assert [layer.path for layer in component.report.layers] == [
         "embed",
