@@ -27,6 +27,7 @@ settings.load_profile("quartz")
 # so LLVM compiles those with few optimizations. The other tests hold operations to exact numbers,
 # which optimizations endanger, or compile for accelerators: theirs are compiled as users' are.
 QUICKLY_COMPILED = {
+    "docs",
     "models",
     "scripts",
     "quartz_jax/test_activation_ranges.py",
