@@ -348,7 +348,7 @@ def save_model(
                 "for example with a dropout that takes its key in the call"
             )
     try:
-        config = json.loads(json.dumps(dict(config or {})))
+        stored_config: dict[str, Any] = json.loads(json.dumps(dict(config or {})))
     except (TypeError, ValueError) as error:
         raise ValueError(f"config must be a JSON object: {error}") from None
     folder = Path(folder).resolve()
@@ -357,7 +357,11 @@ def save_model(
     with atomic_folder(folder) as partial:
         parts = _write_parts(partial / TRANSFORMER, model)
         component = Component(
-            recipe=recipe, report=report, config=config, base_sha256="", parts=parts
+            recipe=recipe,
+            report=report,
+            config=stored_config,
+            base_sha256="",
+            parts=parts,
         )
         write_manifest(partial, type(model).__name__, {TRANSFORMER: component})
 
