@@ -364,13 +364,13 @@ def save_model(
       ValueError: the model is placed or holds random keys, config is no JSON object, or the folder
         exists or can't be written.
     """
-    check_unplaced(model, recipe, report)
     for name, array in stored_arrays(nnx.state(model)).items():
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             raise ValueError(
                 f"model holds a random key, {name}, which no checkpoint does; build it without, "
                 "for example with a dropout that takes its key in the call"
             )
+    check_unplaced(model, recipe, report)
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(config or {})))
     except (TypeError, ValueError) as error:

@@ -91,10 +91,18 @@ def ops_of(module):
 
 
 def definition(module, x):
-    """The input through the ops, in its format; times the stored weight; plus what ops add."""
-    given, added = run_ops(ops_of(module), x)
+    """The input through the ops, in its format; times the stored weight; plus what ops add.
+
+    A last branch beside an int8 input reads that, by factors in int8.
+    """
+    ops = ops_of(module)
+    reads_int8 = bool(ops) and isinstance(ops[-1], Product) and module.activation == INT8
+    given, added = run_ops(ops[:-1] if reads_int8 else ops, x)
     given = given if module.activation is None else module.activation(given)
     y = simulated_dot(given, dequantize(module.weight.get_value()))
+    if reads_int8:
+        inner = simulated_dot(given, INT8(ops[-1].down.T))
+        y = y + simulated_dot(inner, ops[-1].up.astype(jnp.float32))
     y = y if module.bias is None else y + module.bias.get_value()
     return y if added is None else y + added
 

@@ -1,5 +1,6 @@
 """What `place` does to a model: weights in the kernels' order, attention in one pass."""
 
+import dataclasses
 import functools
 import re
 import sys
@@ -16,6 +17,7 @@ from layers import EVERY_OP, layer_of
 from models.flux import FluxConfig, FluxTransformer
 from quartz_jax import Int, LayerRecipe, QuantizedLinear, Quartz, get_recipe, place, quantize_model
 from quartz_jax.conversion.model import quantize_layer
+from quartz_jax.engine.attention import attention_of
 from quartz_jax.engine.linear import how_it_runs
 from quartz_jax.engine.place import is_placed, place_weight
 from quartz_jax.formats import IF4, NVFP4, FittedTable
@@ -87,7 +89,7 @@ def test_place_leaves_the_given_model_alone():
         leaves = (jax.tree.leaves(x) for x in (value, after[path]))
         assert all(one is other for one, other in zip(*leaves, strict=True)), path
     attention = model.double_blocks[0].attention, placed.double_blocks[0].attention
-    assert attention[0].qk_norm_rope is not attention[1].qk_norm_rope
+    assert attention[0].attend is not attention[1].attend
     assert placed.double_blocks[0].img_mlp.up.weight.get_value().values.dtype == jnp.int8
 
 
@@ -98,8 +100,19 @@ def test_a_placement_names_every_quantized_layer_and_how_it_runs():
     assert placement.layers.keys() == {".".join(map(str, p)) for p in layers}
     assert placement.layers["double_blocks.0.img_mod.lin"] == "weight-only"
     assert placement.layers["single_blocks.0.linear1"] == "int8, as stored"
-    assert placement.attention == "one pass"
-    assert placement.table().splitlines()[-1] == "queries and keys: one pass"
+    assert placement.attention == "16 bits"
+    assert placement.table().splitlines()[-1] == "attention: 16 bits"
+
+
+def test_a_recipe_whose_attention_reads_8_bits_falls_back_and_says_why():
+    recipe = dataclasses.replace(get_recipe("w4a16"), attention="int8_fp8")
+    placed, placement = place(quantize_model(build(), recipe)[0], in_place=True)
+    assert placement.attention == "16 bits, since in 8 bits it needs a Hopper GPU, not cpu"
+    assert placed.double_blocks[0].attention.attend is attention_of("bf16")[0]
+    with on(H100):
+        kernel, words = attention_of("int8_fp8")
+    assert kernel is not attention_of("bf16")[0]
+    assert words == "int8 and float8"
 
 
 # One layer of each op and way to run, and pairs of formats that place brings to another form.

@@ -163,7 +163,7 @@ def test_a_clash_of_words_is_refused_and_the_first_stays():
     with pytest.raises(ValueError, match=r"'square-of-tests' is .*Square already"):
 
         @part(word="square-of-tests")
-        class Other:
+        class SquareAgain:
             """Another one."""
 
     assert words(Shape) == {"square-of-tests": Square}
