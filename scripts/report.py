@@ -2,7 +2,8 @@
 
 import sys
 
-from quartz_jax.cli import main
+from quartz_jax.cli import start
+from quartz_jax.cli.report import main
 
 if __name__ == "__main__":
-    sys.exit(main(["report", *sys.argv[1:]]))
+    sys.exit(start(main))

@@ -4,9 +4,12 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from quartz_jax.cli.arguments import run
+
+# Of transformers: that there is no PyTorch, which nothing here needs. Before a command imports it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 COMMANDS = {
     "generate": "make images from text",
@@ -30,8 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         print(f"error: unknown command {name!r}; it must be one of {known}", file=sys.stderr)
         return 2
-    # Of transformers: that there is no PyTorch, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     module = importlib.import_module(f"quartz_jax.cli.{name}")
+    return start(module.main, rest)
+
+
+def start(
+    command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
+) -> int:
+    """Run a command as a process of its own and return its exit code; see `run`."""
     gc.freeze()  # modules are no garbage, so the collections between models needn't look at them
-    return run(module.main, rest)
+    return run(command, argv)

@@ -52,6 +52,7 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
     """Add whose noise levels are taken, which single files don't say."""
     parser.add_argument(
         "--schedule",
+        "--scheduler",
         choices=("dev", "schnell", "folder"),
         help="noise levels of FLUX.1-dev, -schnell or of --text-encoders; default: the model's own",
     )

@@ -6,7 +6,8 @@ script beside it.
 
 import sys
 
-from quartz_jax.cli import main
+from quartz_jax.cli import start
+from quartz_jax.cli.inspect import main
 
 if __name__ == "__main__":
-    sys.exit(main(["inspect", *sys.argv[1:]]))
+    sys.exit(start(main))
