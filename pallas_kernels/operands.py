@@ -16,7 +16,7 @@ def _static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-class _Rows:
+class Rows:
     """What follows from the stored arrays alone, so also under vmap and shard_map."""
 
     @property
@@ -47,7 +47,7 @@ class _Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int8Rows(_Rows):
+class Int8Rows(Rows):
     """int8 rows under one scale a row; the contraction axis is last."""
 
     values: jax.Array  # [..., k], int8; asymmetric ones minus 128
@@ -70,7 +70,7 @@ class Int8Rows(_Rows):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedRows(_Rows):
+class PackedRows(Rows):
     """Rows in the QuaRTZ format, `pallas_kernels.codec`, the contraction axis last in storage.
 
     Invariants: codes hold whole groups, the last one padded with zeros; `axis` is negative, so

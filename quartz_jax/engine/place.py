@@ -75,15 +75,6 @@ def place(
     return model, Placement(layers=layers, attention=attention)
 
 
-def is_placed(model: nnx.Module) -> bool:
-    """Whether a model holds weights in the order of some kernel."""
-    return any(
-        isinstance(module, QuantizedLinear)
-        and isinstance(module.weight.get_value(), PreparedWeights)
-        for _, module in nnx.iter_modules(model)
-    )
-
-
 @functools.partial(jax.jit, static_argnames=("expand", "dtype"))
 def place_weight(
     weight: Stored | PreparedWeights,  # [n, k]

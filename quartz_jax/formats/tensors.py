@@ -5,12 +5,11 @@ What kernels multiply is defined beside them: `Int8Rows` and `PackedRows` of
 """
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
 import jax
 
-from pallas_kernels.operands import Int8Rows, PackedRows
+from pallas_kernels.operands import Int8Rows, PackedRows, Rows
 
 if TYPE_CHECKING:
     from quartz_jax.formats.base import Format
@@ -20,7 +19,7 @@ __all__ = ["BlockRows", "Int8Rows", "PackedRows", "Stored"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockRows:
+class BlockRows(Rows):
     """Rows in any format: codes, and what the format keeps of the scales of blocks and rows."""
 
     # [..., ceil(k padded / 2)], uint8: two 4-bit codes a byte, low nibble first; or 8-bit codes
@@ -38,26 +37,6 @@ class BlockRows:
     def shape(self) -> tuple[int, ...]:
         """Logical shape, that of the array that was quantized."""
         return (*self.codes.shape[:-1], self.k)
-
-    @property
-    def size(self) -> int:
-        """Number of logical elements."""
-        return math.prod(self.shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all stored arrays."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-    @property
-    def bits_per_element(self) -> float:
-        """Stored bits, scales and padding included, for each logical element."""
-        return 8 * self.nbytes / self.size
 
 
 Stored = Int8Rows | PackedRows | BlockRows

@@ -15,11 +15,12 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from layers import EVERY_OP, layer_of
 
 from models.flux import FluxConfig, FluxTransformer
+from pallas_kernels.matmul import PreparedWeights
 from quartz_jax import Int, LayerRecipe, QuantizedLinear, Quartz, get_recipe, place, quantize_model
 from quartz_jax.conversion.model import quantize_layer
 from quartz_jax.engine.attention import attention_of
 from quartz_jax.engine.linear import how_it_runs
-from quartz_jax.engine.place import is_placed, place_weight
+from quartz_jax.engine.place import place_weight
 from quartz_jax.formats import IF4, NVFP4, FittedTable
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
@@ -59,6 +60,15 @@ def quantized(recipe="w4a4x"):
 
 def arrays(model):
     return {p: x.get_value() for p, x in nnx.to_flat_state(nnx.state(model))}
+
+
+def is_placed(model: nnx.Module) -> bool:
+    """Whether a model holds weights in the order of some kernel."""
+    return any(
+        isinstance(module, QuantizedLinear)
+        and isinstance(module.weight.get_value(), PreparedWeights)
+        for _, module in nnx.iter_modules(model)
+    )
 
 
 def on(kind):
