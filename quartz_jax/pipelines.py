@@ -292,7 +292,7 @@ def calibrate(
     """Return what a conversion calibrates a transformer on; nothing is sampled before it starts.
 
     Args:
-      pipeline: draws the prompts in its own number of steps.
+      pipeline: draws the prompts, in twice as many steps as are looked at, or its own fewer.
       prompts: an image each.
       seed: of the noise.
       steps: of sampling that statistics are taken at, evenly spaced; all if there are no more.
@@ -300,7 +300,8 @@ def calibrate(
       propagate: let blocks see what the quantized blocks before them made.
     """
     options, count = SamplingOptions.of(pipeline, size), len(prompts)
-    total = options.num_inference_steps
+    total = min(options.num_inference_steps, 2 * steps)
+    options = dataclasses.replace(options, num_inference_steps=total)
     taken = sorted({int(step) for step in np.linspace(0, total - 1, min(steps, total)).round()})
     tokens = options.height * options.width // pipeline.token_pixels**2
     most = min(_IMAGES_AT_ONCE, max(1, _TOKENS_AT_ONCE // tokens))

@@ -95,13 +95,10 @@ class QuantizedLinear(nnx.Module):
             out_dtype=dtype,
         )
         ops = self.ops.get_value() if self.ops else ()
-        weight = self.weight.get_value()
-        if self.simulated:
-            y = _simulated(*through(ops, given, epilogue), weight, self.activation)
-        else:
-            ops, last = _apart(ops, self.activation)
-            given, epilogue = through(ops, given, epilogue)
-            y = product(given, weight, self.activation, epilogue, last)
+        ops, last = apart(ops, self.activation)
+        given, epilogue = through(ops, given, epilogue)
+        run = _simulated if self.simulated else product
+        y = run(given, self.weight.get_value(), self.activation, epilogue, last)
         y = y.reshape(*leading, n)
         y = gate * y if outside and gate is not None else y
         return residual + y if outside and residual is not None else y
@@ -225,7 +222,7 @@ def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Give
     return given, epilogue
 
 
-def _apart(ops: tuple[Op, ...], activation: Format | None) -> tuple[tuple[Op, ...], Product | None]:
+def apart(ops: tuple[Op, ...], activation: Format | None) -> tuple[tuple[Op, ...], Product | None]:
     """Return the ops, and apart from them a last branch that may read the quantized input.
 
     Eight bits are so near to what a branch would read in 16 that it reads those: half the bytes,
@@ -235,6 +232,11 @@ def _apart(ops: tuple[Op, ...], activation: Format | None) -> tuple[tuple[Op, ..
     if isinstance(last, Product) and isinstance(activation, Int) and activation.is_operand:
         return ops[:-1], last
     return ops, None
+
+
+def down_8bit(branch: Product) -> Stored | PreparedWeights:
+    """Return what a branch that reads the quantized input multiplies it by, [rank, k]."""
+    return INT8.store(branch.down.T) if branch.down_8bit is None else branch.down_8bit
 
 
 def _with_branch(epilogue: Epilogue, inner: jax.Array, up: jax.Array) -> Epilogue:
@@ -256,29 +258,32 @@ def product(
     if activation is None:
         return _weight_only(given.value().astype(given.dtype), weight, epilogue)
     if how_it_runs(weight, activation) == "simulated":  # a format without an operand
-        assert not isinstance(weight, PreparedWeights)
-        return _simulated(given, epilogue, weight, activation)
+        return _simulated(given, weight, activation, epilogue, branch)
     rows = given.quantized(activation)
     if branch is not None:
-        down = INT8.store(branch.down.T)
-        inner = multiply(rows, down, Epilogue(out_dtype=given.dtype))
+        inner = multiply(rows, down_8bit(branch), Epilogue(out_dtype=given.dtype))
         epilogue = _with_branch(epilogue, inner, branch.up.astype(given.dtype))
     return multiply(rows, weight, epilogue)
 
 
 def _simulated(
     given: Given,  # [m, k]
-    epilogue: Epilogue,
-    weight: Stored,  # [n, k]
+    weight: Stored | PreparedWeights,  # [n, k]
     activation: Format | None,
+    epilogue: Epilogue,
+    branch: Product | None = None,  # that reads the quantized input
 ) -> jax.Array:
     """Return the product [m, n] in float32 of what the formats make of input and weight."""
+    assert not isinstance(weight, PreparedWeights)
     if activation is None:
         x = given.value().astype(jnp.float32)
     else:  # never packed
         x = activation(jax.lax.optimization_barrier(given.images(activation)))
-    y = simulated_dot(x.reshape(-1, x.shape[-1]), dequantize(weight))
-    return reference.finish(y, epilogue)
+    x = x.reshape(-1, x.shape[-1])
+    if branch is not None:
+        inner = simulated_dot(x, dequantize(down_8bit(branch))).astype(given.dtype)
+        epilogue = _with_branch(epilogue, inner, branch.up.astype(given.dtype))
+    return reference.finish(simulated_dot(x, dequantize(weight)), epilogue)
 
 
 def how_it_runs(weight: Stored | PreparedWeights, activation: Format | None) -> str:
