@@ -22,7 +22,8 @@ from flax import nnx
 
 import models
 from models import build_component
-from models.flux import FluxTransformer, add_lora, read_lora
+from models.flux import FluxTransformer
+from models.lora import add_lora, read_lora
 from models.sampler import Sampler
 from models.stages import Deferred
 from quartz_jax.conversion import checkpoint

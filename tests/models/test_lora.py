@@ -11,8 +11,8 @@ from flax import nnx
 
 import models
 from models.flux import FluxConfig
-from models.flux.lora import LoRALinear, add_lora, read_lora
 from models.linear import Linear, Part
+from models.lora import LoRALinear, add_lora, read_lora
 from models.stored_files import CheckpointError
 
 torch = pytest.importorskip("torch")

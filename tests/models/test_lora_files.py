@@ -13,7 +13,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 from small_flux import SIZES
 
-from models.flux import FluxTransformer, add_lora, read_lora
+from models.flux import FluxTransformer
+from models.lora import add_lora, read_lora
 from models.stored_files import CheckpointError
 
 CONFIG = SIZES["transformer"]

@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 
 import models
 from models.checkpoint_io import export_params
-from models.flux import add_lora, read_lora
 from models.flux.latents import pack
 from models.flux.params import bfl_rules as bfl_transformer_rules
+from models.lora import add_lora, read_lora
 from models.pictures import to_pixels
 from models.vae.params import bfl_rules as bfl_vae_rules
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.flux import FluxConfig, FluxTransformer, add_lora, read_lora
+from models.flux import FluxConfig, FluxTransformer
+from models.lora import add_lora, read_lora
 from quartz_jax import QuantizedLinear, get_recipe, quantize_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
