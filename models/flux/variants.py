@@ -2,9 +2,9 @@
 
 Kontext edits it, Fill paints where a mask covers it, Canny and Depth follow a sketch of edges or a
 map of distances. The transformer is FLUX.1's; what differs is what it is given beside the latents
-(diffusers 0.42.1, `pipelines/flux/pipeline_flux_kontext.py`, `_fill.py`, `_control.py`). Where those
-draw from the autoencoder's distribution, its mean is taken here: the image is what it is, whatever
-the seed.
+(diffusers 0.42.1, `pipelines/flux/`: `pipeline_flux_kontext.py`, `_fill.py`, `_control.py`). Where
+those draw from the autoencoder's distribution, its mean is taken here: the image is what it is,
+whatever the seed.
 """
 
 import dataclasses
