@@ -143,3 +143,16 @@ def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path
     done = run_script("generate.py", "--out", tmp_path / "image.png", "--prompt")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith("error: no prompt was given")
+
+
+def test_a_model_that_paints_in_a_mask_takes_image_and_mask(make, photo, tmp_path_factory, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    from tiny_pipeline import make_tiny_flux
+
+    model = tmp_path_factory.mktemp("fill")
+    make_tiny_flux(model, kind=diffusers.FluxFillPipeline, extra_channels=16 + 256)
+    with pytest.raises(ValueError, match="references holds 0 images; give one, the picture"):
+        make(model=model)
+    out, _ = make("--image", photo, "--mask", photo, model=model)
+    other, _ = make("--image", photo, "--mask", out, model=model, name="other.png")
+    assert out.read_bytes() != other.read_bytes()
