@@ -49,9 +49,8 @@ def test_a_family_is_named_in_its_folder_and_in_one_other_file_alone():
 
     folders = {family.denoiser.__module__.split(".")[1] for family in FAMILIES}
     assert "flux" in folders
-    for file in (
-        x for top in ("models", "quartz_jax", "scripts") for x in (ROOT / top).rglob("*.py")
-    ):
+    found = (x for top in ("models", "quartz_jax", "scripts") for x in (ROOT / top).rglob("*.py"))
+    for file in filter(Path.is_file, found):
         where = file.relative_to(ROOT).as_posix()
         if where == "models/families.py" or where.startswith(ABOUT_FLUX):
             continue
