@@ -52,7 +52,9 @@ from quartz_jax.io.files import (
     hash_file,
     hash_files,
     is_system_file,
+    read_json,
     recover_folder,
+    sync,
     tree_bytes,
     unchanged,
 )
@@ -195,7 +197,7 @@ def read_manifest(folder: Path | str) -> Manifest:
     """
     path = Path(folder) / _MANIFEST
     try:
-        return Manifest.from_json(json.loads(path.read_text()))
+        return Manifest.from_json(read_json(path))
     except NotADirectoryError:
         raise ValueError(f"{folder} is a file; expected the folder of a checkpoint") from None
     except FileNotFoundError:
@@ -221,7 +223,7 @@ def write_manifest(folder: Path, base_name: str, components: dict[str, Component
         carried=carried,
     )
     with atomic_file(folder / _MANIFEST) as partial:
-        partial.write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
+        partial.write_text(json.dumps(manifest.to_json(), indent=2) + "\n", encoding="utf-8")
     return manifest
 
 
@@ -262,6 +264,7 @@ def write_part(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> st
         raise OSError(f"{folder} can't be read back: {error}") from error
     if {name: x.shape for name, x in found.items()} != {n: x.shape for n, x in arrays.items()}:
         raise OSError(f"{folder} can't be read back; choose a path of plain letters")
+    sync(folder)
     return hash_files(folder, "*")
 
 
@@ -560,7 +563,7 @@ def _from_version_1(value: dict[str, Any]) -> dict[str, Any]:
 
 def _read_base(base: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads((base / name).read_text())
+        return read_json(base / name)
     except (OSError, ValueError) as error:
         raise ValueError(f"base {base} has no usable {name}: {error}") from None
 

@@ -37,6 +37,7 @@ from quartz_jax.io.files import (
     recover_folder,
     resumable_folder,
     stamps,
+    sync,
     tree_bytes,
     work_folder,
 )
@@ -290,6 +291,7 @@ def _carry(item: Carried, work: WorkFolder) -> None:
     if target.exists():
         return
     item.write(work.scratch)
+    sync(work.scratch)
     work.scratch.rename(target)
 
 

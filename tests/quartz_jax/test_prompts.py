@@ -43,7 +43,7 @@ def test_a_part_of_a_list_is_the_published_sample(listed):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[1", "it is no JSON"),
+        ("[1", "is no JSON"),
         ('["a"]', "it is a list"),
         ('{"a": "b"}', "entry 'a' isn't"),
         ('{"a": {"prompt": "b"}}', "entry 'a' isn't"),
