@@ -62,6 +62,7 @@ def load_pipeline(
     folder: Path | str,
     *,
     loras: Sequence[tuple[Path, float]] = (),
+    lora_transformer_only: bool = False,
     expand: bool = False,
     keep_loaded: bool = True,
 ) -> FluxPipeline:
@@ -70,6 +71,7 @@ def load_pipeline(
     Args:
       folder: what `quartz quantize` made.
       loras: files and scales of adapters.
+      lora_transformer_only: leave out what they hold for text encoders, which take none here.
       expand: keep 4-bit weights decoded to int8 on the device: twice the memory.
       keep_loaded: load all models now and keep them; otherwise each is loaded for the stage that
         needs it, in every call.
@@ -77,7 +79,10 @@ def load_pipeline(
     Raises:
       ValueError: the folder is no quantized checkpoint, or one that can't be used.
     """
-    pipeline = open_checkpoint(Path(folder), loras=loras, expand=expand).pipeline
+    opened = open_checkpoint(
+        Path(folder), loras=loras, lora_transformer_only=lora_transformer_only, expand=expand
+    )
+    pipeline = opened.pipeline
     return pipeline.load() if keep_loaded else pipeline
 
 
@@ -134,13 +139,18 @@ def placed(
 
 
 def open_checkpoint(
-    folder: Path, *, loras: Sequence[tuple[Path, float]] = (), expand: bool = False
+    folder: Path,
+    *,
+    loras: Sequence[tuple[Path, float]] = (),
+    lora_transformer_only: bool = False,
+    expand: bool = False,
 ) -> Opened:
     """Open a quantized checkpoint, and the reports that were saved with it.
 
     Args:
       folder: the checkpoint.
       loras: files and scales of adapters.
+      lora_transformer_only: leave out what they hold for text encoders, which take none here.
       expand: keep 4-bit weights decoded to int8 on the device.
     """
     manifest = checkpoint.read_manifest(folder)
@@ -158,7 +168,7 @@ def open_checkpoint(
     if TRANSFORMER not in given:
         files = models.find_model(folder)
         given[TRANSFORMER] = _quantized(files, TRANSFORMER, get_recipe("bf16"), reports)
-    given = _prepared(given, loras, expand)
+    given = _prepared(given, loras, lora_transformer_only, expand)
     return Opened(pipeline=_open_pipeline(folder, given), reports=reports)
 
 
@@ -191,6 +201,7 @@ def open_16_bit(
     text_encoders: Path | None = None,
     schedule: str | None = None,
     loras: Sequence[tuple[Path, float]] = (),
+    lora_transformer_only: bool = False,
     expand: bool = False,
 ) -> Opened:
     """Open a 16-bit model whose components are quantized when they are loaded.
@@ -201,6 +212,7 @@ def open_16_bit(
       text_encoders: gives what `model` lacks.
       schedule: "dev", "schnell" or "folder", as `models.find_model` takes it.
       loras: files and scales of adapters.
+      lora_transformer_only: leave out what they hold for text encoders, which take none here.
       expand: keep 4-bit weights decoded to int8 on the device.
 
     Raises:
@@ -217,7 +229,7 @@ def open_16_bit(
     files = models.find_model(model, text_encoders, schedule)
     reports: dict[str, Report] = {}
     given = {name: _quantized(files, name, recipe, reports) for name, recipe in recipes.items()}
-    given = _prepared(given, loras, expand)
+    given = _prepared(given, loras, lora_transformer_only, expand)
     pipeline = _open_pipeline(model, given, text_encoders, schedule)
     return Opened(pipeline=pipeline, reports=reports)
 
@@ -237,11 +249,14 @@ def _quantized(
 
 
 def _prepared(
-    given: Mapping[str, Deferred], loras: Sequence[tuple[Path, float]], expand: bool
+    given: Mapping[str, Deferred],
+    loras: Sequence[tuple[Path, float]],
+    transformer_only: bool,
+    expand: bool,
 ) -> dict[str, Deferred]:
     """Read and check adapters; return models that load ready for the device, and with them."""
     config = given[TRANSFORMER].config
-    adapters = [read_lora(path, config) for path, _ in loras]
+    adapters = [read_lora(path, config, transformer_only=transformer_only) for path, _ in loras]
     scales = [scale for _, scale in loras]
 
     def load(name: str, deferred: Deferred) -> Any:

@@ -79,6 +79,13 @@ def finite(text: str) -> float:
     return float(text)
 
 
+def amount(text: str) -> float:
+    """Return a finite number above 0, for argparse."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
+    return float(text)
+
+
 def seed(text: str) -> int:
     """Return what gives a noise of its own, for argparse: JAX takes seeds modulo 2**32."""
     if not 0 <= int(text) < 2**32:

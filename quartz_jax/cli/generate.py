@@ -21,35 +21,55 @@ from quartz_jax.io.files import check_output
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Generate, save a PNG and print what was done."""
+    """Generate, save a PNG or one a prompt, and print what was done."""
     args = parse(argv)
     start = time.perf_counter()
     options = sampling_options(args)
-    check_output(args.out)
-    if args.out.suffix.lower() != ".png":
-        raise ValueError(f"--out is {args.out}, and a PNG is written; give a name ending in .png")
+    files = output_files(args)
     compilation_cache.enable(not args.no_cache)
     opened, base = open_model(args)
+    check_negative(args, opened.pipeline)
     pictures = sample(opened.pipeline, args, options)
     seconds, report = time.perf_counter() - start, opened.report
     result = {"recipe": report.recipe, "seed": args.seed, "seconds": seconds}
     result |= {"transformer_bytes": report.bytes, "transformer_bytes_bf16": report.bytes_bf16}
-    result |= {"psnr": None, "ssim": None, "out": str(args.out)}
+    names = [str(file) for file in files]
+    result |= {"psnr": None, "ssim": None, "out": names if args.separate else names[0]}
     result |= {"stages": stages(opened.pipeline.times, seconds)}
     result |= {"peak_bytes": opened.pipeline.times.peak_bytes or None}
     result |= {"programs": compilation_cache.counts() or None}
-    if base is None:
-        rows, labels = images.square([[picture] for picture in pictures]), []
-    else:
+    items, labels = [[picture] for picture in pictures], []
+    if base is not None:
         originals = sample(base.pipeline, args, options)
         result["psnr"] = float(np.mean(psnr(pictures, originals)))
         result["ssim"] = float(np.mean(ssim(pictures, originals)))
-        rows = images.square(list(zip(originals, pictures, strict=True)))
-        labels = ["bf16", report.recipe] * (len(rows[0]) // 2)
-    images.save_png(images.grid(rows, labels), args.out)
+        items = [list(pair) for pair in zip(originals, pictures, strict=True)]
+        labels = ["bf16", report.recipe]
+    for file, shown in zip(files, [[x] for x in items] if args.separate else [items], strict=True):
+        rows = images.square(shown)
+        images.save_png(images.grid(rows, labels * (len(rows[0]) // 2)), file)
     show(result)
     if args.json:
         print(json.dumps(result))
+
+
+def output_files(args: argparse.Namespace) -> list[Path]:
+    """Return the PNGs to write, which can be written: one, or x-1.png and such for x.png."""
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out is {args.out}, and a PNG is written; give a name ending in .png")
+    count = len(args.prompt)
+    numbers = [f"-{i:0{len(str(count))}}" for i in range(1, count + 1)] if args.separate else [""]
+    files = [args.out.with_name(f"{args.out.stem}{x}{args.out.suffix}") for x in numbers]
+    return [check_output(file) for file in files]
+
+
+def check_negative(args: argparse.Namespace, pipeline: Any) -> None:
+    """Raise ValueError for a negative prompt that nothing would look at."""
+    scale = pipeline.defaults.true_cfg_scale if args.true_cfg is None else args.true_cfg
+    if args.negative_prompt and scale == 1:
+        raise ValueError(
+            "--negative-prompt only counts with classifier-free guidance; add --true-cfg, such as 4"
+        )
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,6 +80,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     image = images.read_image(args.init_image) if args.init_image else None
     options = {"width": width, "height": height, "num_inference_steps": args.steps}
     options |= {"guidance_scale": args.guidance, "true_cfg_scale": args.true_cfg}
+    options |= {"negative_prompt": args.negative_prompt}
     return options | {"image": image, "strength": args.strength, "seed": args.seed}
 
 
@@ -67,6 +88,7 @@ def open_model(args: argparse.Namespace) -> tuple[pipelines.Opened, pipelines.Op
     """Return the quantized pipeline and, to compare with, the one in bf16."""
     loras = cli.lora_scales(args.lora, args.lora_scale)
     options: dict[str, Any] = {"loras": loras, "expand": args.expand}
+    options |= {"lora_transformer_only": args.lora_transformer_only}
     if checkpoint.is_checkpoint(args.model):
         _check_checkpoint(args)
         return pipelines.open_checkpoint(args.model, **options), None
@@ -112,7 +134,9 @@ def show(result: dict) -> None:
     """Print the result for people."""
     ratio = result["transformer_bytes"] / result["transformer_bytes_bf16"]
     megabytes = result["transformer_bytes"] / 1e6
-    print(f"{result['out']}: {result['recipe']}, seed {result['seed']}, {result['seconds']:.1f} s")
+    out = result["out"]
+    out = out if isinstance(out, str) else f"{out[0]} to {out[-1]}"
+    print(f"{out}: {result['recipe']}, seed {result['seed']}, {result['seconds']:.1f} s")
     print(f"transformer {megabytes:.1f} MB, {ratio:.3f} of bf16")
     for name, seconds in result["stages"].items():
         if name != "median step":
@@ -142,13 +166,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--recipe", help=f"{cli.COMPONENT_RECIPES}; default w4a8x, or the checkpoint's own")
     cli.add_schedule(parser)
     add("--prompt", nargs="*", default=[], metavar="TEXT", help="one image for each")
+    add("--negative-prompt", default="", metavar="TEXT", help="to steer away from; with --true-cfg")
     add("--init-image", type=Path, help="image file to start from, resized to --size")
     add("--strength", type=float, help="how far it is replaced, 0 to 1; default: the model's")
     add("--lora", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     add("--lora-scale", type=cli.finite, action="append", default=[], metavar="S", help="default 1")
+    add(
+        "--lora-transformer-only",
+        action="store_true",
+        help="leave out what the files hold for text encoders, which take no adapter here",
+    )
     cli.add_sampling(parser)
     add("--seed", type=cli.seed, default=0, help="of the noise")
     add("--out", type=Path, default=Path("outputs/image.png"), help="PNG to write")
+    add("--separate", action="store_true", help="one PNG a prompt, x-1.png and such for x.png")
     add("--compare", action="store_true", help="also run bf16 from the same noise")
     add("--expand", action="store_true", help="keep 4-bit weights as int8: twice the memory")
     add("--keep-loaded", action="store_true", help="load all models first and keep them")

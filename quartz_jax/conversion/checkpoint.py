@@ -476,9 +476,9 @@ def describe(folder: Path | str, *, layers: bool = False) -> str:
         component = manifest.components[path.name]
         report = component.report
         lines += [
-            f"{path.name}: {size:,} bytes in {len(component.parts)} parts, recipe "
+            f"{path.name}: {size:,} bytes, compressed, in {len(component.parts)} parts, recipe "
             f"{component.recipe.name}, base SHA-256 {component.base_sha256}",
-            *(f"  {line}" for line in report.summary().splitlines()),
+            *(f"  {line}" for line in report.summary().splitlines()),  # as they are in memory
             *(f"  {line}" for line in report.table().splitlines() if layers),
         ]
     return "\n".join([*lines, f"total: {total:,} bytes"])

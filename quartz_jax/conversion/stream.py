@@ -140,7 +140,9 @@ class Conversion:
                 ),
             ]
         lines += [f"{item.name}: {item.bytes:,} bytes, carried along" for item in self.carried]
-        return "\n".join([*lines, f"total: about {self.bytes:,} bytes"])
+        return "\n".join(
+            [*lines, f"total: {self.bytes:,} bytes at most; on the disk arrays are compressed"]
+        )
 
     def check(self, out: Path, *, overwrite: bool = False) -> None:
         """Raise ValueError where a checkpoint can't be written, or doesn't fit on the disk."""

@@ -1,6 +1,7 @@
 """Bad input to the scripts: one clear line, exit code 2, nothing half-written."""
 
 import json
+import os
 import shutil
 
 import make_synthetic_flux
@@ -372,3 +373,24 @@ def test_a_strength_outside_its_range(refused, tmp_path, photo, strength):
 
 def test_a_strength_without_an_image(refused, tmp_path):
     assert "add --init-image" in refused(generate.main, *drawn(tmp_path, "--strength", "0.5"))
+
+
+def test_a_negative_prompt_that_nothing_looks_at(refused, tiny, tmp_path):
+    argv = drawn(tmp_path, "--model", tiny, "--negative-prompt", "blurry")
+    assert "add --true-cfg" in refused(generate.main, *argv)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and names as POSIX has them")
+@pytest.mark.parametrize("script", ["generate", "quantize", "evaluate"])
+@pytest.mark.parametrize("name", ["loop.png", "q\udce9.png"])
+def test_an_output_that_leads_nowhere(refused, tmp_path, script, name):
+    mains = {"generate": generate.main, "quantize": quantize.main, "evaluate": evaluate.main}
+    needed = {"generate": ("--prompt", "a"), "quantize": (), "evaluate": ("--prompts", __file__)}
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    line = refused(mains[script], *needed[script], "--out", tmp_path / name)
+    assert "a link to itself" in line or "isn't UTF-8" in line
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_minutes_that_are_no_time(refused, minutes):
+    assert "is no finite number above 0" in refused(evaluate.main, f"--minutes={minutes}")

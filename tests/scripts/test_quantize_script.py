@@ -15,7 +15,7 @@ from flax import nnx
 
 import models
 from quartz_jax import QuantizedLinear, dequantize, get_recipe, pipelines, quantize_model
-from quartz_jax.cli import generate, quantize
+from quartz_jax.cli import generate, inspect, quantize
 from quartz_jax.conversion import checkpoint
 from quartz_jax.conversion.model import stored_arrays
 from quartz_jax.io.files import work_folder
@@ -135,7 +135,31 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys):
     assert ["single_blocks.2.linear2", "quartz", "g16"] in [
         x.split()[:3] for x in text.splitlines()
     ]
-    assert "vae: " in text and "total: about " in text
+    assert "vae: " in text and " bytes at most; on the disk arrays are compressed" in text
+
+
+def test_sizes_of_the_plan_the_report_and_inspect_agree(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--model", str(small), "--out", str(out)]
+    quantize.main([*argv, "--dry-run"])
+    plan = capsys.readouterr().out
+    quantize.main(argv)
+    table = capsys.readouterr().out
+    inspect.main([str(out)])
+    described = capsys.readouterr().out
+    report = checkpoint.read_manifest(out).report
+    assert f"transformer: recipe w4a8x, 29 layers, {report.bytes:,} bytes of" in plan
+    rows = {line.split()[0]: line.split() for line in plan.splitlines()}
+    for layer in report.layers:
+        assert f"{layer.bytes:,}" in rows[layer.path]
+        assert f"{layer.bytes:,}" in next(x for x in table.splitlines() if layer.path in x).split()
+    assert f"{report.bytes:,}" in table.splitlines()[-1].split()
+    assert f"{report.bytes:,} bytes in memory" in described
+    on_disk = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    assert f"total: {on_disk:,} bytes" in described
+    limit = int(plan.splitlines()[-1].split()[1].replace(",", ""))
+    assert report.bytes <= limit
+    assert on_disk <= limit + (out / "quartz.json").stat().st_size
 
 
 def test_killed_at_any_moment_and_run_again_it_gives_the_same(small, tmp_path):
