@@ -467,21 +467,26 @@ def describe(folder: Path | str, *, layers: bool = False) -> str:
         f"{manifest.format_version}, written by quartz-jax {manifest.library_version}"
     ]
     total = 0
-    for path in sorted(path for path in folder.iterdir() if path.name != _MANIFEST):
+    for path in sorted(folder.iterdir()):
         size = tree_bytes(path)
         total += size
-        if path.name not in manifest.components:
+        if path.name == _MANIFEST:
+            lines.append(f"{path.name}: {size:,} bytes")
+        elif path.name not in manifest.components:
             lines.append(f"{path.name}: {size:,} bytes, as it was")
-            continue
-        component = manifest.components[path.name]
-        report = component.report
-        lines += [
-            f"{path.name}: {size:,} bytes, compressed, in {len(component.parts)} parts, recipe "
-            f"{component.recipe.name}, base SHA-256 {component.base_sha256}",
-            *(f"  {line}" for line in report.summary().splitlines()),  # as they are in memory
-            *(f"  {line}" for line in report.table().splitlines() if layers),
-        ]
+        else:
+            lines += _describe(path.name, size, manifest.components[path.name], layers)
     return "\n".join([*lines, f"total: {total:,} bytes"])
+
+
+def _describe(name: str, size: int, component: Component, layers: bool) -> list[str]:
+    report = component.report
+    return [
+        f"{name}: {size:,} bytes, compressed, in {len(component.parts)} parts, recipe "
+        f"{component.recipe.name}, base SHA-256 {component.base_sha256}",
+        *(f"  {line}" for line in report.summary().splitlines()),
+        *(f"  {line}" for line in report.table().splitlines() if layers),
+    ]
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from quartz_jax.io.files import (
 from quartz_jax.recipes.recipe import Recipe
 
 _PART_OVERHEAD = 2**17  # bytes at most of Orbax's own files in a part
+_LAYER_OVERHEAD = 2**11  # of its lines in quartz.json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,9 @@ class Conversion:
     def bytes(self) -> int:
         """Bytes of the checkpoint, Orbax's own included."""
         parts = [part for source in self.sources for part in source.parts]
-        stored = sum(part.bytes + _PART_OVERHEAD for part in parts)
+        stored = sum(
+            part.bytes + _PART_OVERHEAD + _LAYER_OVERHEAD * len(part.layers) for part in parts
+        )
         return stored + sum(item.bytes for item in self.carried)
 
     def plan(self) -> str:
