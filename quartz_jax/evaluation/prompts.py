@@ -55,7 +55,8 @@ def read_lines(path: Path) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return read_text(path).splitlines()
+        # Other signs that end lines for some, such as those of forms and paragraphs, are text.
+        return read_text(path).split("\n")
     except ValueError as error:
         raise ValueError(f"prompts can't be read: {error}") from None
 
