@@ -131,10 +131,14 @@ def apply_recipe(
 
 
 def placed(
-    pipeline: FluxPipeline, *, component: str = TRANSFORMER
+    pipeline: FluxPipeline, *, component: str = TRANSFORMER, simulate: bool = False
 ) -> tuple[FluxPipeline, Placement]:
-    """Return a copy with one loaded model ready for this device's kernels, and how it runs."""
-    module, placement = place(getattr(pipeline, component), dtype=compute_dtype())
+    """Return a copy with one loaded model ready for this device's kernels, and how it runs.
+
+    See `engine.place` for `simulate`.
+    """
+    model = getattr(pipeline, component)
+    module, placement = place(model, dtype=compute_dtype(), simulate=simulate)
     return dataclasses.replace(pipeline, **{component: module}), placement
 
 
