@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,10 @@ class ModelFiles:
         return open_component(path, dtype, component=component, check_values=check_values)
 
     def load_tokenizers(self) -> dict[str, Any]:
-        """Return the tokenizers by component; raises CheckpointError where one doesn't load."""
-        return {name: load_tokenizer(self.paths[name]) for name in _TOKENIZERS}
+        """Return the tokenizers that are there; raises CheckpointError where one doesn't load."""
+        return {
+            name: load_tokenizer(self.paths[name]) for name in _TOKENIZERS if name in self.paths
+        }
 
 
 def find_model(
@@ -147,8 +149,9 @@ def find_model(
       path: a diffusers folder, with model_index.json; or a file in Black Forest Labs' naming such
         as flux1-dev.safetensors, an index of its shards, or a folder of such files. Beside a single
         file, ae.safetensors is the autoencoder if it is there.
-      text_encoders: a diffusers folder that gives the text encoders and tokenizers, and the
-        autoencoder where `path` has none. Needed for Black Forest Labs' files, which lack them.
+      text_encoders: a diffusers folder that gives what `path` lacks: of Black Forest Labs' files
+        the text encoders and tokenizers, and perhaps the autoencoder. Without it that is left out
+        of the paths: a transformer alone can be converted, though not sampled from.
       schedule: the noise levels and the number of steps that are the default: those of FLUX.1
         "dev" or "schnell", or of the "folder" that gives the text encoders. None for the model's
         own; files in Black Forest Labs' naming have none, and take dev's with a guidance embedding
@@ -183,15 +186,7 @@ def _find_single_files(
     paths, guidance = _classify(path, files)
     paths |= _inside(paths["transformer"])
     missing = [name for name in (*_MODULES, *_TOKENIZERS) if name not in paths]
-    if text_encoders is None:
-        raise CheckpointError(
-            f"{path} holds no {', '.join(missing)}; name a diffusers folder that does "
-            "(--text-encoders)"
-        )
-    folder = Path(text_encoders)
-    if absent := [name for name in missing if not (folder / name).is_dir()]:
-        raise CheckpointError(f"{folder} lacks the component folders {', '.join(absent)}")
-    paths |= {name: folder / name for name in missing}
+    paths |= _from_elsewhere(missing, text_encoders)
     if not guidance and schedule is None:
         warnings.warn(
             f"{path.name} has no guidance embedding, so it is sampled as FLUX.1-schnell is, in 4 "
@@ -204,6 +199,16 @@ def _find_single_files(
         scheduler=flux_scheduler(guidance),
         schedule="FLUX.1-dev's" if guidance else "FLUX.1-schnell's",
     )
+
+
+def _from_elsewhere(names: Sequence[str], text_encoders: Path | str | None) -> dict[str, Path]:
+    """Return the folders of components that a diffusers folder gives, if one was named."""
+    if text_encoders is None:
+        return {}
+    folder = Path(text_encoders)
+    if absent := [name for name in names if not (folder / name).is_dir()]:
+        raise CheckpointError(f"{folder} lacks the component folders {', '.join(absent)}")
+    return {name: folder / name for name in names}
 
 
 def _inside(file: Path) -> dict[str, Path]:
@@ -223,7 +228,9 @@ def _with_schedule(
 ) -> ModelFiles:
     """Return a model's files with another schedule, and the number of steps that goes with it."""
     if schedule == "folder" and text_encoders is None:
-        return files  # of a diffusers folder it is the model's own
+        if files.scheduler is None:
+            return files  # of a diffusers folder it is the model's own
+        raise CheckpointError("schedule is 'folder'; name the folder (--text-encoders)")
     if schedule == "folder":
         folder = Path(text_encoders) / "scheduler"
         scheduler = read_json(folder / _SCHEDULER_CONFIG)
@@ -445,7 +452,10 @@ def load_pipeline(
         and not (name == "scheduler" and files.scheduler)
     ]
     if lacking:
-        raise CheckpointError(f"{path} lacks the component folders {', '.join(lacking)}")
+        raise CheckpointError(
+            f"{path} lacks the component folders {', '.join(lacking)}; name a diffusers folder "
+            "that has them (--text-encoders)"
+        )
 
     parts = files.load_tokenizers()
     configs = _configs(files.paths) | {
@@ -498,10 +508,12 @@ def _find_in_diffusers_folder(folder: Path, text_encoders: Path | str | None) ->
             f"{folder / 'model_index.json'}: _class_name is {index.get('_class_name')!r}; "
             "expected 'FluxPipeline'"
         )
-    if text_encoders is not None:
-        raise CheckpointError(f"{folder} has text encoders; leave out --text-encoders")
     names = (*_MODULES, *_TOKENIZERS, "scheduler")
-    return ModelFiles(paths={name: folder / name for name in names}, index=index)
+    paths = {name: folder / name for name in names}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if text_encoders is not None and not missing:
+        raise CheckpointError(f"{folder} has text encoders; leave out --text-encoders")
+    return ModelFiles(paths=paths | _from_elsewhere(missing, text_encoders), index=index)
 
 
 def _classify(path: Path, files: list[Path]) -> tuple[dict[str, Path], bool]:

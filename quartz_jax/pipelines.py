@@ -22,6 +22,7 @@ from flax import nnx
 
 import models
 from models import build_component
+from models.fit import check_fit
 from models.flux import FluxTransformer, add_lora, read_lora
 from models.pipeline import FluxPipeline
 from models.stages import Deferred
@@ -145,6 +146,7 @@ def placed(
 def open_checkpoint(
     folder: Path,
     *,
+    text_encoders: Path | None = None,
     loras: Sequence[tuple[Path, float]] = (),
     lora_transformer_only: bool = False,
     expand: bool = False,
@@ -153,6 +155,7 @@ def open_checkpoint(
 
     Args:
       folder: the checkpoint.
+      text_encoders: a diffusers folder that gives what a checkpoint of a transformer alone lacks.
       loras: files and scales of adapters.
       lora_transformer_only: leave out what they hold for text encoders, which take none here.
       expand: keep 4-bit weights decoded to int8 on the device.
@@ -170,10 +173,11 @@ def open_checkpoint(
     }
     reports = {name: component.report for name, component in components.items()}
     if TRANSFORMER not in given:
-        files = models.find_model(folder)
+        files = models.find_model(folder, text_encoders)
         given[TRANSFORMER] = _quantized(files, TRANSFORMER, get_recipe("bf16"), reports)
     given = _prepared(given, loras, lora_transformer_only, expand)
-    return Opened(pipeline=_open_pipeline(folder, given), reports=reports)
+    pipeline = _open_pipeline(folder, given, text_encoders)
+    return Opened(pipeline=pipeline, reports=reports)
 
 
 def _load_quantized(
@@ -286,7 +290,8 @@ def _open_pipeline(
     dtype = compute_dtype()
     files = models.find_model(model, text_encoders, schedule)
     deferred: dict[str, Any] = dict(given)  # they stand where modules would
-    for name in (name for name in COMPONENTS if name not in given and files.paths[name].exists()):
+    there = [name for name in COMPONENTS if name in files.paths and files.paths[name].exists()]
+    for name in (name for name in there if name not in given):
         stored = files.open(name, dtype)
         config = models.component_config(stored.config)
         deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
@@ -355,15 +360,22 @@ def plan_conversion(
       calibration: of the transformer, see `calibrate`; None without a calibrated recipe.
 
     Raises:
-      ValueError: a component is missing, can't be read, or isn't one of `COMPONENTS`.
+      ValueError: a component can't be read, doesn't fit the others or isn't one of `COMPONENTS`,
+        or there is none that a recipe is for.
     """
     check_components(recipes)
     files = models.find_model(model, text_encoders, schedule)
     opened = {
         name: files.open(name, check_values=True) for name in files.paths if name in COMPONENTS
     }
+    if absent := [name for name in recipes if name not in opened]:
+        raise ValueError(
+            f"{model} holds no {', '.join(absent)}, which a recipe is for; name a diffusers folder "
+            "that does (--text-encoders)"
+        )
     files.load_scheduler()  # what is only carried must load too
-    files.load_tokenizers()
+    configs = {name: models.component_config(module.config) for name, module in opened.items()}
+    check_fit(configs, files.load_tokenizers())
     given = {TRANSFORMER: calibration}
     sources = tuple(
         _source(name, recipe, opened[name], given.get(name)) for name, recipe in recipes.items()

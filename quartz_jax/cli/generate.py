@@ -89,10 +89,11 @@ def open_model(args: argparse.Namespace) -> tuple[pipelines.Opened, pipelines.Op
     loras = cli.lora_scales(args.lora, args.lora_scale)
     options: dict[str, Any] = {"loras": loras, "expand": args.expand}
     options |= {"lora_transformer_only": args.lora_transformer_only}
+    options |= {"text_encoders": args.text_encoders}
     if checkpoint.is_checkpoint(args.model):
         _check_checkpoint(args)
         return pipelines.open_checkpoint(args.model, **options), None
-    options |= {"text_encoders": args.text_encoders, "schedule": args.schedule}
+    options |= {"schedule": args.schedule}
     recipes = cli.component_recipes(args.recipe or "w4a8x")
     opened = pipelines.open_16_bit(args.model, recipes, **options)
     return opened, pipelines.open_16_bit(args.model, {}, **options) if args.compare else None
@@ -109,8 +110,6 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model} is quantized as {names}; leave out --recipe")
     if args.compare:
         raise ValueError(f"--compare needs a 16-bit model, and {args.model} is quantized")
-    if args.text_encoders:
-        raise ValueError(f"{args.model} has text encoders; leave out --text-encoders")
     if args.schedule:
         raise ValueError(f"{args.model} has a schedule; leave out --schedule")
 

@@ -174,9 +174,29 @@ def test_the_autoencoder_s_file_of_a_folder(refused, tiny, tmp_path):
 
 
 def test_a_single_file_without_text_encoders(refused, single_files, tmp_path):
-    line = refused(quantize.main, "--model", single_files, "--out", tmp_path / "x")
-    assert "holds no text_encoder, text_encoder_2, tokenizer, tokenizer_2" in line
+    line = refused(generate.main, *drawn(tmp_path, "--model", single_files))
+    assert "lacks the component folders text_encoder, text_encoder_2, tokenizer, tokeni" in line
     assert "--text-encoders" in line
+    argv = ("--model", single_files, "--recipe", "text_encoder_2=w4a16", "--out", tmp_path / "x")
+    assert "holds no text_encoder_2, which a recipe is for" in refused(quantize.main, *argv)
+    argv = ("--model", single_files, "--schedule", "folder", "--out", tmp_path / "x")
+    assert "schedule is 'folder'; name the folder" in refused(quantize.main, *argv)
+
+
+def test_text_encoders_for_a_checkpoint_that_has_them(refused, tiny, quantized, tmp_path):
+    argv = ("--model", quantized, "--text-encoders", tiny)
+    assert "leave out --text-encoders" in refused(generate.main, *drawn(tmp_path, *argv))
+
+
+def test_a_tokenizer_whose_ids_its_encoder_has_not(refused, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "broken")
+    path = folder / "tokenizer" / "tokenizer.json"
+    value = json.loads(path.read_text())
+    last = max(value["model"]["vocab"], key=value["model"]["vocab"].get)
+    value["model"]["vocab"][last] = 10**6
+    path.write_text(json.dumps(value))
+    line = refused(quantize.main, "--model", folder, "--out", tmp_path / "x", "--dry-run")
+    assert "tokenizer gives ids up to 1000000, and its encoder takes" in line
 
 
 def test_text_encoders_for_a_folder_that_has_them(refused, small, tmp_path):

@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,25 @@ def test_single_files_give_the_arrays_of_the_diffusers_folder(small, single_file
     opened = pipelines.open_checkpoint(out["files"])
     assert opened.report.recipe == "w4a8x"
     assert opened.pipeline.scheduler == models.load_component(small / "scheduler")
+
+
+def test_a_transformer_alone_is_converted_and_sampled_from_with_the_rest_beside(
+    small, single_files, tmp_path
+):
+    (tmp_path / "file").mkdir()  # not beside its autoencoder
+    file, shas = shutil.copy(single_files / "flux1-dev.safetensors", tmp_path / "file"), {}
+    for name, more in {"alone": [], "whole": ["--text-encoders", str(small)]}.items():
+        model = tmp_path / name
+        quantize.main(["--model", str(file), *more, "--out", str(model)])
+        beside = ["--text-encoders", str(small)] if name == "alone" else []
+        picture = tmp_path / f"{name}.png"
+        argv = ["--prompt", "a", "--size", "32x32", "--steps", "1", "--out", str(picture)]
+        generate.main(["--model", str(model), *beside, *argv])
+        shas[name] = picture.read_bytes()
+    assert not (tmp_path / "alone" / "vae").exists()
+    assert shas["alone"] == shas["whole"]
+    with pytest.raises(ValueError, match=r"lacks the component folders .* \(--text-encoders\)"):
+        generate.main(["--model", str(tmp_path / "alone"), "--prompt", "a"])
 
 
 @pytest.mark.parametrize(("recipe", "bound"), [("w4a16", 1e-5), ("w8a8", 0.03)])
