@@ -19,6 +19,8 @@ from quartz_jax.evaluation.prompts import check_prompts
 from quartz_jax.io import images
 from quartz_jax.io.files import check_output
 
+_ITSELF = Path()  # what --compare without a model stands for
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate, save a PNG or one a prompt, and print what was done."""
@@ -92,7 +94,16 @@ def open_model(args: argparse.Namespace) -> tuple[pipelines.Opened, pipelines.Op
     options |= {"text_encoders": args.text_encoders}
     if checkpoint.is_checkpoint(args.model):
         _check_checkpoint(args)
-        return pipelines.open_checkpoint(args.model, **options), None
+        opened = pipelines.open_checkpoint(args.model, **options)
+        if not args.compare:
+            return opened, None
+        if args.compare.is_file():  # which lacks what the checkpoint has
+            options["text_encoders"] = args.text_encoders or args.model
+        else:
+            options["text_encoders"] = None
+        return opened, pipelines.open_16_bit(args.compare, {}, **options)
+    if args.compare not in (None, _ITSELF):
+        raise ValueError(f"{args.model} is a 16-bit model; leave out what --compare names")
     options |= {"schedule": args.schedule}
     recipes = cli.component_recipes(args.recipe or "w4a8x")
     opened = pipelines.open_16_bit(args.model, recipes, **options)
@@ -108,8 +119,10 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
     ):
         names = " and ".join(repr(recipe.name) for recipe in own.values())
         raise ValueError(f"{args.model} is quantized as {names}; leave out --recipe")
-    if args.compare:
-        raise ValueError(f"--compare needs a 16-bit model, and {args.model} is quantized")
+    if args.compare == _ITSELF:
+        raise ValueError(
+            f"{args.model} is quantized; name the 16-bit model to compare it with: --compare MODEL"
+        )
     if args.schedule:
         raise ValueError(f"{args.model} has a schedule; leave out --schedule")
 
@@ -179,7 +192,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=cli.seed, default=0, help="of the noise")
     add("--out", type=Path, default=Path("outputs/image.png"), help="PNG to write")
     add("--separate", action="store_true", help="one PNG a prompt, x-1.png and such for x.png")
-    add("--compare", action="store_true", help="also run bf16 from the same noise")
+    add(
+        "--compare",
+        type=Path,
+        nargs="?",
+        const=_ITSELF,
+        metavar="MODEL",
+        help="also run bf16 from the same noise; of a checkpoint, name its 16-bit model",
+    )
     add("--expand", action="store_true", help="keep 4-bit weights as int8: twice the memory")
     add("--keep-loaded", action="store_true", help="load all models first and keep them")
     add("--no-cache", action="store_true", help="compile anew, and keep nothing of it on disk")

@@ -298,9 +298,15 @@ def test_another_recipe_than_the_checkpoint_s_own(refused, quantized, tmp_path):
     assert "is quantized as 'w4a8x'; leave out --recipe" in refused(generate.main, *argv)
 
 
-def test_comparing_a_checkpoint_with_bf16(refused, quantized, tmp_path):
-    argv = ("--model", quantized, "--compare", "--prompt", "a", "--out", tmp_path / "x.png")
-    assert "--compare needs a 16-bit model" in refused(generate.main, *argv)
+def test_comparing_a_checkpoint_with_nothing_or_a_model_with_another(
+    refused, tiny, quantized, tmp_path
+):
+    argv = drawn(tmp_path, "--model", quantized, "--compare")
+    assert "name the 16-bit model to compare it with" in refused(generate.main, *argv)
+    argv = drawn(tmp_path, "--model", tiny, "--compare", quantized)
+    assert "leave out what --compare names" in refused(generate.main, *argv)
+    argv = drawn(tmp_path, "--model", quantized, "--compare", tmp_path / "absent")
+    assert "model_index.json does not exist" in refused(generate.main, *argv)
 
 
 def test_quantizing_what_is_quantized(refused, quantized, tmp_path):

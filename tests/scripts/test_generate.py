@@ -117,6 +117,13 @@ def test_compare_puts_bf16_beside_the_recipe_under_labels(make):
     assert 0 < result["ssim"] < 1
 
 
+def test_a_checkpoint_is_compared_with_its_16_bit_model(make, tiny, quantized):
+    out, result = make("--compare", tiny, model=quantized)
+    whole, expected = make("--compare", name="whole.png")
+    assert out.read_bytes() == whole.read_bytes()
+    assert (result["psnr"], result["ssim"]) == (expected["psnr"], expected["ssim"])
+
+
 def test_bf16_compared_with_itself_is_equal(make):
     result = make("--compare", "--recipe", "bf16")[1]
     assert result["psnr"] == pytest.approx(PSNR_OF_EQUAL)
