@@ -163,6 +163,10 @@ def open_checkpoint(
     manifest = checkpoint.read_manifest(folder)
     checkpoint.check_carried(folder, manifest)
     components = manifest.components
+    if unknown := set(components) - set(COMPONENTS):
+        raise ValueError(
+            f"{folder} holds {', '.join(sorted(unknown))}: components are {', '.join(COMPONENTS)}"
+        )
     build = functools.partial(build_component, dtype=compute_dtype())
     given = {
         name: Deferred(

@@ -16,7 +16,7 @@ COMMANDS = {
     "generate": "make images from text",
     "quantize": "make a quantized checkpoint of a 16-bit model",
     "evaluate": "compare recipes and checkpoints with bf16",
-    "inspect": "say what a quantized checkpoint is",
+    "inspect": "check a quantized checkpoint and say what it is",
     "report": "make a page of what evaluate measured",
     "analyze": "make a page of the QuaRTZ paper's own analyses",
 }

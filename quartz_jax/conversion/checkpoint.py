@@ -166,7 +166,18 @@ class Manifest:
         components = {
             name: Component.from_json(component) for name, component in value["components"].items()
         }
-        return cls(**value | {"components": components})
+        hints = {"base_name": str, "library_version": str, "carried": dict[str, str]}
+        read = {name: schema.from_json(hints[name], value[name], name) for name in names & {*hints}}
+        parts = [part for component in components.values() for part in component.parts if part]
+        _check_names([*components, *parts, *read.get("carried", ())])
+        return cls(**value | read | {"components": components})
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that would lead out of the checkpoint's folder."""
+    for name in names:
+        if name in ("", ".", "..") or re.search(r"[/\\\0]", name) or Path(name).drive:
+            raise ValueError(f"{name!r} is no name of a file or folder in it")
 
 
 def is_checkpoint(folder: Path | str) -> bool:
@@ -230,16 +241,46 @@ def write_manifest(folder: Path, base_name: str, components: dict[str, Component
 def check_carried(folder: Path | str, manifest: Manifest) -> None:
     """Raise ValueError unless what a checkpoint carries along is what was written.
 
-    Files that nobody wrote there are left alone. A file that was checked before, and has had the
-    same size and time since, isn't read again.
+    Files that nobody wrote there are left alone, but for parts of a model, which would be taken for
+    the checkpoint's. A file that was checked before, and has had the same size and time since,
+    isn't read again.
     """
     folder = Path(folder)
+    known = {*manifest.components, *manifest.carried}
+    for path in sorted(folder.iterdir()) if manifest.format_version >= 3 else ():
+        if path.name not in known and _is_of_a_model(path):
+            raise ValueError(f"{path} isn't in quartz.json, so it was put there later; remove it")
     for name, sha256 in manifest.carried.items():
         path = folder / name
         if not path.exists():
             raise ValueError(f"{path} is missing; {folder} is incomplete")
         if not unchanged(path, sha256):
             raise ValueError(f"{path} is corrupt or was replaced: its SHA-256 isn't quartz.json's")
+
+
+def check_contents(folder: Path | str) -> None:
+    """Raise ValueError unless all that a checkpoint holds is what was written.
+
+    As `check_carried`, it reads no file again that is as it was when it was checked.
+    """
+    manifest = read_manifest(folder)
+    check_carried(folder, manifest)
+    for name, component in manifest.components.items():
+        for part, sha256 in component.parts.items():
+            path = Path(folder) / name / part
+            if not path.is_dir() or not unchanged(path, sha256):
+                raise ValueError(_corrupt(path))
+
+
+def _corrupt(path: Path) -> str:
+    return f"{path} is corrupt or incomplete: its SHA-256 isn't quartz.json's"
+
+
+def _is_of_a_model(path: Path) -> bool:
+    """Whether a file or folder is what a pipeline reads."""
+    patterns = ("*config.json", "*.safetensors", "tokenizer.json", "vocab.json", "spiece.model")
+    inside = any(next(path.glob(pattern), None) for pattern in patterns)
+    return path.name == "model_index.json" or inside
 
 
 def _hash_json(value: Any) -> str:
@@ -438,9 +479,7 @@ def load(
         hashes = list(pool.map(lambda part: hash_files(path / part, "*"), described.parts))
     for (part, sha256), found in zip(described.parts.items(), hashes, strict=True):
         if found != sha256:
-            raise ValueError(
-                f"{path / part} is corrupt or incomplete: its SHA-256 isn't quartz.json's"
-            )
+            raise ValueError(_corrupt(path / part))
     model = abstract_quantized(lambda: build(described.config), described.recipe)
     graphdef, state = nnx.split(model)
     stored = _read(path, described.parts, stored_arrays(state))

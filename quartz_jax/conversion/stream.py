@@ -150,6 +150,8 @@ class Conversion:
     def check(self, out: Path, *, overwrite: bool = False) -> None:
         """Raise ValueError where a checkpoint can't be written, or doesn't fit on the disk."""
         inputs = [file for source in self.sources for file in source.files]
+        # of a component's folder all of it, though only some files are read
+        inputs += [x.parent for x in inputs if (x.parent / "config.json").exists()]
         inputs += [item.source for item in self.carried if item.source]
         checkpoint.check_target(out, inputs, overwrite=overwrite)
         done = work_folder(out) / "contents"

@@ -1,5 +1,6 @@
 """Bad input to the scripts: one clear line, exit code 2, nothing half-written."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quartz_jax.cli import arguments as cli
-from quartz_jax.cli import evaluate, generate, quantize
+from quartz_jax.cli import evaluate, generate, inspect, quantize
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -288,9 +289,10 @@ def test_an_output_that_would_replace_a_part_of_its_model(refused, broken, tmp_p
     assert "which it is made from" in line
 
 
-def test_an_output_inside_what_is_carried(refused, broken):
-    argv = ("--model", broken, "--out", broken / "vae" / "x")
-    assert f"lies in {broken / 'vae'}, which it is made from" in refused(quantize.main, *argv)
+@pytest.mark.parametrize("component", ["vae", "transformer"])
+def test_an_output_inside_a_component_of_its_model(refused, broken, component):
+    argv = ("--model", broken, "--out", broken / component / "x")
+    assert f"lies in {broken / component}, which it is made" in refused(quantize.main, *argv)
 
 
 def test_another_recipe_than_the_checkpoint_s_own(refused, quantized, tmp_path):
@@ -420,3 +422,22 @@ def test_an_output_that_leads_nowhere(refused, tmp_path, script, name):
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
 def test_minutes_that_are_no_time(refused, minutes):
     assert "is no finite number above 0" in refused(evaluate.main, f"--minutes={minutes}")
+
+
+def test_a_checkpoint_of_a_component_that_there_is_none_of(refused, quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "odd")
+    value = json.loads((folder / "quartz.json").read_text())
+    value["components"]["unet"] = value["components"]["transformer"]
+    del value["sha256"]
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    value["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "quartz.json").write_text(json.dumps(value))
+    line = refused(generate.main, *drawn(tmp_path, "--model", folder))
+    assert "holds unet: components are text_encoder" in line
+
+
+def test_inspecting_a_checkpoint_that_was_changed(refused, quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "changed")
+    assert cli.run(inspect.main, [str(folder)]) == 0
+    (folder / "vae" / "config.json").write_text("{}")
+    assert "vae is corrupt or was replaced" in refused(inspect.main, folder)
