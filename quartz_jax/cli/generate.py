@@ -17,7 +17,7 @@ from quartz_jax.conversion import checkpoint
 from quartz_jax.evaluation.metrics import psnr, ssim
 from quartz_jax.evaluation.prompts import check_prompts
 from quartz_jax.io import images
-from quartz_jax.io.files import check_output
+from quartz_jax.io.files import check_apart, check_output
 
 _ITSELF = Path()  # what --compare without a model stands for
 
@@ -62,7 +62,10 @@ def output_files(args: argparse.Namespace) -> list[Path]:
     count = len(args.prompt)
     numbers = [f"-{i:0{len(str(count))}}" for i in range(1, count + 1)] if args.separate else [""]
     files = [args.out.with_name(f"{args.out.stem}{x}{args.out.suffix}") for x in numbers]
-    return [check_output(file) for file in files]
+    for file in files:
+        check_output(file)
+        check_apart(file, [args.init_image] if args.init_image else [])
+    return files
 
 
 def check_negative(args: argparse.Namespace, pipeline: Any) -> None:

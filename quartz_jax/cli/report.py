@@ -10,7 +10,7 @@ from quartz_jax.cli import arguments as cli
 from quartz_jax.evaluation.pages import html as pages
 from quartz_jax.evaluation.pages.comparison import comparison_page
 from quartz_jax.evaluation.results import read_results
-from quartz_jax.io.files import check_output
+from quartz_jax.io.files import check_apart, check_output
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", type=Path, default=Path("outputs/report.html"), help="the page")
     args = parser.parse_args(argv)
     check_output(args.out)
+    check_apart(args.out, [args.results])
     results = read_results(args.results)
     link = pages.text(args.analyses)
     links = f"<p><a href='{link}'>The paper's analyses on this model</a></p>" if link else ""

@@ -104,6 +104,8 @@ class Component:
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(value, dict) or not names - {"calibration"} <= set(value) <= names:
             raise ValueError("a component has missing or unknown fields")
+        if not value["parts"]:
+            raise ValueError("a component has no parts")
         found = value.get("calibration")
         return cls(
             recipe=Recipe.from_json(value["recipe"]),
@@ -166,8 +168,11 @@ class Manifest:
         components = {
             name: Component.from_json(component) for name, component in value["components"].items()
         }
-        hints = {"base_name": str, "library_version": str, "carried": dict[str, str]}
-        read = {name: schema.from_json(hints[name], value[name], name) for name in names & {*hints}}
+        hints: dict[str, Any] = {"base_name": str, "library_version": str}
+        hints |= {"carried": dict[str, str]}
+        read: dict[str, Any] = {
+            name: schema.from_json(hints[name], value[name], name) for name in names & {*hints}
+        }
         parts = [part for component in components.values() for part in component.parts if part]
         _check_names([*components, *parts, *read.get("carried", ())])
         return cls(**value | read | {"components": components})

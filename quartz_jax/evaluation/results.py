@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -225,6 +226,8 @@ class _Entry:
     def check(self, prompts: int) -> None:
         """Raise ValueError unless the parts fit each other, and the number of prompts."""
         lengths = {len(figures) for figures in self.scores.values()}
+        if not all(map(math.isfinite, itertools.chain(*self.scores.values()))):
+            raise ValueError("scores must be finite")
         if "psnr" not in self.scores or len(lengths) > 1 or max(lengths) > prompts:
             raise ValueError(f"scores must have psnr, and as many figures of each, up to {prompts}")
         if self.summary is None:
@@ -251,6 +254,10 @@ class _Origin:
     versions: dict[str, str]
     date: str
     command: tuple[str, ...]
+
+    def __post_init__(self):
+        if not (self.prompts and self.command):
+            raise ValueError("prompts and command must not be empty")
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def test_malformed_fields_are_refused(saved, fields):
         checkpoint.load(saved, build)
 
 
-@pytest.mark.parametrize("fields", [{"recipe": {}}, {"report": 3}, {"more": 3}])
+@pytest.mark.parametrize("fields", [{"recipe": {}}, {"report": 3}, {"more": 3}, {"parts": {}}])
 def test_malformed_fields_of_a_component_are_refused(saved, fields):
     edit_transformer(saved, **fields)
     with pytest.raises(ValueError, match=r"quartz\.json can't be used"):

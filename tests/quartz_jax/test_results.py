@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -55,6 +56,9 @@ def test_results_are_read_as_they_are(tmp_path):
         (changed(["settings", "prompts"], ["a"]), "recipes.bf16: scores must have"),
         (changed(["environment", "versions"], []), "versions is"),
         (changed(["command"], None), "command is None"),
+        (changed(["command"], []), "prompts and command must not be empty"),
+        (changed(["settings", "prompts"], []), "prompts and command must not be empty"),
+        (changed(["recipes", "w4a8x", "scores", "psnr"], [1.0, math.nan]), "must be finite"),
         (changed(["recipes", "w4a8x"], None), "recipes.w4a8x is None"),
         (changed(["recipes", "w4a8x", "scores"], {"psnr": "12"}), "scores.psnr is '12'"),
         (changed(["recipes", "w4a8x", "scores", "ssim"], [1.0]), "as many figures of each"),

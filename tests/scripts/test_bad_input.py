@@ -8,10 +8,11 @@ import shutil
 import make_synthetic_flux
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from quartz_jax.cli import arguments as cli
-from quartz_jax.cli import evaluate, generate, inspect, quantize
+from quartz_jax.cli import evaluate, generate, inspect, quantize, report
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -397,6 +398,15 @@ def test_an_image_that_can_t_be_read(refused, tmp_path, tiny, photo):
 def test_a_strength_outside_its_range(refused, tmp_path, photo, strength):
     argv = drawn(tmp_path, "--init-image", photo, f"--strength={strength}")
     assert "must be above 0 and at most 1" in refused(generate.main, *argv)
+
+
+def test_an_output_in_place_of_its_input(refused, tmp_path, tiny):
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    (tmp_path / "e.json").write_text("{}")
+    argv = drawn(tmp_path, "--model", tiny, "--init-image", tmp_path / "x.png")
+    assert "which it is made from" in refused(generate.main, *argv)
+    argv = ("--results", tmp_path / "e.json", "--out", tmp_path / "e.json")
+    assert "which it is made from" in refused(report.main, *argv)
 
 
 def test_a_strength_without_an_image(refused, tmp_path):
