@@ -352,19 +352,21 @@ def save(
     recipe: Recipe,
     report: Report,
     base: Path | str,
+    component: str = TRANSFORMER,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint of a quantized transformer in memory; `conversion` does without one.
+    """Write a checkpoint of a quantized component in memory; `conversion` does without one.
 
     It is written to a temporary folder beside the final one and renamed: an interrupted save
     leaves nothing under the final name.
 
     Args:
       folder: the checkpoint to make.
-      model: the quantized transformer.
+      model: the quantized component.
       recipe: that it was quantized with.
       report: that `quantize_model` returned.
       base: folder of the 16-bit model in the diffusers layout, whose other components are copied.
+      component: the model's name in that folder.
       overwrite: replace a checkpoint that exists.
 
     Raises:
@@ -374,23 +376,23 @@ def save(
     check_unplaced(model, recipe, report)
     base, folder = Path(base).resolve(), Path(folder).resolve()
     index = _read_base(base, "model_index.json")
-    config = _read_base(base, f"{TRANSFORMER}/config.json")
-    if not any((base / TRANSFORMER).glob("*.safetensors")):
-        raise ValueError(f"base {base} has no {TRANSFORMER}/*.safetensors; give a 16-bit model")
-    carried = carried_files(base, index)
+    config = _read_base(base, f"{component}/config.json")
+    if not any((base / component).glob("*.safetensors")):
+        raise ValueError(f"base {base} has no {component}/*.safetensors; give a 16-bit model")
+    carried = carried_files(base, index, component)
     recover_folder(folder)
-    check_target(folder, [base / TRANSFORMER, *carried], overwrite=overwrite)
+    check_target(folder, [base / component, *carried], overwrite=overwrite)
     with atomic_folder(folder) as partial:
         for source in carried:
             copy_synced(source, partial / source.name)
-        component = Component(
+        made = Component(
             recipe=recipe,
             report=report,
             config=config,
-            base_sha256=hash_files(base / TRANSFORMER, "*.safetensors"),
-            parts=_write_parts(partial / TRANSFORMER, model),
+            base_sha256=hash_files(base / component, "*.safetensors"),
+            parts=_write_parts(partial / component, model),
         )
-        write_manifest(partial, base.name, {TRANSFORMER: component})
+        write_manifest(partial, base.name, {component: made})
 
 
 def save_model(
@@ -449,17 +451,18 @@ def _write_parts(folder: Path, model: nnx.Module) -> dict[str, str]:
     return {name: write_part(folder / name, arrays) for name, arrays in parts.items()}
 
 
-def carried_files(base: Path, index: Mapping[str, Any]) -> list[Path]:
+def carried_files(base: Path, index: Mapping[str, Any], component: str = TRANSFORMER) -> list[Path]:
     """Return the folders and texts of a diffusers model that a checkpoint takes over.
 
     Args:
       base: the model's folder.
       index: contents of its model_index.json.
+      component: what the checkpoint has of its own.
     """
     folders = [
         base / name
         for name, value in index.items()
-        if isinstance(value, list) and name != TRANSFORMER and (base / name).is_dir()
+        if isinstance(value, list) and name != component and (base / name).is_dir()
     ]
     return folders + sorted({file for pattern in TEXTS for file in base.glob(pattern)})
 
