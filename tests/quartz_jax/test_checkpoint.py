@@ -189,6 +189,18 @@ def test_other_components_and_licences_are_copied_and_nothing_else(saved):
     assert names == {"quartz.json", "transformer", "vae", "model_index.json", "LICENSE.md"}
 
 
+def test_a_component_of_another_name_is_saved_and_loaded(tmp_path, base):
+    (base / "transformer").rename(base / "unet")
+    index = {"_class_name": "X", "unet": ["lib", "U"], "vae": ["lib", "V"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    folder = save(tmp_path / "out", base, component="unet")
+    manifest = checkpoint.read_manifest(folder)
+    assert (manifest.main, manifest.recipe) == ("unet", RECIPE)
+    model, _ = checkpoint.load(folder, build=lambda config: build(config), component="unet")
+    np.testing.assert_array_equal(model(X), QUANTIZED(X))
+    assert (folder / "vae").is_dir() and not (folder / "transformer").exists()
+
+
 def test_what_is_stored_is_about_as_large_as_reported(saved):
     stored = sum(path.stat().st_size for path in (saved / "transformer").rglob("*"))
     assert stored < REPORT.bytes + 3 * 60_000  # Orbax's own files, in each part
