@@ -59,14 +59,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def output_files(args: argparse.Namespace) -> list[Path]:
     """Return the PNGs to write, which can be written: one, or x-1.png and such for x.png."""
+    check_output(args.out)
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out is {args.out}, and a PNG is written; give a name ending in .png")
     count = len(args.prompt)
     numbers = [f"-{i:0{len(str(count))}}" for i in range(1, count + 1)] if args.separate else [""]
     files = [args.out.with_name(f"{args.out.stem}{x}{args.out.suffix}") for x in numbers]
+    given = [file for file in (args.init_image, *args.image, args.mask) if file]
     for file in files:
         check_output(file)
-        check_apart(file, [args.init_image] if args.init_image else [])
+        check_apart(file, given)
     return files
 
 
