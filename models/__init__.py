@@ -12,7 +12,7 @@ from models.loading import (
     model_name,
     open_component,
 )
-from models.pipeline import FluxPipeline, GenerationDefaults
+from models.sampler import FluxPipeline, GenerationDefaults
 
 __all__ = [
     "CheckpointError",

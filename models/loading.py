@@ -29,7 +29,7 @@ from models.flux.params import (
     open_flux_transformer,
     select_bfl_transformer,
 )
-from models.pipeline import LONGEST_SIDE, FluxPipeline, GenerationDefaults
+from models.sampler import LONGEST_SIDE, FluxPipeline, GenerationDefaults
 from models.schedulers import FlowMatchEulerScheduler
 from models.stored_files import (
     CheckpointError,

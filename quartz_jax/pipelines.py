@@ -23,7 +23,7 @@ from flax import nnx
 import models
 from models import build_component
 from models.flux import FluxTransformer, add_lora, read_lora
-from models.pipeline import FluxPipeline
+from models.sampler import FluxPipeline
 from models.stages import Deferred
 from quartz_jax.conversion import checkpoint
 from quartz_jax.conversion.calibrate import Calibration

@@ -25,7 +25,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models.flux import FluxConfig, FluxTransformer
-from models.pipeline import compiled, denoising_step, image_ids
+from models.sampler import compiled, denoising_step, image_ids
 from pallas_kernels import timing
 from quartz_jax import get_recipe, place
 from quartz_jax.cli import arguments as cli

@@ -32,7 +32,7 @@ import numpy as np
 from flax import nnx
 
 from models.flux.params import export_flux_transformer
-from models.pipeline import pack
+from models.sampler import pack
 from models.text_encoders.clip import export_clip_text_encoder
 from models.text_encoders.t5 import export_t5_encoder
 from models.tiny_flux import architecture, dataset, training

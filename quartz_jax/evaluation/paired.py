@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from models.pipeline import FluxPipeline, image_ids
+from models.sampler import FluxPipeline, image_ids
 from models.stages import Deferred
 
 

@@ -14,7 +14,7 @@ import models
 from models.checkpoint_io import export_params
 from models.flux import add_lora, read_lora
 from models.flux.params import bfl_rules as bfl_transformer_rules
-from models.pipeline import pack, to_pixels
+from models.sampler import pack, to_pixels
 from models.vae.params import bfl_rules as bfl_vae_rules
 
 torch = pytest.importorskip("torch")

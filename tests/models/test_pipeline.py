@@ -14,8 +14,8 @@ from flax import nnx
 from PIL import Image
 
 import models
-import models.pipeline
-from models.pipeline import image_ids, pack, to_pixels, unpack
+import models.sampler
+from models.sampler import image_ids, pack, to_pixels, unpack
 from models.stages import Deferred
 from models.stored_files import CheckpointError
 
@@ -77,7 +77,7 @@ def test_all_steps_are_one_program_where_weights_are_committed_to_a_device(schne
     pipeline = models.load_pipeline(schnell, dtype=jnp.float32)
     graphdef, state = nnx.split(pipeline.transformer)
     pipeline.transformer = nnx.merge(graphdef, jax.device_put(state, jax.devices()[1]))
-    step = models.pipeline.compiled(models.pipeline.denoising_step, pipeline.transformer).func
+    step = models.sampler.compiled(models.sampler.denoising_step, pipeline.transformer).func
     step.clear_cache()
     pipeline("a cat", **SIZE, num_inference_steps=3, progress=False, output_type="latent")
     assert step._cache_size() == 1
@@ -123,13 +123,13 @@ def test_a_second_call_of_the_same_shapes_traces_nothing(pipeline, monkeypatch):
     """Neither other weights of the same kind nor another scale, seed or image trace again."""
     traced = []
     for name in ("denoising_step", "_apply", "_encode", "_decode"):
-        function = getattr(models.pipeline, name)
+        function = getattr(models.sampler, name)
 
         def counted(*args, name=name, function=function):
             traced.append(name)
             return function(*args)
 
-        monkeypatch.setattr(models.pipeline, name, counted)
+        monkeypatch.setattr(models.sampler, name, counted)
     options = {**SIZE, "num_inference_steps": 2, "progress": False, "true_cfg_scale": 2.0}
     pipeline(PROMPTS, image=PHOTO, seed=0, **options)
     assert sorted(traced) == ["_apply", "_apply", "_decode", "_encode", "denoising_step"]
