@@ -114,7 +114,9 @@ class NoiseScheduler(abc.ABC):
     def start(self, noise: jax.Array, level: Level, data: jax.Array | None = None) -> jax.Array:
         """Return the sample at the first level, float32: noise alone, or data with noise added."""
         factors = _Start(*level["start"])
-        return factors.alone * noise if data is None else factors.data * data + factors.noise * noise
+        return (
+            factors.alone * noise if data is None else factors.data * data + factors.noise * noise
+        )
 
     def memory(self, sample: jax.Array) -> jax.Array | None:
         """Return what the first step takes for the last one's prediction, and makes nothing of."""

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import string
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.stored_files import CheckpointError
 
+_SHOWN = 1000  # characters of what is cut from a prompt, at its start and its end, in a warning
 # Files that together are a tokenizer's vocabulary; a folder has one of these sets.
 _VOCABULARIES = (
     ("tokenizer.json",),
@@ -67,3 +69,16 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         first = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder} holds no tokenizer that loads: {first}") from None
+
+
+def warn_of_cut(tokenizer: Any, prompt: str, ids: Sequence[int], kept: int) -> None:
+    """Warn if a prompt has more tokens than are kept, with the words that are dropped."""
+    if len(ids) <= kept:
+        return
+    cut = tokenizer.decode(ids[kept:])
+    cut = cut if len(cut) <= 2 * _SHOWN else f"{cut[:_SHOWN]} ... {cut[-_SHOWN:]}"
+    warnings.warn(
+        f"prompt {prompt[:40]!r} is too long: {type(tokenizer).__name__} takes {kept} "
+        f"tokens of its {len(ids)}, and this was cut: {cut!r}",
+        stacklevel=5,
+    )

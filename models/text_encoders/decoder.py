@@ -467,9 +467,7 @@ def load_decoder(
     return open_decoder(path, dtype, hidden_states=hidden_states).load(dtype)
 
 
-def export_decoder(
-    module: Decoder, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
-) -> None:
+def export_decoder(module: Decoder, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> None:
     """Write a folder that transformers' class, such as Qwen3ForCausalLM, and `load_decoder` read.
 
     Raises:

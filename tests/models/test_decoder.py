@@ -166,9 +166,7 @@ def test_a_model_without_its_head_loads(tmp_path):
     peer.model.save_pretrained(tmp_path)
     assert "embed_tokens.weight" in load_file(tmp_path / "model.safetensors")
     ids = token_ids()
-    assert_equal_states(
-        run(load_decoder(tmp_path, hidden_states=ALL), ids), peer_states(peer, ids)
-    )
+    assert_equal_states(run(load_decoder(tmp_path, hidden_states=ALL), ids), peer_states(peer, ids))
 
 
 def test_the_part_of_a_larger_model_that_reads_text_loads(tmp_path):
@@ -181,9 +179,7 @@ def test_the_part_of_a_larger_model_that_reads_text_loads(tmp_path):
     outer = {"model_type": "mistral3", "text_config": json.loads(config.read_text())}
     config.write_text(json.dumps(outer))
     ids = token_ids()
-    assert_equal_states(
-        run(load_decoder(tmp_path, hidden_states=ALL), ids), peer_states(peer, ids)
-    )
+    assert_equal_states(run(load_decoder(tmp_path, hidden_states=ALL), ids), peer_states(peer, ids))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "text_encoders.qwen3_4b.transformer.model."])
