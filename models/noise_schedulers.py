@@ -9,6 +9,7 @@ noise, plays no part in any of them: the model's output is cut to the noise befo
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.checkpoint_io import CheckpointError, check_bounds, config_from_json
+from models.checkpoint_io import check_bounds, config_from_json
 
 _NO = (False, None)
 _SUPPORTED = {
@@ -346,7 +347,7 @@ class EulerDiscreteScheduler(NoiseScheduler):
 
     def _steps(self, times: np.ndarray) -> list[_Step]:
         ratios = np.append(self._ratios(times), 0.0)
-        return [self._step(now, then) for now, then in zip(ratios, ratios[1:], strict=False)]
+        return [self._step(now, then) for now, then in itertools.pairwise(ratios)]
 
     def _step(self, now: float, then: float) -> _Step:
         return self._euler(now, then)

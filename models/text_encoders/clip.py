@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,17 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"  # "quick_gelu" or "gelu" (exact)
     layer_norm_eps: float = 1e-5  # added to the variance before its root
     eos_token_id: int = 49407  # token whose state is the pooled output; 2 has a meaning of its own
+    # Which of transformers' `hidden_states` the call returns, such as -2 for what goes into the
+    # last block; None for the last, behind the final norm. Our own key.
+    hidden_state: int | None = None
+    projection_dim: int | None = None  # channels of the projected pooled state; None: none is there
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
         check_bounds(self, **dict.fromkeys((*sizes, "max_position_embeddings"), WIDTHS))
         check_bounds(self, num_hidden_layers=BLOCKS, layer_norm_eps=(0, 1), eos_token_id=(0, 2**31))
+        blocks = self.num_hidden_layers
+        check_bounds(self, hidden_state=(-blocks - 1, blocks), projection_dim=WIDTHS)
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 f"CLIPTextConfig: hidden_size = {self.hidden_size} must be a multiple of "
@@ -55,14 +61,40 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "CLIPTextConfig":
-        """Build from a parsed config.json; raises CheckpointError on what isn't supported."""
+        """Build from a parsed config.json; raises CheckpointError on what isn't supported.
+
+        A projection behind the model is left alone: transformers writes its size, be it there or
+        not.
+        """
+        return cls._from_json({**values, "projection_dim": None})
+
+    @classmethod
+    def _from_json(cls, values: Mapping[str, Any]) -> Self:
         supported = {"model_type": ("clip_text_model",), "hidden_act": tuple(_ACTIVATIONS)}
         return config_from_json(cls, values, supported)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the config.json that transformers' CLIPTextModel reads."""
-        names = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-        return {**names, **dataclasses.asdict(self)}
+        """Return the config.json that transformers' class reads."""
+        kind = "CLIPTextModel" if self.projection_dim is None else "CLIPTextModelWithProjection"
+        names = {"architectures": [kind], "model_type": "clip_text_model"}
+        values = dataclasses.asdict(self).items()
+        return {**names, **{key: value for key, value in values if value is not None}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectedCLIPTextConfig(CLIPTextConfig):
+    """A CLIP text encoder as SD3 and SDXL take it: what goes into its last block, and a projection.
+
+    Both are CLIP-L (SD3) and CLIP-G (arXiv 2307.01952, section 2.1).
+    """
+
+    hidden_state: int | None = -2
+    projection_dim: int | None = 512
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ProjectedCLIPTextConfig":
+        """Build from a parsed config.json; raises CheckpointError on what isn't supported."""
+        return cls._from_json(values)
 
 
 class CLIPTextEncoder(nnx.Module):
@@ -93,6 +125,11 @@ class CLIPTextEncoder(nnx.Module):
         self.position_embedding = nnx.Embed(config.max_position_embeddings, width, **lookup)
         self.layers = nnx.List([_Layer(config, **options) for _ in range(config.num_hidden_layers)])
         self.final_layer_norm = _norm(config, **options)
+        self.text_projection = None
+        if config.projection_dim is not None:
+            outputs, stddev = config.projection_dim, config.hidden_size**-0.5
+            options |= {"use_bias": False, "role": "head"}
+            self.text_projection = _linear(width, outputs, stddev, **options)
 
     def __call__(
         self,
@@ -100,6 +137,9 @@ class CLIPTextEncoder(nnx.Module):
         attention_mask: jax.Array | None = None,  # [batch, tokens], 0 for padding; None: no padding
     ) -> tuple[jax.Array, jax.Array]:
         """Return hidden states, [batch, tokens, hidden_size], and pooled, [batch, hidden_size].
+
+        The states are those that the config names; the pooled one is projected, to
+        [batch, projection_dim], where it names a projection.
 
         Raises:
           ValueError: more tokens than the model has positions.
@@ -113,10 +153,15 @@ class CLIPTextEncoder(nnx.Module):
         mask = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None]
         if attention_mask is not None:
             mask &= attention_mask.astype(bool)[:, None, None, :]
+        states = [x]
         for layer in self.layers:
-            x = layer(x, mask)
-        x = self.final_layer_norm(x)
-        return x, x[jnp.arange(x.shape[0]), self._eos_position(input_ids)]
+            states.append(layer(states[-1], mask))
+        last = self.final_layer_norm(states[-1])
+        pooled = last[jnp.arange(last.shape[0]), self._eos_position(input_ids)]
+        if self.text_projection is not None:
+            pooled = self.text_projection(pooled)
+        wanted = self.config.hidden_state
+        return last if wanted is None else states[wanted], pooled
 
     def _eos_position(self, input_ids: jax.Array) -> jax.Array:
         """Return the index of the first end token of each row, int [batch].

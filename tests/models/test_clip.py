@@ -48,15 +48,16 @@ def tiny_encoder(eos_token_id=EOS, hidden_act="quick_gelu", **options):
     return random_module(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0), **options))
 
 
-def build_peer(eos_token_id=EOS, hidden_act="quick_gelu"):
+def build_peer(eos_token_id=EOS, hidden_act="quick_gelu", name="CLIPTextModel"):
     """Return a random torch encoder whose biases and norms aren't the initial constants."""
     torch = pytest.importorskip("torch")
-    from transformers import CLIPTextConfig as PeerConfig
-    from transformers import CLIPTextModel
+    import transformers
 
     torch.manual_seed(0)
-    config = PeerConfig(**TINY, eos_token_id=eos_token_id, hidden_act=hidden_act)
-    model = CLIPTextModel(config).eval()
+    config = transformers.CLIPTextConfig(
+        **TINY, eos_token_id=eos_token_id, hidden_act=hidden_act, projection_dim=18
+    )
+    model = getattr(transformers, name)(config).eval()
     with torch.no_grad():
         for value in model.parameters():
             value.add_(0.3 * torch.randn_like(value))
@@ -83,6 +84,61 @@ def test_states_and_pooled_equal_the_peer(eos_token_id, hidden_act, tmp_path):
     peer.save_pretrained(tmp_path)
     ids = token_ids()
     assert_equal_outputs(run(load_clip_text_encoder(tmp_path), ids), peer_output(peer, ids))
+
+
+PROJECTED = "CLIPTextModelWithProjection"
+
+
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("eos_token_id", [2, EOS])
+def test_a_middle_state_and_the_projected_one_equal_the_peer(eos_token_id, hidden_act, tmp_path):
+    """As SD3 and SDXL take them."""
+    torch = pytest.importorskip("torch")
+    peer, ids = build_peer(eos_token_id, hidden_act, PROJECTED), token_ids()
+    peer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        output = peer(torch.tensor(ids), output_hidden_states=True)
+    theirs = (output.hidden_states[-2].numpy(), output.text_embeds.numpy())
+    ours = run(projected(tmp_path), ids)
+    assert ours[1].shape == (3, 18)
+    assert_equal_outputs(ours, theirs)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, -1])
+def test_any_state_can_be_asked_for(wanted, tmp_path):
+    torch = pytest.importorskip("torch")
+    peer, ids = build_peer(name=PROJECTED), token_ids()
+    peer.save_pretrained(tmp_path)
+    edit(tmp_path, hidden_state=wanted)
+    with torch.no_grad():
+        theirs = peer(torch.tensor(ids), output_hidden_states=True).hidden_states[wanted]
+    assert relative_error(run(projected(tmp_path), ids)[0], theirs.numpy()) < 1e-4
+
+
+def test_a_projection_is_left_alone_unless_it_is_asked_for(tmp_path):
+    build_peer(name=PROJECTED).save_pretrained(tmp_path)
+    states, pooled = run(load_clip_text_encoder(tmp_path), token_ids())
+    np.testing.assert_array_equal(pooled, states[np.arange(3), [5, 9, 12]])
+
+
+def test_an_encoder_with_a_projection_is_written_and_read(tmp_path):
+    pytest.importorskip("torch")
+    from transformers import CLIPTextModelWithProjection
+
+    config = ProjectedCLIPTextConfig(**TINY, eos_token_id=EOS, projection_dim=18)
+    encoder = random_module(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0)))
+    export_clip_text_encoder(encoder, tmp_path, dtype=jnp.float32)
+    loaded = projected(tmp_path)
+    assert loaded.config == encoder.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(encoder))
+    _, report = CLIPTextModelWithProjection.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+@pytest.mark.parametrize("field,value", [("hidden_state", -4), ("projection_dim", 0)])
+def test_a_projected_config_out_of_range_is_named(field, value):
+    with pytest.raises(CheckpointError, match=f"{field} = {value} is out of range"):
+        ProjectedCLIPTextConfig.from_json({**TINY, field: value})
 
 
 def test_masked_states_equal_the_peer(tmp_path):

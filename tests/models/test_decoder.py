@@ -255,7 +255,7 @@ def test_a_token_outside_the_vocabulary_gives_nan():
 
 def test_a_text_longer_than_the_window_is_refused():
     decoder = tiny_decoder(DecoderConfig(**TINY, sliding_window=8))
-    with pytest.raises(ValueError, match="input_ids has 9 tokens; .* at most 8"):
+    with pytest.raises(ValueError, match=r"input_ids has 9 tokens; .* at most 8"):
         decoder(np.zeros((1, 9), int))
 
 
@@ -295,7 +295,7 @@ def test_an_unsupported_config_is_named(changes, told):
 
 
 def test_a_config_without_sizes_is_named():
-    with pytest.raises(CheckpointError, match="lacks vocab_size, .*num_key_value_heads"):
+    with pytest.raises(CheckpointError, match=r"lacks vocab_size, .*num_key_value_heads"):
         DecoderConfig.from_json({"model_type": "qwen3"})
 
 

@@ -141,10 +141,12 @@ def test_a_tokenizer_that_pads_on_the_left(tokenizer, folder):
     """FLUX.2 keeps its side, as diffusers does; Z-Image leaves padding out and needs none."""
     left = load_tokenizer(folder)
     left.padding_side = "left"
-    ids, mask = flux2.text_tokens(left, PROMPTS)
+    _, mask = flux2.text_tokens(left, PROMPTS)
     assert (mask[:, -1] == 1).all() and (mask[:, 0] == 0).all()
     right = load_tokenizer(folder)
-    for mine, other in zip(zimage.text_tokens(left, PROMPTS), zimage.text_tokens(right, PROMPTS)):
+    for mine, other in zip(
+        zimage.text_tokens(left, PROMPTS), zimage.text_tokens(right, PROMPTS), strict=True
+    ):
         np.testing.assert_array_equal(mine, other)
 
 
@@ -183,5 +185,5 @@ def test_a_tokenizer_of_another_chat_is_refused(missing, folder, tmp_path):
     text = json.dumps(config).replace(json.dumps(missing), '"<|endoftext|>"')
     (tmp_path / "tokenizer_config.json").write_text(text)
     tokenizer = load_tokenizer(tmp_path)
-    with pytest.raises(CheckpointError, match="has no token for .*im_"):
+    with pytest.raises(CheckpointError, match=r"has no token for .*im_"):
         flux2.text_tokens(tokenizer, PROMPTS)
