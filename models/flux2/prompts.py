@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from models.text_encoders.chat import Tokens, chat_tokens, qwen_turn
-from models.text_encoders.decoder import Decoder, DecoderConfig
+from models.text_encoders.decoder import Decoder, DecoderConfig, decoder_component
 
 _LONGEST = 512  # tokens, the template's and padding included, which the transformer attends to
 _TEMPLATE = qwen_turn(thinking=False)
@@ -22,6 +22,9 @@ class TextConfig(DecoderConfig):
     """A decoder of whose states FLUX.2 klein takes three: layers above are never read."""
 
     hidden_states: tuple[int, ...] = (9, 18, 27)
+
+
+TEXT_ENCODER = decoder_component(TextConfig)
 
 
 def text_tokens(tokenizer: Any, prompts: Sequence[str]) -> Tokens:

@@ -6,10 +6,10 @@ Shapes: b batch, t tokens, h query heads, g key and value heads, d head_dim, c h
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,13 @@ from models.checkpoint_io import (
     WIDTHS,
     CheckpointError,
     Rule,
-    StoredModule,
-    TracingRngs,
     check_bounds,
     config_from_json,
     count_blocks,
-    match_params,
-    save_params,
 )
+from models.component import Component, Naming
 from models.linear import Linear
-from models.stored_files import Checkpoint, find_prefix, open_checkpoint, open_folder
+from models.stored_files import find_prefix
 
 TELLING = "layers.0.input_layernorm.weight"  # a tensor that every checkpoint has
 
@@ -113,7 +110,7 @@ class DecoderConfig:
         return min(self.max_position_embeddings, self.sliding_window or 2**31)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "DecoderConfig":
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Build from a parsed config.json; raises CheckpointError on what isn't supported.
 
         Of a model that sees pictures too (Mistral3) it is the part that reads text.
@@ -123,29 +120,67 @@ class DecoderConfig:
         supported = {"model_type": tuple(_KINDS), "hidden_act": ("silu",)}
         config_from_json(_Nothing, values, supported)
         if missing := [name for name in _NEEDED if name not in values]:
-            raise CheckpointError(f"DecoderConfig: config.json lacks {', '.join(missing)}")
-        values = {**values, "rope_theta": _rope_theta(values)}
-        values["sliding_window"] = _sliding_window(values)
+            raise CheckpointError(f"{cls.__name__}: config.json lacks {', '.join(missing)}")
+        told = {"rope_theta": _rope_theta(values), "sliding_window": _sliding_window(values)}
         if values["num_key_value_heads"] is None:
-            values["num_key_value_heads"] = values["num_attention_heads"]
-        if values.get("head_dim") is None:
-            values.pop("head_dim", None)
-            if values.get("model_type") != "qwen3":
-                whole = config_from_json(cls, values)
-                values["head_dim"] = whole.hidden_size // whole.num_attention_heads
-        return config_from_json(cls, values)
+            told["num_key_value_heads"] = values["num_attention_heads"]
+        values = {key: x for key, x in {**values, **told}.items() if (key, x) != ("head_dim", None)}
+        config = config_from_json(cls, values)
+        if "head_dim" in values or config.model_type == "qwen3":
+            return config
+        divided = config.hidden_size // config.num_attention_heads
+        return dataclasses.replace(config, head_dim=divided)
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], path: Path | str = "") -> Self:
+        """Return the sizes that a file without config.json has, if it is a Qwen3.
+
+        Frequencies and epsilon aren't in the shapes; all published Qwen3s have the same.
+
+        Args:
+          shapes: its tensors', without a prefix.
+          path: of the file, for errors.
+
+        Raises:
+          CheckpointError: it is another model, or not whole.
+        """
+        first = "layers.0."
+        telling = {"embed_tokens": 2, f"{first}mlp.gate_proj": 2, f"{first}self_attn.q_norm": 1}
+        telling |= {f"{first}self_attn.{name}_proj": 2 for name in "qk"}
+        found = {name: shapes.get(f"{name}.weight", ()) for name in telling}
+        if bad := [name for name, axes in telling.items() if len(found[name]) != axes]:
+            raise CheckpointError(
+                f"{path} holds no whole Qwen3: missing or misshapen {', '.join(bad)}; give its "
+                "folder, with config.json, if it is another decoder"
+            )
+        embed, hidden, norm, query, key = found.values()
+        return cls(
+            vocab_size=embed[0],
+            hidden_size=embed[1],
+            intermediate_size=hidden[0],
+            num_hidden_layers=count_blocks("layers", shapes),
+            num_attention_heads=query[0] // norm[0],
+            num_key_value_heads=key[0] // norm[0],
+            head_dim=norm[0],
+            rope_theta=1e6,
+            max_position_embeddings=40960,
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the config.json that transformers' class reads, with our own hidden_states."""
-        kind = _KINDS[self.model_type]
-        names = {"architectures": [kind.architecture], "hidden_act": "silu"}
-        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
-        windowed = self.sliding_window is not None
+        """Return the config.json that transformers' class reads.
+
+        Our own hidden_states is left out where it is the last state, as for a whole model.
+        """
+        architecture = _KINDS[self.model_type].architecture
+        values = dataclasses.asdict(self)
+        if self.hidden_states == (-1,):
+            del values["hidden_states"]
         return {
-            **names,
-            **dataclasses.asdict(self),
-            "rope_parameters": rope,
-            "use_sliding_window": windowed,
+            "architectures": [architecture],
+            "hidden_act": "silu",
+            **values,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "use_sliding_window": self.sliding_window is not None,
             "tie_word_embeddings": True,  # there is no other head
         }
 
@@ -369,116 +404,46 @@ def checkpoint_rules(config: DecoderConfig, prefix: str = "") -> list[Rule]:
     ]
 
 
-def select_decoder(checkpoint: Checkpoint) -> Checkpoint | None:
-    """Return the tensors of the decoder among those of a file; None if there is none.
-
-    Its head is none of them: it lies beside what all the decoder's names begin with.
-    """
-    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
-    return None if prefix is None else checkpoint.under(prefix)
-
-
-def config_from_shapes(
-    shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
-) -> DecoderConfig:
-    """Return the sizes that a file without config.json has, if it is a Qwen3.
-
-    Frequencies and epsilon aren't in the shapes; those are the same in all published Qwen3s.
-
-    Args:
-      shapes: its tensors', as `select_decoder` gives them.
-      path: of the file, for errors.
-
-    Raises:
-      CheckpointError: it is another model, or not whole.
-    """
-    first = "layers.0."
-    telling = {"embed_tokens": 2, f"{first}mlp.gate_proj": 2, f"{first}self_attn.q_norm": 1}
-    telling |= {f"{first}self_attn.{name}_proj": 2 for name in "qk"}
-    found = {name: shapes.get(f"{name}.weight", ()) for name in telling}
-    if bad := [name for name, axes in telling.items() if len(found[name]) != axes]:
-        raise CheckpointError(
-            f"{path} holds no whole Qwen3: expected matrices, or vectors of norms, "
-            f"{', '.join(bad)}; give its folder, with config.json, if it is another decoder"
-        )
-    embed, hidden, norm, query, key = found.values()
-    return DecoderConfig(
-        vocab_size=embed[0],
-        hidden_size=embed[1],
-        intermediate_size=hidden[0],
-        num_hidden_layers=count_blocks("layers", shapes),
-        num_attention_heads=query[0] // norm[0],
-        num_key_value_heads=key[0] // norm[0],
-        head_dim=norm[0],
-        rope_theta=1e6,
-        max_position_embeddings=40960,
-    )
-
-
-def open_decoder(
-    path: Path | str,
-    dtype: jnp.dtype = jnp.float32,
-    *,
-    hidden_states: Sequence[int] | None = None,
-) -> StoredModule:
-    """Open a decoder without reading its parameters.
-
-    Args:
-      path: a transformers folder such as Qwen3ForCausalLM's, with config.json and safetensors; or
-        a file of Qwen3 with the same names, with any prefix, and perhaps other models.
-      dtype: of the parameters and the computation.
-      hidden_states: the states that are wanted, numbered as in DecoderConfig. Layers above them
-        aren't read. None for those that the config names, else the last one.
-
-    Raises:
-      CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
-    """
-    path = Path(path)
-    if path.is_file():
-        checkpoint = select_decoder(open_checkpoint(path))
-        if checkpoint is None:
-            raise CheckpointError(f"{path} holds no decoder")
-        config = config_from_shapes(checkpoint.shapes, path)
-    else:
-        values, whole = open_folder(path, TELLING)
-        config, checkpoint = DecoderConfig.from_json(values), select_decoder(whole) or whole
-    if hidden_states is not None:
-        config = dataclasses.replace(config, hidden_states=tuple(hidden_states))
-    above = "|".join(map(str, range(config.layers, config.num_hidden_layers)))
-    return match_params(
-        lambda: Decoder(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
-        checkpoint,
-        checkpoint_rules(config),
-        config=config.to_json(),
-        ignore=(rf"layers\.({above})\..+", r"norm\.weight", r"lm_head\.weight", _FREQUENCIES),
-    )
-
-
-_FREQUENCIES = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # that old files hold
-
-
-def load_decoder(
-    path: Path | str,
-    dtype: jnp.dtype = jnp.float32,
-    *,
-    hidden_states: Sequence[int] | None = None,
-) -> Decoder:
-    """Load what `open_decoder` opens; computes and stores in `dtype`."""
-    return open_decoder(path, dtype, hidden_states=hidden_states).load(dtype)
-
-
-def export_decoder(module: Decoder, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> None:
-    """Write a folder that transformers' class, such as Qwen3ForCausalLM, and `load_decoder` read.
-
-    Raises:
-      ValueError: the module lacks layers or the final norm, since they weren't wanted.
-    """
-    config = module.config
-    if module.final_norm is None:
+def _rules(config: DecoderConfig, names: Collection[str]) -> list[Rule]:
+    if names:
+        return checkpoint_rules(config, find_prefix(names, TELLING) or "")
+    if config.layers < config.num_hidden_layers:
         raise ValueError(
-            f"module holds {config.layers} of {config.num_hidden_layers} layers and no final norm; "
-            "load it with hidden_states (-1,) to write it"
+            f"the decoder holds {config.layers} of {config.num_hidden_layers} layers; one with "
+            "hidden_states (-1,) can be written"
         )
-    rules = checkpoint_rules(config, "model.")
-    values = {**config.to_json(), "dtype": jnp.dtype(dtype).name}
-    save_params(module, folder, rules, config=values, filename="model.safetensors", dtype=dtype)
+    return checkpoint_rules(config, "model.")  # as published, beside a head
+
+
+def _ignored(config: DecoderConfig) -> tuple[str, ...]:
+    """Return names of what isn't wanted: layers above the last state, a head, eyes."""
+    above = "|".join(map(str, range(config.layers, config.num_hidden_layers)))
+    return (
+        rf"(.+\.)?layers\.({above})\..+",
+        r"(.+\.)?(norm|lm_head)\.weight",
+        r"(.+\.)?rotary_emb\.inv_freq",  # that old files hold
+        r"(.+\.)?(vision_tower|visual|multi_modal_projector)\..+",
+    )
+
+
+def decoder_component(config: type[DecoderConfig]) -> Component:
+    """Return a table entry for decoders of which a family takes the states that a config names.
+
+    Args:
+      config: a class whose default of hidden_states they are.
+    """
+    naming = Naming(telling=TELLING, rules=_rules, ignore=_ignored)
+    classes = [kind.architecture for kind in _KINDS.values()]
+    classes += [name.replace("ForCausalLM", "Model") for name in classes]
+    return Component(
+        name="decoder",
+        classes=(*classes, "Mistral3ForConditionalGeneration"),
+        library="transformers",
+        config=config,
+        module=Decoder,
+        folder=naming,
+        file=dataclasses.replace(naming, config=config.from_shapes),
+    )
+
+
+DECODER = decoder_component(DecoderConfig)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from models.text_encoders.chat import Tokens, chat_tokens, qwen_turn
-from models.text_encoders.decoder import Decoder, DecoderConfig
+from models.text_encoders.decoder import Decoder, DecoderConfig, decoder_component
 
 _LONGEST = 512  # tokens, the template's included
 _MULTIPLE = 32  # what the transformer pads texts to; lengths that share a compiled program
@@ -22,6 +22,9 @@ class TextConfig(DecoderConfig):
     """A decoder of which Z-Image takes what goes into the last layer, which is never read."""
 
     hidden_states: tuple[int, ...] = (-2,)
+
+
+TEXT_ENCODER = decoder_component(TextConfig)
 
 
 def text_tokens(tokenizer: Any, prompts: Sequence[str]) -> Tokens:

@@ -12,13 +12,7 @@ from random_weights import random_module
 from safetensors.numpy import load_file, save_file
 
 from models.stored_files import CheckpointError
-from models.text_encoders.decoder import (
-    Decoder,
-    DecoderConfig,
-    export_decoder,
-    load_decoder,
-    open_decoder,
-)
+from models.text_encoders.decoder import DECODER, Decoder, DecoderConfig, decoder_component
 
 TINY = {
     "vocab_size": 50,
@@ -38,6 +32,20 @@ run = nnx.jit(Decoder.__call__)
 
 def relative_error(ours, theirs):
     return np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs)
+
+
+def taking(states):
+    """Return the component of a family that takes some states."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config(DecoderConfig):
+        hidden_states: tuple[int, ...] = tuple(states)
+
+    return decoder_component(Config)
+
+
+def load_decoder(path, states=(-1,)):
+    return taking(states).load(path, jnp.float32)
 
 
 def token_ids(tokens=13, batch=2):
@@ -89,7 +97,7 @@ def peer(request):
 def test_every_state_equals_the_peer(peer, tmp_path):
     peer.save_pretrained(tmp_path)
     ids = token_ids()
-    ours = run(load_decoder(tmp_path, hidden_states=ALL), ids)
+    ours = run(load_decoder(tmp_path, ALL), ids)
     assert_equal_states(ours, peer_states(peer, ids))
 
 
@@ -97,7 +105,7 @@ def test_states_of_padding_on_the_right_equal_the_peer(peer, tmp_path):
     peer.save_pretrained(tmp_path)
     ids, mask = token_ids(), np.ones((2, 13), int)
     mask[1, 6:] = 0
-    ours = run(load_decoder(tmp_path, hidden_states=ALL), ids, jnp.asarray(mask))
+    ours = run(load_decoder(tmp_path, ALL), ids, jnp.asarray(mask))
     assert_equal_states(ours, peer_states(peer, ids, mask))
 
 
@@ -105,7 +113,7 @@ def test_states_beside_padding_on_the_left_equal_the_peer(peer, tmp_path):
     peer.save_pretrained(tmp_path)
     ids, mask = token_ids(), np.ones((2, 13), int)
     mask[1, :6] = 0
-    ours = run(load_decoder(tmp_path, hidden_states=ALL), ids, jnp.asarray(mask))
+    ours = run(load_decoder(tmp_path, ALL), ids, jnp.asarray(mask))
     assert_equal_states(ours, peer_states(peer, ids, mask), mask.astype(bool))
 
 
@@ -128,15 +136,16 @@ def test_states_come_as_asked_for(wanted, tmp_path):
     peer = build_peer()
     peer.save_pretrained(tmp_path)
     ids = token_ids()
-    ours = run(load_decoder(tmp_path, hidden_states=wanted), ids)
+    ours = run(load_decoder(tmp_path, wanted), ids)
     theirs = peer_states(peer, ids)
     assert_equal_states(ours, [theirs[i] for i in wanted])
 
 
 def test_layers_above_the_last_wanted_state_are_not_read(tmp_path):
     build_peer().save_pretrained(tmp_path)
-    whole = open_decoder(tmp_path)
-    opened = open_decoder(tmp_path, hidden_states=(1, 2))
+    whole = DECODER.open(tmp_path)
+    opened = taking((1, 2)).open(tmp_path, jnp.float32)
+    assert opened.config["hidden_states"] == (1, 2)
     assert {name.split(".")[1] for name in opened.sources if "layers" in name} == {"0", "1"}
     assert "final_norm.scale" in whole.sources.keys() - opened.sources.keys()
     file = tmp_path / "model.safetensors"
@@ -146,10 +155,10 @@ def test_layers_above_the_last_wanted_state_are_not_read(tmp_path):
         if ".layers.2." not in key and key != "model.norm.weight"
     }
     save_file(kept, file)
-    loaded = load_decoder(tmp_path, hidden_states=(1, 2))
+    loaded = load_decoder(tmp_path, (1, 2))
     assert_equal_states(run(loaded, token_ids()), run(opened.load(jnp.float32), token_ids()))
     with pytest.raises(CheckpointError, match=r"missing layers\.2\.mlp\.gate_proj"):
-        open_decoder(tmp_path)
+        DECODER.open(tmp_path)
 
 
 def test_sharded_files_load(tmp_path):
@@ -157,7 +166,7 @@ def test_sharded_files_load(tmp_path):
     peer.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = token_ids()
-    ours = run(load_decoder(tmp_path, hidden_states=ALL), ids)
+    ours = run(load_decoder(tmp_path, ALL), ids)
     assert_equal_states(ours, peer_states(peer, ids))
 
 
@@ -166,7 +175,7 @@ def test_a_model_without_its_head_loads(tmp_path):
     peer.model.save_pretrained(tmp_path)
     assert "embed_tokens.weight" in load_file(tmp_path / "model.safetensors")
     ids = token_ids()
-    assert_equal_states(run(load_decoder(tmp_path, hidden_states=ALL), ids), peer_states(peer, ids))
+    assert_equal_states(run(load_decoder(tmp_path, ALL), ids), peer_states(peer, ids))
 
 
 def test_the_part_of_a_larger_model_that_reads_text_loads(tmp_path):
@@ -179,43 +188,43 @@ def test_the_part_of_a_larger_model_that_reads_text_loads(tmp_path):
     outer = {"model_type": "mistral3", "text_config": json.loads(config.read_text())}
     config.write_text(json.dumps(outer))
     ids = token_ids()
-    assert_equal_states(run(load_decoder(tmp_path, hidden_states=ALL), ids), peer_states(peer, ids))
+    assert_equal_states(run(load_decoder(tmp_path, ALL), ids), peer_states(peer, ids))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "text_encoders.qwen3_4b.transformer.model."])
 def test_a_file_without_a_config_loads(prefix, tmp_path):
     config = DecoderConfig(**{**TINY, "rope_theta": 1e6})
     decoder = tiny_decoder(config)
-    export_decoder(decoder, tmp_path, dtype=jnp.float32)
+    DECODER.export(decoder, tmp_path, jnp.float32)
     tensors = load_file(tmp_path / "model.safetensors")
     file = tmp_path / "qwen_3_tiny.safetensors"
     save_file({prefix + key.removeprefix("model."): x for key, x in tensors.items()}, file)
-    loaded = load_decoder(file, hidden_states=(-1,))
+    loaded = DECODER.load(file, jnp.float32)
     assert dataclasses.replace(loaded.config, max_position_embeddings=32768) == config
     np.testing.assert_array_equal(run(loaded, token_ids())[0], run(decoder, token_ids())[0])
 
 
 @pytest.mark.parametrize("missing", ["self_attn.q_norm", "mlp.gate_proj"])
 def test_a_file_of_another_decoder_is_refused(missing, tmp_path):
-    export_decoder(tiny_decoder(), tmp_path)
+    DECODER.export(tiny_decoder(), tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file({key: value for key, value in tensors.items() if missing not in key}, file)
     with pytest.raises(CheckpointError, match=f"no whole Qwen3.*{missing}"):
-        open_decoder(file)
+        DECODER.open(file)
 
 
 def test_a_file_without_a_decoder_is_refused(tmp_path):
     save_file({"x": np.ones(2, np.float32)}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="holds no decoder"):
-        open_decoder(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="holds no decoder: missing"):
+        DECODER.open(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "mistral"])
 def test_export_then_load_keeps_every_bit(kind, tmp_path):
     decoder = tiny_decoder(DecoderConfig(**TINY, model_type=kind))
-    export_decoder(decoder, tmp_path, dtype=jnp.float32)
-    loaded = load_decoder(tmp_path)
+    DECODER.export(decoder, tmp_path, jnp.float32)
+    loaded = DECODER.load(tmp_path, jnp.float32)
     assert loaded.config == decoder.config
     jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(decoder))
 
@@ -227,7 +236,7 @@ def test_the_peer_reads_an_export(kind, tmp_path):
 
     sizes = TINY if kind != "qwen2" else {**TINY, "head_dim": 6}
     decoder = tiny_decoder(DecoderConfig(**sizes, model_type=kind))
-    export_decoder(decoder, tmp_path, dtype=jnp.float32)
+    DECODER.export(decoder, tmp_path, jnp.float32)
     peer, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     ids = token_ids()
@@ -237,7 +246,7 @@ def test_the_peer_reads_an_export(kind, tmp_path):
 def test_a_module_without_all_layers_is_not_written(tmp_path):
     decoder = tiny_decoder(DecoderConfig(**TINY, hidden_states=(2,)))
     with pytest.raises(ValueError, match="holds 2 of 3 layers"):
-        export_decoder(decoder, tmp_path)
+        DECODER.export(decoder, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ import json
 import types
 import warnings
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,7 +13,6 @@ from flax import nnx
 from models.flux2 import prompts as flux2
 from models.stored_files import CheckpointError
 from models.text_encoders.chat import qwen_turn
-from models.text_encoders.decoder import load_decoder
 from models.tokenizers import load_tokenizer
 from models.zimage import prompts as zimage
 
@@ -106,7 +106,9 @@ def test_text_tokens_of_flux2_equal_diffusers(tokenizer, folder, tmp_path):
         )
     ids, mask = flux2.text_tokens(load_tokenizer(folder), PROMPTS)
     assert ids.shape == mask.shape == (3, 512) and ids.dtype == np.int32
-    encoder = load_decoder(tmp_path, hidden_states=states)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_states": states}))
+    encoder = flux2.TEXT_ENCODER.load(tmp_path, jnp.float32)
     ours = nnx.jit(flux2.encode_tokens)(encoder, ids, mask)
     assert ours.shape == (3, 512, 3 * 24)
     assert relative_error(ours, theirs.numpy()) < 1e-4
@@ -131,7 +133,7 @@ def test_text_tokens_of_zimage_equal_diffusers(tokenizer, folder, tmp_path):
         theirs = ZImagePipeline._encode_prompt(pipeline, list(PROMPTS))
     ids, mask = zimage.text_tokens(load_tokenizer(folder), PROMPTS)
     assert ids.shape[1] < 512 and ids.shape[1] % 32 == 0
-    encoder = load_decoder(tmp_path, hidden_states=zimage.TextConfig.hidden_states)
+    encoder = zimage.TEXT_ENCODER.load(tmp_path, jnp.float32)
     ours = nnx.jit(zimage.encode_tokens)(encoder, ids)
     for mine, kept, other in zip(ours, mask.astype(bool), theirs, strict=True):
         assert relative_error(mine[kept], other.numpy()) < 1e-4

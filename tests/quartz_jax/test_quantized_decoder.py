@@ -1,5 +1,6 @@
 """A decoder as text encoder under recipes: how near it stays, and its streamed conversion."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
 from random_weights import random_module
 
 from models.checkpoint_io import TracingRngs
-from models.text_encoders.decoder import Decoder, DecoderConfig, export_decoder, open_decoder
+from models.text_encoders.decoder import DECODER, Decoder, DecoderConfig
 from quartz_jax import get_recipe, observe, quantize_model, sites
 from quartz_jax.conversion import checkpoint
 from quartz_jax.conversion.calibrate import Calibration
@@ -42,16 +43,18 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("decoder")
     whole = DecoderConfig(**{**vars(CONFIG), "hidden_states": (-1,)})
     module = random_module(lambda: Decoder(whole, rngs=TracingRngs()))
-    export_decoder(module, path, dtype=jnp.float32)
+    DECODER.export(module, path, jnp.float32)
     return path
 
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    return open_decoder(folder, jnp.float32, hidden_states=CONFIG.hidden_states)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_states": [1, 2]}))
+    return DECODER.open(folder, jnp.float32)
 
 
-# Rounding a normal row to b bits leaves about 2**(1 - b) of it, so 1 % in 8 and 12 % in 4; 8 linears
+# Rounding a normal row to b bits leaves about 2**(1 - b) of it: 1 % in 8 and 12 % in 4; 8 linears
 # in a row add up to some 3 and 35 %. The steps of w4a16 are powers of two, up to twice
 # as wide as need be.
 @pytest.mark.parametrize("name,bound", [("w8a8", 0.05), ("w4a16", 0.6), ("w4a8x", 0.4)])
