@@ -11,13 +11,16 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from models.checkpoint_io import check_bounds, config_from_json
+
+if TYPE_CHECKING:
+    from models.schedulers import Level
 
 _NO = (False, None)
 _SUPPORTED = {
@@ -31,7 +34,6 @@ _SUPPORTED = {
     "use_exponential_sigmas": _NO,
     "use_beta_sigmas": _NO,
 }
-Level = dict[str, Any]  # "time", which the model is told, and the scheduler's own
 
 
 class _Step(NamedTuple):
@@ -86,7 +88,7 @@ class NoiseScheduler(abc.ABC):
 
     def levels(
         self, num_inference_steps: int, tokens: int, strength: float = 1.0, mu: float | None = None
-    ) -> list[Level]:
+    ) -> "list[Level]":
         """Return each step's timestep ("time") and factors ("step", "start"), float32.
 
         Args:
@@ -112,7 +114,7 @@ class NoiseScheduler(abc.ABC):
             for time, step, start in found
         ][-kept:]
 
-    def start(self, noise: jax.Array, level: Level, data: jax.Array | None = None) -> jax.Array:
+    def start(self, noise: jax.Array, level: "Level", data: jax.Array | None = None) -> jax.Array:
         """Return the sample at the first level, float32: noise alone, or data with noise added."""
         factors = _Start(*level["start"])
         return (
@@ -123,7 +125,7 @@ class NoiseScheduler(abc.ABC):
         """Return what the first step takes for the last one's prediction, and makes nothing of."""
         return jnp.zeros_like(sample) if self.remembers else None
 
-    def scale(self, sample: jax.Array, level: Level) -> jax.Array:
+    def scale(self, sample: jax.Array, level: "Level") -> jax.Array:
         """Return what the model sees of a sample."""
         return sample
 
@@ -131,7 +133,7 @@ class NoiseScheduler(abc.ABC):
         self,
         sample: jax.Array,  # float32, any shape
         prediction: jax.Array,  # of the same shape, like memory and noise
-        level: Level,
+        level: "Level",
         memory: jax.Array | None,
         noise: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
@@ -321,13 +323,13 @@ class EulerDiscreteScheduler(NoiseScheduler):
         "sigma_max": (None,),
     }
 
-    def scale(self, sample: jax.Array, level: Level) -> jax.Array:
+    def scale(self, sample: jax.Array, level: "Level") -> jax.Array:
         """Return the sample with the variance that the model was trained on."""
         return sample * level["scale"]
 
     def levels(
         self, num_inference_steps: int, tokens: int, strength: float = 1.0, mu: float | None = None
-    ) -> list[Level]:
+    ) -> "list[Level]":
         """Return each step's timestep and factors as the other schedulers do, and its "scale"."""
         found = super().levels(num_inference_steps, tokens, strength, mu)
         ratios = self._ratios(np.array([level["time"] for level in found], np.float64))
@@ -370,3 +372,11 @@ class EulerAncestralDiscreteScheduler(EulerDiscreteScheduler):
     def _step(self, now: float, then: float) -> _Step:
         up = then * np.sqrt(1 - (then / now) ** 2)
         return self._euler(now, np.sqrt(then**2 - up**2), noise=up)
+
+
+KINDS: tuple[type[NoiseScheduler], ...] = (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+)

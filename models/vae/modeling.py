@@ -12,6 +12,7 @@ from flax import nnx
 
 from models.attention import dot_product_attention
 from models.vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
+from models.vae.packing import pack, unpack
 
 # The weight init of torch's convolutions: uniform within 1 / sqrt(fan_in).
 _KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -152,25 +153,6 @@ class _Statistics(nnx.Module):
     def __init__(self, channels: int, dtype: jnp.dtype):
         self.running_mean = nnx.BatchStat(jnp.zeros(channels, dtype))
         self.running_var = nnx.BatchStat(jnp.ones(channels, dtype))
-
-
-def pack(
-    latents: jax.Array,  # [batch, height, width, channels], height and width even
-) -> jax.Array:
-    """Return [batch, height / 2, width / 2, 4 channels], ordered channel, row, column."""
-    batch, height, width, channels = latents.shape
-    x = latents.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    x = x.transpose(0, 1, 3, 5, 2, 4)
-    return x.reshape(batch, height // 2, width // 2, 4 * channels)
-
-
-def unpack(
-    latents: jax.Array,  # [batch, rows, columns, 4 channels]
-) -> jax.Array:
-    """Return [batch, 2 rows, 2 columns, channels]: the inverse of `pack`."""
-    batch, rows, columns, _ = latents.shape
-    x = latents.reshape(batch, rows, columns, -1, 2, 2)
-    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * rows, 2 * columns, -1)
 
 
 class _Encoder(nnx.Module):

@@ -157,7 +157,7 @@ def test_layers_above_the_last_wanted_state_are_not_read(tmp_path):
     save_file(kept, file)
     loaded = load_decoder(tmp_path, (1, 2))
     assert_equal_states(run(loaded, token_ids()), run(opened.load(jnp.float32), token_ids()))
-    with pytest.raises(CheckpointError, match=r"missing layers\.2\.mlp\.gate_proj"):
+    with pytest.raises(CheckpointError, match=r"missing model\.layers\.2\.mlp\.gate_proj"):
         DECODER.open(tmp_path)
 
 

@@ -14,7 +14,8 @@ from models.checkpoint_io import export_params
 from models.stored_files import CheckpointError
 from models.vae.config import AutoencoderKLFlux2Config
 from models.vae.flux2 import AUTOENCODER_KL_FLUX2
-from models.vae.modeling import AutoencoderKL, AutoencoderKLFlux2, pack, unpack
+from models.vae.modeling import AutoencoderKL, AutoencoderKLFlux2
+from models.vae.packing import pack, unpack
 from models.vae.params import bfl_rules
 
 TINY = {
@@ -115,7 +116,7 @@ def test_latents_and_images_equal_the_peer(changes, tmp_path):
 def test_a_file_in_the_original_naming_loads(prefix, changes, tmp_path):
     # norm groups aren't in the shapes; those of all published files are 32
     widths = {"block_out_channels": (32, 64), "norm_num_groups": 32}
-    changes = {key: (32, 32) for key in changes}
+    changes = dict.fromkeys(changes, (32, 32))
     module = tiny_autoencoder(**widths, **changes)
     tensors = export_params(module, bfl_rules(module.config))
     assert {"encoder.quant_conv.weight", "decoder.post_quant_conv.weight"} <= tensors.keys()
