@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,15 @@ class Norm:
     shift: jax.Array | None = None  # [k] or [..., k]; None adds nothing
     epsilon: float = NORM_EPSILON  # added to the variance, or to the mean of squares
     kind: str = "layer"  # "layer" takes off the mean first; "rms" doesn't (arXiv 1910.07467)
+
+
+def as_norm(
+    given: Any,  # what has a norm's fields
+) -> Norm:
+    """Return a norm of another package as one of these, its vectors float32."""
+    wide = (None if v is None else v.astype(jnp.float32) for v in (given.scale, given.shift))
+    scale, shift = wide
+    return Norm(scale=scale, shift=shift, epsilon=given.epsilon, kind=given.kind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

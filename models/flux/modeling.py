@@ -15,7 +15,7 @@ from flax import nnx
 
 from models.attention import dot_product_attention
 from models.flux.config import FluxConfig
-from models.linear import Linear, Part
+from models.linear import Linear, Norm, Part, modulation
 
 _EPSILON = 1e-6  # of every norm
 _THETA = 10000.0  # base of both position and timestep frequencies
@@ -158,10 +158,10 @@ class SelfAttention(nnx.Module):
     def project(
         self,
         x: jax.Array,  # [b, t, c]
-        modulation: tuple[jax.Array, jax.Array],  # shift and scale, [b, 1, c]
+        norm: Norm,  # of [b, 1, c]
     ) -> Stream:
         """Return the queries, keys and values of the modulated x."""
-        qkv = self.qkv(x, modulation=modulation)
+        qkv = self.qkv(x, norm=norm)
         return Stream(qkv=qkv, query_norm=self.query_norm, key_norm=self.key_norm)
 
 
@@ -180,7 +180,7 @@ class MLP(nnx.Module):
         gate: jax.Array,
     ) -> jax.Array:
         """Return x plus its gated update, [b, t, c]."""
-        wide = self.up(x, modulation=(shift, scale))
+        wide = self.up(x, norm=modulation(shift, scale))
         wide = Part(array=wide, size=wide.shape[-1], activation="gelu")
         return self.down((wide,), gate=gate, residual=x)
 
@@ -209,8 +209,8 @@ class DoubleStreamBlock(nnx.Module):
         shift, scale, gate, *img_mlp_mod = self.img_mod(vec)
         txt_shift, txt_scale, txt_gate, *txt_mlp_mod = self.txt_mod(vec)
 
-        img_qkv = self.img_attn.project(img, (shift, scale))
-        txt_qkv = self.txt_attn.project(txt, (txt_shift, txt_scale))
+        img_qkv = self.img_attn.project(img, modulation(shift, scale))
+        txt_qkv = self.txt_attn.project(txt, modulation(txt_shift, txt_scale))
         attended = self.attention(txt_qkv, img_qkv, rope=rope)
         txt_out, img_out = jnp.split(attended, [txt.shape[1]], axis=1)
 
@@ -241,7 +241,7 @@ class SingleStreamBlock(nnx.Module):
     ) -> jax.Array:
         """Return the tokens after this block, [b, t, c]."""
         shift, scale, gate = self.modulation(vec)
-        wide = self.linear1(x, modulation=(shift, scale))
+        wide = self.linear1(x, norm=modulation(shift, scale))
         hidden, mlp = x.shape[-1], _MLP_RATIO * x.shape[-1]
         stream = Stream(qkv=wide, query_norm=self.query_norm, key_norm=self.key_norm)
         joined = (
@@ -262,7 +262,7 @@ class FinalLayer(nnx.Module):
     def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
         """[b, t, c] and the condition [b, c] to [b, t, outputs]."""
         shift, scale = jnp.split(self.modulation(nnx.silu(vec))[:, None], 2, axis=-1)
-        return self.linear(x, modulation=(shift, scale))
+        return self.linear(x, norm=modulation(shift, scale))
 
 
 @jax.tree_util.register_dataclass
