@@ -33,8 +33,8 @@ def as_norm(
     given: Any,  # what has a norm's fields
 ) -> Norm:
     """Return a norm of another package as one of these, its vectors float32."""
-    wide = (None if v is None else v.astype(jnp.float32) for v in (given.scale, given.shift))
-    scale, shift = wide
+    shift = None if given.shift is None else given.shift.astype(jnp.float32)
+    scale = given.scale.astype(jnp.float32)
     return Norm(scale=scale, shift=shift, epsilon=given.epsilon, kind=given.kind)
 
 

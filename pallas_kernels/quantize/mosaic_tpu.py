@@ -123,7 +123,7 @@ def _inputs(
 ) -> dict[str, jax.Array]:
     """Return the kernel's arrays by name: x, those of its channels, and constant matrices."""
     vectors: dict[str, jax.Array] = {}
-    if norm is not None:
+    if norm is not None and norm.shift is not None:
         vectors |= {"norm_shift": norm.shift, "norm_scale": norm.scale}
     if multiplier is not None:
         vectors["multiplier"] = multiplier
