@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.linear import modulation
+from models.linear import EPSILON, modulation
 
 _THETA = 10000.0  # base of the frequencies
 TIME_CHANNELS = 256  # of the sinusoidal embedding of timestep and guidance
@@ -50,12 +50,13 @@ class Modulation(nnx.Module):
 class FinalLayer(nnx.Module):
     """Modulated norm and the linear to output channels; both linears zero at initialisation."""
 
-    def __init__(self, hidden: int, outputs: int, *, linear):
+    def __init__(self, hidden: int, outputs: int, epsilon: float = EPSILON, *, linear):
         zeros = nnx.initializers.zeros
+        self.epsilon = epsilon  # of the norm
         self.modulation = linear(hidden, 2 * hidden, kernel_init=zeros, role="embed")
         self.linear = linear(hidden, outputs, kernel_init=zeros, role="head")
 
     def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
         """[b, t, c] and the condition [b, c] to [b, t, outputs]."""
         shift, scale = jnp.split(self.modulation(nnx.silu(vec))[:, None], 2, axis=-1)
-        return self.linear(x, norm=modulation(shift, scale))
+        return self.linear(x, norm=modulation(shift, scale, self.epsilon))

@@ -30,7 +30,7 @@ TELLING = "double_blocks.0.img_attn.qkv.weight"
 _BESIDE = r"(vae|first_stage_model|text_encoders?|text_encoder_2|cond_stage_model|conditioner)\."
 
 
-def _swap_halves(value: np.ndarray) -> np.ndarray:
+def swap_halves(value: np.ndarray) -> np.ndarray:
     """Exchange shift (ours first) and scale (diffusers' first) along the rows."""
     return np.concatenate(np.split(value, 2)[::-1])
 
@@ -87,7 +87,7 @@ def diffusers_rules(config: FluxConfig) -> list[Rule]:
             Rule(pattern=pattern, sources=tuple(prefix + name for name in names), rows=rows)
             for pattern, (prefix, names, rows) in joined.items()
         ),
-        Rule(pattern=r"final_layer\.modulation", sources="norm_out.linear", transform=_swap_halves),
+        Rule(pattern=r"final_layer\.modulation", sources="norm_out.linear", transform=swap_halves),
     ]
 
 
