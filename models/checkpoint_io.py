@@ -37,7 +37,7 @@ _LISTED = 20  # missing tensors that an error names, likewise misshapen and unex
 # Bounds of config fields, far from what any model has, so that none is built that can't be.
 WIDTHS = (1, 2**20)
 BLOCKS = (0, 256)
-# Leaf of an NNX module to the suffix that torch gives the same parameter.
+# Leaf of an NNX module to the suffix that torch gives the same parameter; others keep their names.
 _LEAF_SUFFIX = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -379,9 +379,9 @@ def _sources(path: tuple, rules: Sequence[Rule]) -> tuple[list[str], Rule]:
         match = re.fullmatch(rule.pattern, module)
         if match:
             sources = (rule.sources,) if isinstance(rule.sources, str) else rule.sources
-            suffix = rule.leaf or _LEAF_SUFFIX[leaf]
+            suffix = rule.leaf or _LEAF_SUFFIX.get(leaf, leaf)
             return [f"{match.expand(source)}.{suffix}" for source in sources], rule
-    name = _dotted((*path[:-1], _LEAF_SUFFIX[leaf]))
+    name = _dotted((*path[:-1], _LEAF_SUFFIX.get(leaf, leaf)))
     return [name], Rule(pattern="", sources=module)
 
 
