@@ -148,6 +148,13 @@ class Carry:
 class Flux2Transformer(nnx.Module):
     """Predicts the velocity (noise minus data) of packed latent tokens."""
 
+    # linears before the blocks, besides embedders
+    starts = (
+        "double_stream_modulation_img.lin",
+        "double_stream_modulation_txt.lin",
+        "single_stream_modulation.lin",
+    )
+
     def __init__(
         self,
         config: Flux2Config,
