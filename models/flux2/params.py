@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from models.checkpoint_io import Rule, count_blocks
-from models.flux.params import swap_halves
+from models.component import Component, Naming
+from models.flux.params import bfl_rules, swap_halves
 from models.flux2.config import Flux2Config
+from models.flux2.modeling import Flux2Transformer
 from models.stored_files import CheckpointError
 
 # A tensor of Black Forest Labs' naming that every checkpoint has, and no other model's.
@@ -99,3 +101,14 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
         axes_dims_rope=(head[0] // 4,) * 4,
         guidance_embeds="guidance_in.in_layer.weight" in shapes,
     )
+
+
+TRANSFORMER = Component(
+    name="FLUX.2 transformer",
+    classes=("Flux2Transformer2DModel",),
+    library="diffusers",
+    config=Flux2Config,
+    module=Flux2Transformer,
+    folder=Naming(telling="x_embedder.weight", rules=lambda config, names: diffusers_rules(config)),
+    file=Naming(telling=TELLING, rules=lambda config, names: bfl_rules(), config=config_from_bfl),
+)

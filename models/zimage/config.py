@@ -35,6 +35,7 @@ class ZImageConfig:
     rope_theta: float = 256.0  # base of the positions' frequencies
     t_scale: float = 1000.0  # of the timestep, before its embedding
     axes_dims: tuple[int, ...] = (32, 48, 48)  # channels of a head that each position axis turns
+    axes_lens: tuple[int, ...] = (1024, 512, 512)  # positions on each axis; of diffusers' tables
 
     def __post_init__(self):
         sizes = ("all_patch_size", "in_channels", "dim", "n_heads", "cap_feat_dim", "axes_dims")

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from models.checkpoint_io import Rule, count_blocks
+from models.component import Component, Naming
 from models.stored_files import CheckpointError
 from models.zimage.config import ZImageConfig
+from models.zimage.modeling import ZImageTransformer
 
 # A tensor of single files that every one has, and no other model's.
 TELLING = "cap_pad_token"
@@ -98,3 +100,20 @@ def config_from_file(shapes: Mapping[str, tuple[int, ...]], path: Path | str = "
         # 32, 48 and 48 of Z-Image's 128 channels
         axes_dims=(head[0] // 4, 3 * head[0] // 8, 3 * head[0] // 8),
     )
+
+
+TRANSFORMER = Component(
+    name="Z-Image transformer",
+    classes=("ZImageTransformer2DModel",),
+    library="diffusers",
+    config=ZImageConfig,
+    module=ZImageTransformer,
+    folder=Naming(telling=TELLING, rules=lambda config, names: diffusers_rules(config)),
+    file=Naming(
+        telling=TELLING,
+        rules=lambda config, names: file_rules(config),
+        # of some files, and read by no program
+        ignore=(r"norm_final\.weight",),
+        config=config_from_file,
+    ),
+)

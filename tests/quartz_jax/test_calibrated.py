@@ -234,9 +234,7 @@ def test_a_model_that_cannot_be_run_block_by_block_is_refused(tmp_path):
 def test_a_calibrated_layer_outside_of_blocks_is_refused_by_name(tmp_path):
     recipe = Recipe(name="gptq", rules=(rule(".*", QUARTZ, rounding=Gptq()),))
     line = refused(tmp_path, recipe=recipe)
-    assert line.startswith(
-        "recipe 'gptq' would calibrate head, which lies in none of the model"
-    )
+    assert line.startswith("recipe 'gptq' would calibrate head, which lies in none of the model")
 
 
 @pytest.mark.parametrize("propagate", [False, True])
