@@ -23,7 +23,7 @@ from flax import nnx
 import models
 from models import build_component
 from models.flux import FluxTransformer, add_lora, read_lora
-from models.pipeline import FluxPipeline
+from models.sampler import Sampler
 from models.stages import Deferred
 from quartz_jax.conversion import checkpoint
 from quartz_jax.conversion.calibrate import Calibration
@@ -48,7 +48,7 @@ _IMAGES_AT_ONCE = 16  # the same, where images are small
 class Opened:
     """A pipeline that loads its models when they are needed."""
 
-    pipeline: FluxPipeline
+    pipeline: Sampler
     # of the components that follow recipes; one that is quantized while it loads has none before
     reports: dict[str, Report]
 
@@ -64,7 +64,7 @@ def load_pipeline(
     loras: Sequence[tuple[Path, float]] = (),
     expand: bool = False,
     keep_loaded: bool = True,
-) -> FluxPipeline:
+) -> Sampler:
     """Return the pipeline of a quantized checkpoint, ready for this device's kernels.
 
     Args:
@@ -105,12 +105,12 @@ def check_components(recipes: Mapping[str, Recipe]) -> None:
 
 
 def apply_recipe(
-    pipeline: FluxPipeline,
+    pipeline: Sampler,
     recipe: Recipe,
     seen: Mapping[str, Seen] | None = None,
     *,
     component: str = TRANSFORMER,
-) -> tuple[FluxPipeline, Report]:
+) -> tuple[Sampler, Report]:
     """Return a copy of a loaded 16-bit pipeline with one model quantized, and the report.
 
     Args:
@@ -120,17 +120,15 @@ def apply_recipe(
       component: the model's name.
     """
     check_components({component: recipe})
-    module = getattr(pipeline, component)
+    module = pipeline.models[component]
     module, report = quantize_model(module, recipe, seen, progress=bool(recipe.rules))
-    return dataclasses.replace(pipeline, **{component: module}), report
+    return pipeline.replace(**{component: module}), report
 
 
-def placed(
-    pipeline: FluxPipeline, *, component: str = TRANSFORMER
-) -> tuple[FluxPipeline, Placement]:
+def placed(pipeline: Sampler, *, component: str = TRANSFORMER) -> tuple[Sampler, Placement]:
     """Return a copy with one loaded model ready for this device's kernels, and how it runs."""
-    module, placement = place(getattr(pipeline, component), dtype=compute_dtype())
-    return dataclasses.replace(pipeline, **{component: module}), placement
+    module, placement = place(pipeline.models[component], dtype=compute_dtype())
+    return pipeline.replace(**{component: module}), placement
 
 
 def open_checkpoint(
@@ -168,12 +166,12 @@ def _load_quantized(
     return checkpoint.load(folder, build, component)[0]
 
 
-def load_16_bit(model: Path) -> FluxPipeline:
+def load_16_bit(model: Path) -> Sampler:
     """Return the pipeline of a 16-bit model with all its models loaded."""
     return models.load_pipeline(model, dtype=compute_dtype())
 
 
-def loaded_transformer(pipeline: FluxPipeline) -> FluxTransformer:
+def loaded_transformer(pipeline: Sampler) -> FluxTransformer:
     """Return the transformer of a pipeline that keeps its models loaded."""
     assert not isinstance(pipeline.transformer, Deferred)
     return pipeline.transformer
@@ -262,7 +260,7 @@ def _open_pipeline(
     given: Mapping[str, Deferred],
     text_encoders: Path | None = None,
     schedule: str | None = None,
-) -> FluxPipeline:
+) -> Sampler:
     """Return the pipeline; what isn't given loads in 16 bits, its tensors are checked already."""
     dtype = compute_dtype()
     files = models.find_model(model, text_encoders, schedule)
@@ -277,7 +275,7 @@ def _open_pipeline(
 
 
 def calibrate(
-    pipeline: FluxPipeline,  # of the 16-bit model
+    pipeline: Sampler,  # of the 16-bit model
     prompts: Sequence[str],
     *,
     seed: int = 0,
@@ -298,7 +296,7 @@ def calibrate(
     options, count = SamplingOptions.of(pipeline, size), len(prompts)
     total = options.num_inference_steps
     taken = sorted({int(step) for step in np.linspace(0, total - 1, min(steps, total)).round()})
-    tokens = options.height * options.width // pipeline.token_pixels**2
+    tokens = pipeline.canvas(options.height, options.width).tokens
     most = min(_IMAGES_AT_ONCE, max(1, _TOKENS_AT_ONCE // tokens))
     batch = max(size for size in range(1, most + 1) if count % size == 0)  # all of one shape
 

@@ -24,8 +24,10 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from models.compiled import compiled
 from models.flux import FluxConfig, FluxTransformer
-from models.pipeline import compiled, denoising_step, image_ids
+from models.flux.latents import image_ids
+from models.sampler import denoising_step
 from pallas_kernels import timing
 from quartz_jax import get_recipe, place
 from quartz_jax.cli import arguments as cli

@@ -3,13 +3,12 @@
 from models.flux.config import FluxConfig
 from models.flux.lora import add_lora, read_lora
 from models.flux.modeling import FluxTransformer
-from models.flux.params import export_flux_transformer, load_flux_transformer
+from models.flux.params import TRANSFORMER
 
 __all__ = [
+    "TRANSFORMER",
     "FluxConfig",
     "FluxTransformer",
     "add_lora",
-    "export_flux_transformer",
-    "load_flux_transformer",
     "read_lora",
 ]

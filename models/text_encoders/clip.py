@@ -1,7 +1,7 @@
 """The text encoder of CLIP (arXiv 2103.00020)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,12 @@ from models.checkpoint_io import (
     WIDTHS,
     CheckpointError,
     Rule,
-    StoredModule,
-    TracingRngs,
     check_bounds,
     config_from_json,
     count_blocks,
-    match_params,
-    save_params,
 )
+from models.component import Component, Naming
 from models.linear import Linear
-from models.stored_files import Checkpoint, find_prefix, open_checkpoint, open_folder, unwrap
 
 TELLING = "text_model.final_layer_norm.weight"  # a tensor that every checkpoint has
 
@@ -202,12 +198,6 @@ def checkpoint_rules(prefix: str = "text_model.") -> list[Rule]:
     ]
 
 
-def select_clip(checkpoint: Checkpoint) -> Checkpoint | None:
-    """Return the tensors of the CLIP text encoder among those of a file; None if there is none."""
-    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
-    return None if prefix is None else checkpoint.under(prefix)
-
-
 def config_from_shapes(
     shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
 ) -> CLIPTextConfig:
@@ -216,7 +206,7 @@ def config_from_shapes(
     Heads and activation aren't in the shapes; those of CLIP-L are in its published config.json.
 
     Args:
-      shapes: its tensors', as `select_clip` gives them.
+      shapes: its tensors', without a prefix.
       path: of the file, for errors.
 
     Raises:
@@ -240,49 +230,19 @@ def config_from_shapes(
     )
 
 
-def open_clip_text_encoder(path: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
-    """Open a CLIP text encoder without reading its parameters.
-
-    A projection behind the model (CLIPTextModelWithProjection) is left alone.
-
-    Args:
-      path: a transformers CLIPTextModel folder, with config.json and safetensors; or a file that
-        holds CLIP-L under the same names, with any prefix, and perhaps other models.
-      dtype: of the parameters and the computation.
-
-    Raises:
-      CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
-    """
-    path = Path(path)
-    if path.is_file():
-        checkpoint = select_clip(open_checkpoint(path))
-        if checkpoint is None:
-            raise CheckpointError(f"{path} holds no CLIP text encoder")
-        config = config_from_shapes(checkpoint.shapes, path)
-    else:
-        values, checkpoint = open_folder(path, TELLING)
-        config = CLIPTextConfig.from_json(values)
-    prefixed = any(name.startswith("text_model.") for name in checkpoint.shapes)
-    checkpoint = checkpoint if prefixed else unwrap(checkpoint, "final_layer_norm.weight")
-    return match_params(
-        lambda: CLIPTextEncoder(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
-        checkpoint,
-        checkpoint_rules("text_model." if prefixed else ""),
-        config=config.to_json(),
-        ignore=(r".*position_ids", r"text_projection\.weight", "logit_scale"),
-    )
+def _rules(config: CLIPTextConfig, names: Collection[str]) -> list[Rule]:
+    bare = bool(names) and not any(name.startswith("text_model.") for name in names)
+    return checkpoint_rules("" if bare else "text_model.")
 
 
-def load_clip_text_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> CLIPTextEncoder:
-    """Load what `open_clip_text_encoder` opens; computes and stores in `dtype`."""
-    return open_clip_text_encoder(folder, dtype).load(dtype)
-
-
-def export_clip_text_encoder(
-    module: CLIPTextEncoder, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
-) -> None:
-    """Write a folder that transformers' CLIPTextModel and `load_clip_text_encoder` read."""
-    config = {**module.config.to_json(), "dtype": jnp.dtype(dtype).name}
-    save_params(
-        module, folder, checkpoint_rules(), config=config, filename="model.safetensors", dtype=dtype
-    )
+# A projection behind the model (CLIPTextModelWithProjection) is left alone.
+_IGNORE = (r".*position_ids", r"text_projection\.weight", "logit_scale")
+CLIP_TEXT = Component(
+    name="CLIP text encoder",
+    classes=("CLIPTextModel", "CLIPTextModelWithProjection"),
+    library="transformers",
+    config=CLIPTextConfig,
+    module=CLIPTextEncoder,
+    folder=Naming(telling=(TELLING, "final_layer_norm.weight"), rules=_rules, ignore=_IGNORE),
+    file=Naming(telling=TELLING, rules=_rules, ignore=_IGNORE, config=config_from_shapes),
+)

@@ -2,12 +2,11 @@
 
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL, DiagonalGaussian
-from models.vae.params import export_autoencoder_kl, load_autoencoder_kl
+from models.vae.params import AUTOENCODER_KL
 
 __all__ = [
+    "AUTOENCODER_KL",
     "AutoencoderKL",
     "AutoencoderKLConfig",
     "DiagonalGaussian",
-    "export_autoencoder_kl",
-    "load_autoencoder_kl",
 ]

@@ -1,25 +1,12 @@
-"""Checkpoint names of the autoencoder, diffusers' and Black Forest Labs'; loading and export."""
+"""Checkpoint names of the autoencoder, diffusers' and Black Forest Labs'."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
-
-from models.checkpoint_io import (
-    Rule,
-    StoredModule,
-    TracingRngs,
-    match_params,
-    save_params,
-)
-from models.stored_files import (
-    Checkpoint,
-    CheckpointError,
-    find_prefix,
-    open_checkpoint,
-    open_folder,
-)
+from models.checkpoint_io import Rule
+from models.component import Component, Naming
+from models.stored_files import CheckpointError
 from models.vae.config import AutoencoderKLConfig
 from models.vae.modeling import AutoencoderKL
 
@@ -88,21 +75,6 @@ def bfl_rules(config: AutoencoderKLConfig) -> list[Rule]:
     ]
 
 
-def is_bfl_autoencoder(names: Mapping[str, object]) -> bool:
-    """Return whether names hold those of an autoencoder in Black Forest Labs' naming."""
-    return find_prefix(names, TELLING) is not None
-
-
-def select_bfl_autoencoder(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the tensors of the autoencoder in a file, under Black Forest Labs' names.
-
-    Raises:
-      CheckpointError: it holds several.
-    """
-    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
-    return checkpoint.under(prefix) if prefix else checkpoint
-
-
 def config_from_bfl(
     shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
 ) -> AutoencoderKLConfig:
@@ -142,48 +114,22 @@ def config_from_bfl(
     )
 
 
-def open_autoencoder_kl(path: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
-    """Open an autoencoder without reading its parameters.
-
-    Args:
-      path: a diffusers AutoencoderKL folder, or a file in Black Forest Labs' naming.
-      dtype: of the parameters and the computation.
-
-    Raises:
-      CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
-    """
-    path = Path(path)
-    if path.is_file():
-        checkpoint = select_bfl_autoencoder(open_checkpoint(path))
-        config = config_from_bfl(checkpoint.shapes, path)
-        rules = bfl_rules(config)
-    else:
-        values, checkpoint = open_folder(path, "decoder.conv_in.weight")
-        config = AutoencoderKLConfig.from_json(values)
-        old = any(name.endswith(".proj_attn.weight") for name in checkpoint.shapes)
-        rules = _OLD_RULES if old else RULES
-    return match_params(
-        lambda: AutoencoderKL(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
-        checkpoint,
-        rules,
-        config=config.to_json(),
-    )
+def _diffusers_rules(config: AutoencoderKLConfig, names: Collection[str]) -> Sequence[Rule]:
+    old = any(name.endswith(".proj_attn.weight") for name in names)
+    return _OLD_RULES if old else RULES
 
 
-def load_autoencoder_kl(path: Path | str, dtype: jnp.dtype = jnp.float32) -> AutoencoderKL:
-    """Load what `open_autoencoder_kl` opens; computes and stores in `dtype`."""
-    return open_autoencoder_kl(path, dtype).load(dtype)
-
-
-def export_autoencoder_kl(
-    module: AutoencoderKL, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
-) -> None:
-    """Write a folder that diffusers' AutoencoderKL and `load_autoencoder_kl` read."""
-    save_params(
-        module,
-        folder,
-        RULES,
-        config=module.config.to_json(),
-        filename="diffusion_pytorch_model.safetensors",
-        dtype=dtype,
-    )
+AUTOENCODER_KL = Component(
+    name="autoencoder",
+    classes=("AutoencoderKL",),
+    library="diffusers",
+    config=AutoencoderKLConfig,
+    module=AutoencoderKL,
+    folder=Naming(telling="decoder.conv_in.weight", rules=_diffusers_rules),
+    file=Naming(
+        telling=TELLING,
+        rules=lambda config, names: bfl_rules(config),
+        config=config_from_bfl,
+        dtype="F32",
+    ),
+)

@@ -10,10 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from models.stored_files import CheckpointError
 from models.text_encoders import (
+    CLIP_TEXT,
     CLIPTextConfig,
     CLIPTextEncoder,
-    export_clip_text_encoder,
-    load_clip_text_encoder,
 )
 
 TINY = {
@@ -82,7 +81,7 @@ def test_states_and_pooled_equal_the_peer(eos_token_id, hidden_act, tmp_path):
     peer = build_peer(eos_token_id, hidden_act)
     peer.save_pretrained(tmp_path)
     ids = token_ids()
-    assert_equal_outputs(run(load_clip_text_encoder(tmp_path), ids), peer_output(peer, ids))
+    assert_equal_outputs(run(CLIP_TEXT.load(tmp_path, jnp.float32), ids), peer_output(peer, ids))
 
 
 def test_masked_states_equal_the_peer(tmp_path):
@@ -90,7 +89,7 @@ def test_masked_states_equal_the_peer(tmp_path):
     peer.save_pretrained(tmp_path)
     ids, mask = token_ids(), np.ones((3, 16), int)
     mask[0, 6:] = 0
-    ours = run(load_clip_text_encoder(tmp_path), ids, jnp.asarray(mask))
+    ours = run(CLIP_TEXT.load(tmp_path, jnp.float32), ids, jnp.asarray(mask))
     assert_equal_outputs(ours, peer_output(peer, ids, mask))
 
 
@@ -98,7 +97,7 @@ def test_short_prompts_equal_the_peer(tmp_path):
     peer = build_peer()
     peer.save_pretrained(tmp_path)
     ids = token_ids()[:, :13]
-    assert_equal_outputs(run(load_clip_text_encoder(tmp_path), ids), peer_output(peer, ids))
+    assert_equal_outputs(run(CLIP_TEXT.load(tmp_path, jnp.float32), ids), peer_output(peer, ids))
 
 
 def test_sharded_files_load(tmp_path):
@@ -106,7 +105,7 @@ def test_sharded_files_load(tmp_path):
     peer.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = token_ids()
-    assert_equal_outputs(run(load_clip_text_encoder(tmp_path), ids), peer_output(peer, ids))
+    assert_equal_outputs(run(CLIP_TEXT.load(tmp_path, jnp.float32), ids), peer_output(peer, ids))
 
 
 def test_pooled_is_the_state_of_the_first_end_token():
@@ -133,19 +132,19 @@ def test_more_tokens_than_positions_are_refused():
 
 def test_position_ids_and_missing_prefix_load(tmp_path):
     encoder = tiny_encoder()
-    export_clip_text_encoder(encoder, tmp_path, dtype=jnp.float32)
+    CLIP_TEXT.export(encoder, tmp_path, dtype=jnp.float32)
     file = tmp_path / "model.safetensors"
     tensors = {key.removeprefix("text_model."): value for key, value in load_file(file).items()}
     save_file({**tensors, "embeddings.position_ids": np.arange(16)[None]}, file)
     np.testing.assert_array_equal(
-        run(load_clip_text_encoder(tmp_path), token_ids())[0], run(encoder, token_ids())[0]
+        run(CLIP_TEXT.load(tmp_path, jnp.float32), token_ids())[0], run(encoder, token_ids())[0]
     )
 
 
 def test_export_then_load_keeps_every_bit(tmp_path):
     encoder = tiny_encoder()
-    export_clip_text_encoder(encoder, tmp_path, dtype=jnp.float32)
-    loaded = load_clip_text_encoder(tmp_path)
+    CLIP_TEXT.export(encoder, tmp_path, dtype=jnp.float32)
+    loaded = CLIP_TEXT.load(tmp_path, jnp.float32)
     assert loaded.config == encoder.config
     jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(encoder))
 
@@ -155,7 +154,7 @@ def test_the_peer_reads_an_export(tmp_path):
     from transformers import CLIPTextModel
 
     encoder = tiny_encoder()
-    export_clip_text_encoder(encoder, tmp_path, dtype=jnp.float32)
+    CLIP_TEXT.export(encoder, tmp_path, dtype=jnp.float32)
     peer, report = CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert_equal_outputs(run(encoder, token_ids()), peer_output(peer, token_ids()))

@@ -16,7 +16,7 @@ from small_flux import SIZES
 from models.flux import FluxTransformer, add_lora, read_lora
 from models.stored_files import CheckpointError
 
-CONFIG = SIZES.transformer
+CONFIG = SIZES["transformer"]
 HIDDEN = CONFIG.hidden_size
 Q, K, DOWN = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "ff.net.2"
 QKV = "double_blocks.0.img_attn.qkv"

@@ -1,7 +1,5 @@
 """The whole pipeline against diffusers in float32: models, layouts, sizes, adapters, images."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import lora_files
@@ -13,8 +11,9 @@ from safetensors.numpy import save_file
 import models
 from models.checkpoint_io import export_params
 from models.flux import add_lora, read_lora
+from models.flux.latents import pack
 from models.flux.params import bfl_rules as bfl_transformer_rules
-from models.pipeline import pack, to_pixels
+from models.pictures import to_pixels
 from models.vae.params import bfl_rules as bfl_vae_rules
 
 torch = pytest.importorskip("torch")
@@ -111,7 +110,7 @@ def test_final_latents_match_diffusers_with_an_adapter(peer, ours, size, adapter
     try:
         peer.load_lora_weights(str(adapter), adapter_name="a")
         peer.set_adapters(["a"], [0.8])
-        adapted = dataclasses.replace(ours, transformer=transformer)
+        adapted = ours.replace(transformer=transformer)
         found, expected = run_both(peer, adapted, size)
     finally:
         peer.unload_lora_weights()
@@ -163,7 +162,7 @@ def test_image_to_image_matches_diffusers(peer, ours, size, strength):
     shared.setdefault("guidance_scale", None)
     found = ours.denoise(
         noise,
-        *ours.encode_prompts(PROMPTS),
+        ours.encode_prompts(PROMPTS),
         image_latents=ours.encode_images(pixels, encoder_noise),
         strength=strength,
         progress=False,

@@ -46,9 +46,9 @@ def assign(rules, *paths):
 def models():
     """Sites of one model of each kind, without arrays."""
     build = {
-        "flux": lambda: FluxTransformer(SIZES.transformer, rngs=nnx.Rngs(0)),
-        "t5": lambda: T5Encoder(SIZES.t5, rngs=nnx.Rngs(0)),
-        "clip": lambda: CLIPTextEncoder(SIZES.clip, rngs=nnx.Rngs(0)),
+        "flux": lambda: FluxTransformer(SIZES["transformer"], rngs=nnx.Rngs(0)),
+        "t5": lambda: T5Encoder(SIZES["text_encoder_2"], rngs=nnx.Rngs(0)),
+        "clip": lambda: CLIPTextEncoder(SIZES["text_encoder"], rngs=nnx.Rngs(0)),
         "foreign": build_foreign,
     }
     return {name: sites(nnx.eval_shape(make)) for name, make in build.items()}
