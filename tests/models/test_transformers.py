@@ -8,7 +8,6 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformer_cases import CASES, SIZES
 
-from models import load_component
 from models.checkpoint_io import export_params
 from models.stored_files import CheckpointError
 
@@ -53,8 +52,8 @@ def folder(peer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(folder):
-    return load_component(folder, jnp.float32)
+def ours(case, folder):
+    return case.component.load(folder, jnp.float32)
 
 
 @pytest.mark.parametrize("size", SIZES)
