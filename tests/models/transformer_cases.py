@@ -1,6 +1,7 @@
 """Transformers of every family at small sizes: how to call them, and diffusers' own."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,11 @@ class Case:
     # of a single file: diffusers' function that renames its tensors, of `single_file_utils`
     converter: str | None = None
     prefix: str = "model.diffusion_model."  # of a single file's names, as ComfyUI writes them
+
+    @property
+    def shallow(self) -> dict[str, int]:
+        """Counts of blocks with which one of each kind is left."""
+        return {key: 1 for key in self.config if re.fullmatch(r"n(um)?_.*layers", key)}
 
     def arguments(self, size: tuple[int, int], batch: int = BATCH) -> dict[str, Any]:
         """Return arguments of a call, float32 unless they count something."""
