@@ -16,26 +16,14 @@ from flax import nnx
 
 from models.attention import JointAttention, Stream
 from models.conditioning import TIME_CHANNELS, Embedder, sinusoidal_embedding
-from models.linear import Linear, Norm, normalize, rms_norm, swiglu
+from models.linear import Linear, Norm, normalize, rms_norm
+from models.mlp import MLP
 from models.rope import rope_table
 from models.zimage.config import ZImageConfig
 
 MULTIPLE = 32  # tokens of image and of text are padded to it
 _TIME_WIDTH = 1024  # inside the embedder of the timestep
 _QK_EPSILON = 1e-5  # of the norms of queries and keys
-
-
-class GatedMLP(nnx.Module):
-    """The feed-forward part of a block: silu of its first half times the second."""
-
-    def __init__(self, config: ZImageConfig, *, linear):
-        # what silu takes (w1 of the published files), then what that multiplies (w3)
-        self.up = linear(config.dim, 2 * config.mlp_size, use_bias=False, role="mlp_in")
-        self.down = linear(config.mlp_size, config.dim, use_bias=False, role="mlp_out")
-
-    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
-        """Return what the MLP makes of the normed x, [b, t, c]."""
-        return self.down((swiglu(self.up(x, norm=norm)),))
 
 
 class SelfAttention(nnx.Module):
@@ -77,7 +65,8 @@ class Block(nnx.Module):
         self.reads = reads
         self.epsilon = config.norm_eps
         self.attention = SelfAttention(config, linear=linear, norm=norm)
-        self.feed_forward = GatedMLP(config, linear=linear)
+        plain = partial(linear, use_bias=False)
+        self.feed_forward = MLP(config.dim, config.mlp_size, gated=True, linear=plain)
         self.attention_norm1, self.attention_norm2 = norm(config.dim), norm(config.dim)
         self.ffn_norm1, self.ffn_norm2 = norm(config.dim), norm(config.dim)
         if reads != "text":
