@@ -14,9 +14,10 @@ from models.rope import apply_rope
 
 def dot_product_attention(
     query: jax.Array,  # [batch, tokens, heads, head_dim]
-    key: jax.Array,  # [batch, key_tokens, heads, head_dim]
-    value: jax.Array,  # [batch, key_tokens, heads, head_dim]
+    key: jax.Array,  # [batch, key_tokens, groups, head_dim], groups a divisor of heads
+    value: jax.Array,  # [batch, key_tokens, groups, head_dim]
     *,
+    causal: bool = False,  # whether a query sees no key behind its own token
     mask: jax.Array | None = None,  # bool, broadcasts to [batch, heads, tokens, key_tokens]
     bias: jax.Array | None = None,  # broadcasts to [batch, heads, tokens, key_tokens]
     scale: float | None = None,  # of the logits; 1 / sqrt(head_dim) if None
@@ -24,6 +25,7 @@ def dot_product_attention(
     """Return softmax(query key^T * scale + bias) value, [batch, tokens, heads, head_dim].
 
     The softmax is float32; the result has the dtype of `query`. Masked (False) keys get no weight.
+    Neighbouring heads of a group share its keys and values.
     """
     return jax.nn.dot_product_attention(
         query,
@@ -31,6 +33,7 @@ def dot_product_attention(
         value,
         bias=bias,
         mask=mask,
+        is_causal=causal,
         scale=scale,
         implementation="cudnn" if _fits_cudnn(query, mask, bias) else "xla",
     )

@@ -86,6 +86,15 @@ class Denoiser(abc.ABC):
         class labels from them.
         """
 
+    @abc.abstractmethod
+    def shapes(self, texts: int, tokens: int) -> Conditions:
+        """Return shapes in place of what `encode` gives, for benchmarks and compiling ahead.
+
+        Args:
+          texts: rows.
+          tokens: of each text; a family without text takes no notice.
+        """
+
     def look(
         self,
         sampler: "Sampler",

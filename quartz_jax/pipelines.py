@@ -22,7 +22,8 @@ from flax import nnx
 
 import models
 from models import build_component
-from models.flux import FluxTransformer, add_lora, read_lora
+from models.family import Family
+from models.lora import add_lora, read_lora
 from models.sampler import Sampler
 from models.stages import Deferred
 from quartz_jax.conversion import checkpoint
@@ -33,13 +34,11 @@ from quartz_jax.conversion.report import Report
 from quartz_jax.conversion.stream import Carried, Conversion, Source
 from quartz_jax.engine.place import Placement, place
 from quartz_jax.evaluation.paired import SamplingOptions, calibration_samples
-from quartz_jax.recipes import Recipe, get_recipe
+from quartz_jax.recipes import MAIN, Recipe, get_recipe
 from quartz_jax.transforms import Seen
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny_flux"
 CALIBRATION_PROMPTS = Path(__file__).resolve().parent / "conversion" / "calibration_prompts.txt"
-TRANSFORMER = "transformer"
-COMPONENTS = ("text_encoder", "text_encoder_2", "vae", TRANSFORMER)
 _TOKENS_AT_ONCE = 4096  # of latents, while calibration samples are made: an image of 1024x1024
 _IMAGES_AT_ONCE = 16  # the same, where images are small
 
@@ -54,8 +53,8 @@ class Opened:
 
     @property
     def report(self) -> Report:
-        """The transformer's."""
-        return self.reports[TRANSFORMER]
+        """The main component's."""
+        return self.reports[self.pipeline.family.main]
 
 
 def load_pipeline(
@@ -96,12 +95,18 @@ def compute_dtype() -> jnp.dtype:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def check_components(recipes: Mapping[str, Recipe]) -> None:
-    """Raise ValueError for recipes of components that no model has."""
-    if unknown := set(recipes) - set(COMPONENTS):
+def by_component(recipes: Mapping[str, Recipe], family: Family) -> dict[str, Recipe]:
+    """Return recipes by component's name, that of `MAIN` by the family's.
+
+    Raises:
+      ValueError: one is for a component that the family hasn't.
+    """
+    if unknown := set(recipes) - {MAIN, *family.components}:
         raise ValueError(
-            f"recipe for {', '.join(sorted(unknown))}: components are {', '.join(COMPONENTS)}"
+            f"recipe for {', '.join(sorted(unknown))}: components are "
+            f"{', '.join(family.components)}"
         )
+    return {name or family.main: recipe for name, recipe in recipes.items()}
 
 
 def apply_recipe(
@@ -109,7 +114,7 @@ def apply_recipe(
     recipe: Recipe,
     seen: Mapping[str, Seen] | None = None,
     *,
-    component: str = TRANSFORMER,
+    component: str = MAIN,
 ) -> tuple[Sampler, Report]:
     """Return a copy of a loaded 16-bit pipeline with one model quantized, and the report.
 
@@ -117,16 +122,17 @@ def apply_recipe(
       pipeline: is untouched.
       recipe: for the model.
       seen: statistics of its linears' inputs, for calibrated recipes.
-      component: the model's name.
+      component: the model's name; `MAIN` for the family's main one.
     """
-    check_components({component: recipe})
+    ((component, _),) = by_component({component: recipe}, pipeline.family).items()
     module = pipeline.models[component]
     module, report = quantize_model(module, recipe, seen, progress=bool(recipe.rules))
     return pipeline.replace(**{component: module}), report
 
 
-def placed(pipeline: Sampler, *, component: str = TRANSFORMER) -> tuple[Sampler, Placement]:
+def placed(pipeline: Sampler, *, component: str = MAIN) -> tuple[Sampler, Placement]:
     """Return a copy with one loaded model ready for this device's kernels, and how it runs."""
+    component = component or pipeline.family.main
     module, placement = place(pipeline.models[component], dtype=compute_dtype())
     return pipeline.replace(**{component: module}), placement
 
@@ -143,6 +149,7 @@ def open_checkpoint(
     """
     manifest = checkpoint.read_manifest(folder)
     checkpoint.check_carried(folder, manifest)
+    files = models.find_model(folder)
     components = manifest.components
     build = functools.partial(build_component, dtype=compute_dtype())
     given = {
@@ -153,11 +160,10 @@ def open_checkpoint(
         for name, component in components.items()
     }
     reports = {name: component.report for name, component in components.items()}
-    if TRANSFORMER not in given:
-        files = models.find_model(folder)
-        given[TRANSFORMER] = _quantized(files, TRANSFORMER, get_recipe("bf16"), reports)
-    given = _prepared(given, loras, expand)
-    return Opened(pipeline=_open_pipeline(folder, given), reports=reports)
+    if (main := files.family.main) not in given:
+        given[main] = _quantized(files, main, get_recipe("bf16"), reports)
+    given = _prepared(files.family, given, loras, expand)
+    return Opened(pipeline=_open_pipeline(files, folder, given), reports=reports)
 
 
 def _load_quantized(
@@ -171,15 +177,17 @@ def load_16_bit(model: Path) -> Sampler:
     return models.load_pipeline(model, dtype=compute_dtype())
 
 
-def loaded_transformer(pipeline: Sampler) -> FluxTransformer:
-    """Return the transformer of a pipeline that keeps its models loaded."""
-    assert not isinstance(pipeline.transformer, Deferred)
-    return pipeline.transformer
+def loaded_main(pipeline: Sampler) -> nnx.Module:
+    """Return the main component of a pipeline that keeps its models loaded."""
+    module = pipeline.models[pipeline.family.main]
+    assert not isinstance(module, Deferred)
+    return module
 
 
-def abstract_transformer(model: Path) -> Any:
-    """Return a 16-bit model's transformer with shapes in place of arrays."""
-    return models.find_model(model).open(TRANSFORMER).abstract
+def abstract_main(model: Path) -> Any:
+    """Return a 16-bit model's main component with shapes in place of arrays."""
+    files = models.find_model(model)
+    return files.open(files.family.main).abstract
 
 
 def open_16_bit(
@@ -195,7 +203,7 @@ def open_16_bit(
 
     Args:
       model: a diffusers folder or a file in Black Forest Labs' naming.
-      recipes: by component; without one for the transformer it stays 16-bit.
+      recipes: by component; without one for the main component it stays 16-bit.
       text_encoders: gives what `model` lacks.
       schedule: "dev", "schnell" or "folder", as `models.find_model` takes it.
       loras: files and scales of adapters.
@@ -204,8 +212,6 @@ def open_16_bit(
     Raises:
       ValueError: a recipe is calibrated, or for a component that there is none of.
     """
-    recipes = {TRANSFORMER: get_recipe("bf16"), **recipes}
-    check_components(recipes)
     for recipe in recipes.values():
         if recipe.calibrated:
             raise ValueError(
@@ -213,10 +219,11 @@ def open_16_bit(
                 "give that as --model"
             )
     files = models.find_model(model, text_encoders, schedule)
+    recipes = {files.family.main: get_recipe("bf16")} | by_component(recipes, files.family)
     reports: dict[str, Report] = {}
     given = {name: _quantized(files, name, recipe, reports) for name, recipe in recipes.items()}
-    given = _prepared(given, loras, expand)
-    pipeline = _open_pipeline(model, given, text_encoders, schedule)
+    given = _prepared(files.family, given, loras, expand)
+    pipeline = _open_pipeline(files, model, given, text_encoders, schedule)
     return Opened(pipeline=pipeline, reports=reports)
 
 
@@ -235,17 +242,20 @@ def _quantized(
 
 
 def _prepared(
-    given: Mapping[str, Deferred], loras: Sequence[tuple[Path, float]], expand: bool
+    family: Family,
+    given: Mapping[str, Deferred],
+    loras: Sequence[tuple[Path, float]],
+    expand: bool,
 ) -> dict[str, Deferred]:
     """Read and check adapters; return models that load ready for the device, and with them."""
-    config = given[TRANSFORMER].config
-    adapters = [read_lora(path, config) for path, _ in loras]
+    config = given[family.main].config
+    adapters = [read_lora(path, family, config) for path, _ in loras]
     scales = [scale for _, scale in loras]
 
     def load(name: str, deferred: Deferred) -> Any:
         module: Any = deferred.load()  # of whatever class the component is
         loaded, _ = place(module, expand=expand, dtype=compute_dtype(), in_place=True)
-        if name == TRANSFORMER and adapters:
+        if name == family.main and adapters:
             return add_lora(loaded, adapters, scales, compute_dtype())
         return loaded
 
@@ -256,6 +266,7 @@ def _prepared(
 
 
 def _open_pipeline(
+    files: models.ModelFiles,
     model: Path,
     given: Mapping[str, Deferred],
     text_encoders: Path | None = None,
@@ -263,9 +274,9 @@ def _open_pipeline(
 ) -> Sampler:
     """Return the pipeline; what isn't given loads in 16 bits, its tensors are checked already."""
     dtype = compute_dtype()
-    files = models.find_model(model, text_encoders, schedule)
     deferred: dict[str, Any] = dict(given)  # they stand where modules would
-    for name in (name for name in COMPONENTS if name not in given and files.paths[name].exists()):
+    others = (name for name in files.family.components if name not in given)
+    for name in (name for name in others if files.paths[name].exists()):
         stored = files.open(name, dtype)
         config = models.component_config(stored.config)
         deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
@@ -331,19 +342,17 @@ def plan_conversion(
       recipes: by component.
       text_encoders: gives what `model` lacks.
       schedule: "dev", "schnell" or "folder", as `models.find_model` takes it.
-      calibration: of the transformer, see `calibrate`; None without a calibrated recipe.
+      calibration: of the main component, see `calibrate`; None without a calibrated recipe.
 
     Raises:
-      ValueError: a component is missing, can't be read, or isn't one of `COMPONENTS`.
+      ValueError: a component is missing, can't be read, or isn't one of the family's.
     """
-    check_components(recipes)
     files = models.find_model(model, text_encoders, schedule)
-    opened = {
-        name: files.open(name, check_values=True) for name in files.paths if name in COMPONENTS
-    }
+    recipes = by_component(recipes, files.family)
+    opened = {name: files.open(name, check_values=True) for name in files.family.components}
     files.load_scheduler()  # what is only carried must load too
     files.load_tokenizers()
-    given = {TRANSFORMER: calibration}
+    given = {files.family.main: calibration}
     sources = tuple(
         _source(name, recipe, opened[name], given.get(name)) for name, recipe in recipes.items()
     )
@@ -390,7 +399,7 @@ def _carry(name: str, path: Path, component: models.StoredModule | None) -> Carr
 def _texts(files: models.ModelFiles) -> list[Carried]:
     """Carry licences and the like of a model's folder; make what single files lack."""
     if files.scheduler is None:
-        folder = files.paths[TRANSFORMER].parent
+        folder = files.paths[files.family.main].parent
         found = {file for pattern in checkpoint.TEXTS for file in folder.glob(pattern)}
         return [Carried.copy(file) for file in sorted(found)]
     made = {

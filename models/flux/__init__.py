@@ -1,7 +1,6 @@
 """FLUX.1: the transformer of dev and schnell."""
 
 from models.flux.config import FluxConfig
-from models.flux.lora import add_lora, read_lora
 from models.flux.modeling import FluxTransformer
 from models.flux.params import TRANSFORMER
 
@@ -9,6 +8,4 @@ __all__ = [
     "TRANSFORMER",
     "FluxConfig",
     "FluxTransformer",
-    "add_lora",
-    "read_lora",
 ]

@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 
 from models.denoiser import Canvas, Conditions, Denoiser
-from models.family import Family, Schedule, Tokenizer
+from models.family import AdapterNaming, Family, Schedule, Tokenizer
 from models.fit import tokenizer_misfits
 from models.flux.config import FluxConfig
 from models.flux.latents import image_ids, pack, unpack
-from models.flux.params import TRANSFORMER
+from models.flux.params import TRANSFORMER, bfl_rules, diffusers_rules
 from models.text_encoders.clip import CLIP_TEXT, CLIPTextConfig
 from models.text_encoders.t5 import T5_ENCODER, T5Config
 from models.tokenizers import token_ids
@@ -63,6 +63,15 @@ class FluxDenoiser(Denoiser):
         _, pooled = sampler.run("text_encoder", "encode prompts", clip_ids)
         embeds = sampler.run("text_encoder_2", "encode prompts", t5_ids)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def shapes(self, texts: int, tokens: int) -> Conditions:
+        """Return shapes in place of what `encode` gives."""
+        config = self.configs["transformer"]
+        sizes = {
+            "encoder_hidden_states": (texts, tokens, config.joint_attention_dim),
+            "pooled_projections": (texts, config.pooled_projection_dim),
+        }
+        return {x: jax.ShapeDtypeStruct(size, jnp.float32) for x, size in sizes.items()}
 
     def prepare(self, model: nnx.Module, conditions: Conditions, canvas: Canvas) -> Conditions:
         """Return the texts with the positions of all tokens."""
@@ -215,5 +224,17 @@ FLUX = Family(
     schedule_of=_schedule_of,
     schedule_like=lambda scheduler: "dev" if scheduler.use_dynamic_shifting else "schnell",
     misfits=_misfits,
+    adapters=(
+        AdapterNaming(
+            rules=diffusers_rules,
+            prefixes=("", "transformer.", "base_model.model."),
+            flat="lora_transformer_",
+        ),
+        AdapterNaming(
+            rules=lambda config: bfl_rules(),
+            prefixes=("", "diffusion_model.", "base_model.model."),
+            flat="lora_unet_",
+        ),
+    ),
     sizes={f"flux1-{name}": _sizes(dev=name == "dev") for name in ("dev", "schnell")},
 )

@@ -10,9 +10,10 @@ from safetensors.numpy import save_file
 
 import models
 from models.checkpoint_io import export_params
-from models.flux import add_lora, read_lora
+from models.flux.family import FLUX
 from models.flux.latents import pack
 from models.flux.params import bfl_rules as bfl_transformer_rules
+from models.lora import add_lora, read_lora
 from models.pictures import to_pixels
 from models.vae.params import bfl_rules as bfl_vae_rules
 
@@ -104,7 +105,7 @@ def test_final_latents_match_diffusers(peer, ours, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_final_latents_match_diffusers_with_an_adapter(peer, ours, size, adapter):
     pytest.importorskip("peft")
-    branches = read_lora(adapter, ours.transformer.config)
+    branches = read_lora(adapter, FLUX, ours.transformer.config)
     transformer = add_lora(ours.transformer, [branches], [0.8], jnp.float32)
     plain, _ = run_both(peer, ours, size)
     try:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.flux import FluxConfig, FluxTransformer, add_lora, read_lora
+from models.flux import FluxConfig, FluxTransformer
+from models.flux.family import FLUX
 from models.linear import modulation
+from models.lora import add_lora, read_lora
 from quartz_jax import QuantizedLinear, get_recipe, quantize_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
@@ -32,7 +34,7 @@ CONFIG = FluxConfig(
 def adapter(tmp_path_factory):
     factors = lora_files.random_factors(lora_files.diffusers_modules(CONFIG))
     path = tmp_path_factory.mktemp("lora") / "a.safetensors"
-    return read_lora(lora_files.save(path, lora_files.diffusers_tensors(factors)), CONFIG)
+    return read_lora(lora_files.save(path, lora_files.diffusers_tensors(factors)), FLUX, CONFIG)
 
 
 @pytest.fixture(scope="module", params=["w4a8x", "w4a16"])

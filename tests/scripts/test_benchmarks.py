@@ -198,7 +198,8 @@ def test_a_step_s_figures_are_grouped_and_recorded(tmp_path, capsys, monkeypatch
     config = dataclasses.replace(SIZES["transformer"], num_layers=0, num_single_layers=1)
     kernels = {"nvjet_x": 3e-3, "cudnn_sdpa": 2e-3, "my_gemm": 1e-3, "copy": 5e-4}
     kernels["jit_qk_norm_rope__1"] = 1e-3
-    monkeypatch.setattr(benchmark_model, "FluxConfig", lambda **_: config)
+    small = dataclasses.replace(FLUX, sizes={"flux1-dev": SIZES | {"transformer": config}})
+    monkeypatch.setattr(benchmark_model, "MODELS", {"flux1-dev": small})
     monkeypatch.setattr(benchmark_model.timing, "kernel_times", lambda *_: kernels)
     # Zeros are quick to compile.
     monkeypatch.setattr(benchmark_model, "random_normal", lambda _, shape, __: jnp.zeros(shape))
