@@ -8,10 +8,12 @@ from flax import nnx
 from models.component import Component
 from models.family import Family
 from models.flux.family import FLUX
+from models.flux2.family import FLUX2
 from models.stored_files import CheckpointError
+from models.zimage.family import ZIMAGE
 
 # Where the tensor that tells one family is in another's files too, the other comes first.
-FAMILIES: tuple[Family, ...] = (FLUX,)
+FAMILIES: tuple[Family, ...] = (FLUX, FLUX2, ZIMAGE)
 
 
 def components() -> Iterator[Component]:
