@@ -100,6 +100,15 @@ def attend(
     return dot_product_attention(*qk_norm_rope(streams, rope, heads=heads), mask=mask)
 
 
+def split_heads(
+    x: jax.Array,  # [b, t, parts h d]
+    heads: int,
+    parts: int = 1,
+) -> tuple[jax.Array, ...]:
+    """Return the parts, such as queries, keys and values, each [b, t, h, d]."""
+    return tuple(part.reshape(*part.shape[:2], heads, -1) for part in jnp.split(x, parts, axis=-1))
+
+
 class JointAttention(nnx.Module):
     """Attention with rotary positions over the tokens of all streams; holds no weights."""
 

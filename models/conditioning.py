@@ -14,10 +14,12 @@ TIME_CHANNELS = 256  # of the sinusoidal embedding of timestep and guidance
 def sinusoidal_embedding(
     position: jax.Array,  # float32 [b]
     channels: int = TIME_CHANNELS,
+    *,
+    last: int = 0,  # 1 where the last frequency is 1 / 10000 itself, and not just above it
 ) -> jax.Array:
     """Return float32 [b, channels]: cosines, then sines, of falling frequencies."""
     half = channels // 2
-    frequency = jnp.asarray(_THETA ** (-np.arange(half) / half), jnp.float32)
+    frequency = jnp.asarray(_THETA ** (-np.arange(half) / (half - last)), jnp.float32)
     angle = position.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 

@@ -11,10 +11,12 @@ from models.component import Component
 from models.family import Family
 from models.flux.family import FLUX
 from models.flux.variants import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
+from models.flux2.family import FLUX2
 from models.stored_files import Checkpoint, CheckpointError
+from models.zimage.family import ZIMAGE
 
 # Where the tensor that tells one family is in another's files too, the other comes first.
-FAMILIES: tuple[Family, ...] = (FLUX, FLUX_KONTEXT, FLUX_FILL, FLUX_CONTROL)
+FAMILIES: tuple[Family, ...] = (FLUX, FLUX_KONTEXT, FLUX_FILL, FLUX_CONTROL, FLUX2, ZIMAGE)
 
 
 def components() -> Iterator[Component]:

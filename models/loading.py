@@ -104,7 +104,8 @@ class ModelFiles:
 
     def defaults(self, configs: Mapping[str, Any]) -> GenerationDefaults:
         """Return what the model generates with by default; see `generation_defaults`."""
-        return generation_defaults(self.index, self.family, configs)
+        known = {**configs, "scheduler": self.load_scheduler()}
+        return generation_defaults(self.index, self.family, known)
 
 
 def find_model(
@@ -422,7 +423,7 @@ def generation_defaults(
     Args:
       index: contents of model_index.json.
       family: of the model.
-      configs: of its components by name, the main one among them.
+      configs: of its components by name, the main one among them; and perhaps its scheduler.
 
     Raises:
       CheckpointError: an unknown key, or a value of wrong type or range.

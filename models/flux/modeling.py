@@ -22,6 +22,7 @@ from models.conditioning import (
 )
 from models.flux.config import FluxConfig
 from models.linear import Linear, Norm, Part, modulation
+from models.mlp import MLP
 from models.rope import rope_table
 
 _EPSILON = 1e-6  # of every norm
@@ -48,26 +49,6 @@ class SelfAttention(nnx.Module):
         return Stream(qkv=qkv, query_norm=self.query_norm, key_norm=self.key_norm)
 
 
-class MLP(nnx.Module):
-    """The feed-forward part of a double-stream block."""
-
-    def __init__(self, hidden: int, *, linear):
-        self.up = linear(hidden, _MLP_RATIO * hidden, role="mlp_in")
-        self.down = linear(_MLP_RATIO * hidden, hidden, role="mlp_out")
-
-    def __call__(
-        self,
-        x: jax.Array,  # [b, t, c]
-        shift: jax.Array,  # [b, 1, c], like scale and gate
-        scale: jax.Array,
-        gate: jax.Array,
-    ) -> jax.Array:
-        """Return x plus its gated update, [b, t, c]."""
-        wide = self.up(x, norm=modulation(shift, scale))
-        wide = Part(array=wide, size=wide.shape[-1], activation="gelu")
-        return self.down((wide,), gate=gate, residual=x)
-
-
 class DoubleStreamBlock(nnx.Module):
     """Image and text tokens with weights of their own, and one attention over both."""
 
@@ -77,8 +58,8 @@ class DoubleStreamBlock(nnx.Module):
         self.txt_mod = Modulation(hidden, 6, linear=linear)
         self.img_attn = SelfAttention(config, linear=linear, norm=norm)
         self.txt_attn = SelfAttention(config, linear=linear, norm=norm)
-        self.img_mlp = MLP(hidden, linear=linear)
-        self.txt_mlp = MLP(hidden, linear=linear)
+        self.img_mlp = MLP(hidden, _MLP_RATIO * hidden, linear=linear)
+        self.txt_mlp = MLP(hidden, _MLP_RATIO * hidden, linear=linear)
         self.attention = JointAttention(config.num_attention_heads)
 
     def __call__(
@@ -89,8 +70,8 @@ class DoubleStreamBlock(nnx.Module):
         rope: jax.Array,  # float32 [2, t, d / 2]
     ) -> tuple[jax.Array, jax.Array]:
         """Return the image and text tokens after this block, shapes as they came."""
-        shift, scale, gate, *img_mlp_mod = self.img_mod(vec)
-        txt_shift, txt_scale, txt_gate, *txt_mlp_mod = self.txt_mod(vec)
+        shift, scale, gate, *img_mlp_mod, img_mlp_gate = self.img_mod(vec)
+        txt_shift, txt_scale, txt_gate, *txt_mlp_mod, txt_mlp_gate = self.txt_mod(vec)
 
         img_qkv = self.img_attn.project(img, modulation(shift, scale))
         txt_qkv = self.txt_attn.project(txt, modulation(txt_shift, txt_scale))
@@ -99,7 +80,8 @@ class DoubleStreamBlock(nnx.Module):
 
         img = self.img_attn.proj(img_out, gate=gate, residual=img)
         txt = self.txt_attn.proj(txt_out, gate=txt_gate, residual=txt)
-        return self.img_mlp(img, *img_mlp_mod), self.txt_mlp(txt, *txt_mlp_mod)
+        img = self.img_mlp(img, modulation(*img_mlp_mod), img_mlp_gate, img)
+        return img, self.txt_mlp(txt, modulation(*txt_mlp_mod), txt_mlp_gate, txt)
 
 
 class SingleStreamBlock(nnx.Module):

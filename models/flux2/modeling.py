@@ -17,6 +17,7 @@ from models.attention import JointAttention, Stream
 from models.conditioning import Embedder, FinalLayer, Modulation, sinusoidal_embedding
 from models.flux2.config import Flux2Config
 from models.linear import Linear, Norm, Part, modulation, swiglu
+from models.mlp import MLP
 from models.rope import rope_table
 
 
@@ -40,23 +41,6 @@ class SelfAttention(nnx.Module):
         return Stream(qkv=qkv, query_norm=self.query_norm, key_norm=self.key_norm)
 
 
-class GatedMLP(nnx.Module):
-    """The feed-forward part of a double-stream block: silu of its first half times the second."""
-
-    def __init__(self, hidden: int, inner: int, *, linear):
-        self.up = linear(hidden, 2 * inner, role="mlp_in")
-        self.down = linear(inner, hidden, role="mlp_out")
-
-    def __call__(
-        self,
-        x: jax.Array,  # [b, t, c]
-        norm: Norm,  # of [b, 1, c]
-        gate: jax.Array,  # [b, 1, c]
-    ) -> jax.Array:
-        """Return x plus its gated update, [b, t, c]."""
-        return self.down((swiglu(self.up(x, norm=norm)),), gate=gate, residual=x)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Modulations:
@@ -75,8 +59,8 @@ class DoubleStreamBlock(nnx.Module):
         self.epsilon = config.eps
         self.img_attn = SelfAttention(config, linear=linear, norm=norm)
         self.txt_attn = SelfAttention(config, linear=linear, norm=norm)
-        self.img_mlp = GatedMLP(hidden, config.mlp_size, linear=linear)
-        self.txt_mlp = GatedMLP(hidden, config.mlp_size, linear=linear)
+        self.img_mlp = MLP(hidden, config.mlp_size, gated=True, linear=linear)
+        self.txt_mlp = MLP(hidden, config.mlp_size, gated=True, linear=linear)
         self.attention = JointAttention(config.num_attention_heads)
 
     def __call__(
@@ -100,7 +84,8 @@ class DoubleStreamBlock(nnx.Module):
         txt = self.txt_attn.proj(txt_out, gate=txt_gate, residual=txt)
         img_norm = modulation(mlp_shift, mlp_scale, self.epsilon)
         txt_norm = modulation(txt_mlp_shift, txt_mlp_scale, self.epsilon)
-        return self.img_mlp(img, img_norm, mlp_gate), self.txt_mlp(txt, txt_norm, txt_mlp_gate)
+        img = self.img_mlp(img, img_norm, mlp_gate, img)
+        return img, self.txt_mlp(txt, txt_norm, txt_mlp_gate, txt)
 
 
 class SingleStreamBlock(nnx.Module):

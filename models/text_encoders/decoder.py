@@ -431,6 +431,7 @@ def decoder_component(config: type[DecoderConfig]) -> Component:
         module=Decoder,
         folder=naming,
         file=dataclasses.replace(naming, config=config.from_shapes),
+        whole=lambda config: dataclasses.replace(config, hidden_states=(-1,)),
     )
 
 

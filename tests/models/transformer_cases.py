@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from models.component import Component
+from models.dit.params import TRANSFORMER as DIT
 from models.flux2.params import TRANSFORMER as FLUX2
 from models.zimage.params import TRANSFORMER as ZIMAGE
 
@@ -83,6 +84,16 @@ def zimage_inputs(rows, columns, config, rng, batch):
     }
 
 
+def dit_inputs(rows, columns, config, rng, batch):
+    """Arguments of latents of as many rows as columns, which are all that diffusers' takes."""
+    side = 2 * columns
+    return {
+        "hidden_states": normal(rng, batch, config["in_channels"], side, side),
+        "timestep": np.int32([937, 12])[:batch],
+        "class_labels": np.int32([3, config["num_embeds_ada_norm"]])[:batch],
+    }
+
+
 _FLUX2 = {
     "in_channels": 16,
     "num_layers": 2,
@@ -120,5 +131,18 @@ CASES = {
         },
         inputs=zimage_inputs,
         converter="convert_z_image_transformer_checkpoint_to_diffusers",
+    ),
+    "DiT": Case(
+        component=DIT,
+        config={
+            "num_attention_heads": 2,
+            "attention_head_dim": 24,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "sample_size": 8,
+            "num_embeds_ada_norm": 5,
+        },
+        inputs=dit_inputs,
     ),
 }
