@@ -70,8 +70,8 @@ class DecoderConfig:
     sliding_window: int | None = None  # tokens that a query sees; a longer text is refused
     # Which states the call returns: 0 is the token embedding, i what layer i gives, the last one
     # behind the final norm; negative ones count from there. Our own key, as transformers numbers
-    # its `hidden_states`.
-    hidden_states: tuple[int, ...] = (-1,)
+    # its `hidden_states`. None: the last one, of a model whose use isn't said.
+    hidden_states: tuple[int, ...] | None = None
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
@@ -81,7 +81,7 @@ class DecoderConfig:
         check_bounds(self, max_position_embeddings=(1, 2**31))
         count = self.num_hidden_layers
         check_bounds(self, hidden_states=(-count - 1, count))
-        if not self.hidden_states:
+        if self.hidden_states == ():
             raise CheckpointError("DecoderConfig: hidden_states is empty; name at least one")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise CheckpointError(
@@ -93,7 +93,7 @@ class DecoderConfig:
     @property
     def states(self) -> tuple[int, ...]:
         """Numbers of the states that the call returns, none of them negative."""
-        return tuple(i % (self.num_hidden_layers + 1) for i in self.hidden_states)
+        return tuple(i % (self.num_hidden_layers + 1) for i in self.hidden_states or (-1,))
 
     @property
     def layers(self) -> int:
@@ -103,7 +103,7 @@ class DecoderConfig:
     @property
     def channels(self) -> int:
         """Channels of all returned states together."""
-        return len(self.hidden_states) * self.hidden_size
+        return len(self.states) * self.hidden_size
 
     @property
     def longest(self) -> int:
@@ -170,11 +170,11 @@ class DecoderConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the config.json that transformers' class reads.
 
-        Our own hidden_states is left out where it is the last state, as for a whole model.
+        Our own hidden_states is left out where none is named, so that a family takes its own.
         """
         architecture = _KINDS[self.model_type].architecture
         values = dataclasses.asdict(self)
-        if self.hidden_states == (-1,):
+        if self.hidden_states is None:
             del values["hidden_states"]
         return {
             "architectures": [architecture],
@@ -398,7 +398,7 @@ def _rules(config: DecoderConfig, names: Collection[str]) -> list[Rule]:
     if config.layers < config.num_hidden_layers:
         raise ValueError(
             f"the decoder holds {config.layers} of {config.num_hidden_layers} layers; one with "
-            "hidden_states (-1,) can be written"
+            "hidden_states None can be written"
         )
     return checkpoint_rules(config, "model.")  # as published, beside a head
 
@@ -431,7 +431,7 @@ def decoder_component(config: type[DecoderConfig]) -> Component:
         module=Decoder,
         folder=naming,
         file=dataclasses.replace(naming, config=config.from_shapes),
-        whole=lambda config: dataclasses.replace(config, hidden_states=(-1,)),
+        whole=lambda config: dataclasses.replace(config, hidden_states=None),
     )
 
 
