@@ -1,6 +1,8 @@
 """The families of models that are known, and what is found among their components."""
 
-from collections.abc import Collection, Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -8,12 +10,13 @@ from flax import nnx
 from models.component import Component
 from models.family import Family
 from models.flux.family import FLUX
+from models.flux.variants import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
 from models.flux2.family import FLUX2
-from models.stored_files import CheckpointError
+from models.stored_files import Checkpoint, CheckpointError
 from models.zimage.family import ZIMAGE
 
 # Where the tensor that tells one family is in another's files too, the other comes first.
-FAMILIES: tuple[Family, ...] = (FLUX, FLUX2, ZIMAGE)
+FAMILIES: tuple[Family, ...] = (FLUX, FLUX_KONTEXT, FLUX_FILL, FLUX_CONTROL, FLUX2, ZIMAGE)
 
 
 def components() -> Iterator[Component]:
@@ -83,21 +86,33 @@ def of_index(index: Mapping[str, Any]) -> Family:
     raise CheckpointError(f"_class_name is {name!r}; expected {known}")
 
 
-def of_tensors(names: Collection[str], path: Any = "") -> Family | None:
+def of_file(path: Path, checkpoint: Checkpoint, schedule: str | None = None) -> Family | None:
     """Return the family whose main component a single file holds; None for none.
 
+    Families may share it: then its sizes tell, or the schedule, or else the first is taken.
+
     Args:
-      names: of the file's tensors.
-      path: of the file, for errors.
+      path: of the file.
+      checkpoint: the opened file.
+      schedule: that was asked for.
 
     Raises:
-      CheckpointError: it holds several.
+      CheckpointError: it holds several such components.
     """
+    found = []
     for family in FAMILIES:
-        file = family.components[family.main].file
-        if file is not None and file.prefix(names, path) is not None:
-            return family
-    return None
+        naming = family.components[family.main].file
+        if naming is not None and naming.prefix(checkpoint.shapes, path) is not None:
+            found.append(family)
+    if len(found) < 2:
+        return found[0] if found else None
+    component = found[0].components[found[0].main]
+    sharing = [x for x in found if x.components[x.main] is component]
+    with contextlib.suppress(CheckpointError):  # what isn't whole is refused when it is opened
+        configs = {found[0].main: component.file_config(path, checkpoint)}
+        fitting = [x for x in sharing if not list(x.misfits(configs, {}))]
+        sharing = fitting or sharing
+    return next((x for x in sharing if schedule in x.schedules), sharing[0])
 
 
 def schedules() -> tuple[str, ...]:

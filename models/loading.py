@@ -150,7 +150,7 @@ def find_model(
 def _find_single_files(
     path: Path, files: list[Path], text_encoders: Path | str | None, schedule: str | None
 ) -> ModelFiles:
-    family = _family_of(path, files)
+    family = _family_of(path, files, schedule)
     if path.is_file() and (beside := path.parent / family.autoencoder_file) not in files:
         files = [*files, beside] if beside.exists() else files
     paths = _classify(path, files, family)
@@ -464,15 +464,16 @@ def _find_in_diffusers_folder(folder: Path, text_encoders: Path | str | None) ->
     return ModelFiles(family=family, paths={name: folder / name for name in names}, index=index)
 
 
-def _family_of(path: Path, files: list[Path]) -> Family:
+def _family_of(path: Path, files: list[Path], schedule: str | None) -> Family:
     """Return the family whose main component is in one of the files."""
     kinds = []
     for file in files:
-        names = open_checkpoint(file).shapes
-        if not quantized_by(names) and (family := families.of_tensors(names, file)):
+        checkpoint = open_checkpoint(file)
+        names = checkpoint.shapes
+        if not quantized_by(names) and (family := families.of_file(file, checkpoint, schedule)):
             return family
         kinds.append(f"{file.name} is {_kind(names)}")
-    mains = " or ".join(x.components[x.main].name for x in families.FAMILIES)
+    mains = " or ".join(dict.fromkeys(x.components[x.main].name for x in families.FAMILIES))
     raise CheckpointError(f"{path} holds no {mains}: {'; '.join(kinds)}")
 
 
@@ -497,16 +498,17 @@ def _classify(path: Path, files: list[Path], family: Family) -> dict[str, Path]:
 
 def _component_of_file(file: Path, name: str | None) -> Component:
     """Return the component that a single file holds."""
-    names = open_checkpoint(file).shapes
+    checkpoint = open_checkpoint(file)
+    names = checkpoint.shapes
     refuse_quantized(file, names, {})
-    family = families.of_tensors(names, file)
+    family = families.of_file(file, checkpoint)
     for known in (family,) if family else families.FAMILIES:
         for wanted in (name,) if name else (known.main, known.autoencoder):
             component = known.components.get(wanted)
             if component and component.file and component.file.prefix(names, file) is not None:
                 return component
-    listed = " or ".join(x.name for x in families.FAMILIES)
-    raise CheckpointError(f"{file} is {_kind(names)}; expected a {listed} {name or 'file'}")
+    listed = " or ".join(dict.fromkeys(x.components[x.main].name for x in families.FAMILIES))
+    raise CheckpointError(f"{file} is {_kind(names)}; expected a {name or listed}")
 
 
 def _kind(names: Collection[str]) -> str:

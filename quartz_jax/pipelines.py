@@ -130,10 +130,16 @@ def apply_recipe(
     return pipeline.replace(**{component: module}), report
 
 
-def placed(pipeline: Sampler, *, component: str = MAIN) -> tuple[Sampler, Placement]:
-    """Return a copy with one loaded model ready for this device's kernels, and how it runs."""
+def placed(
+    pipeline: Sampler, *, component: str = MAIN, simulate: bool = False
+) -> tuple[Sampler, Placement]:
+    """Return a copy with one loaded model ready for this device's kernels, and how it runs.
+
+    See `engine.place` for `simulate`.
+    """
     component = component or pipeline.family.main
-    module, placement = place(pipeline.models[component], dtype=compute_dtype())
+    model = pipeline.models[component]
+    module, placement = place(model, dtype=compute_dtype(), simulate=simulate)
     return pipeline.replace(**{component: module}), placement
 
 

@@ -53,8 +53,9 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schedule",
         "--scheduler",
-        choices=("dev", "schnell", "folder"),
-        help="noise levels of FLUX.1-dev, -schnell or of --text-encoders; default: the model's own",
+        metavar="NAME",
+        help="noise levels: the family's, such as dev or schnell, or those of the folder that "
+        "--text-encoders names (folder); default: the model's own",
     )
 
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     pipelines.compile_quickly()
-    rows = bench.open_rows(args.recipes, args.checkpoint)
+    rows = bench.open_rows(args.recipes, args.checkpoint, simulated=args.simulated)
     if args.jobs > 1:  # before the device is asked for its memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     compilation_cache.enable()
@@ -114,6 +114,7 @@ def _add_compared(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, default=pipelines.EMBEDDED_MODEL, help="16-bit model folder")
     add("--recipes", default=_RECIPES, help='names or .json files, with commas; or "bench"')
     add("--checkpoint", type=Path, action="append", default=[], help="of quantize; one more row")
+    add("--simulated", action="store_true", help="each recipe once more, computed in float32")
     add("--prompts", type=Path, help="one a line, or MJHQ-30K's .json; default: the model's own")
     add("--count", type=cli.positive, default=128, help="images a recipe")
     add("--batch", type=cli.positive, default=16, help="images at a time")

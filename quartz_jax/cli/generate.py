@@ -20,6 +20,8 @@ from quartz_jax.io import images
 from quartz_jax.io.files import check_output
 from quartz_jax.recipes import MAIN
 
+IMAGE = "image file that the model looks at: what it edits, paints in or follows; may be repeated"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate, save a PNG and print what was done."""
@@ -59,9 +61,11 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     check_prompts(args.prompt)
     cli.check_strength(args.strength, args.init_image)
     image = images.read_image(args.init_image) if args.init_image else None
+    looked: dict[str, Any] = {"references": [images.read_image(file) for file in args.image]}
+    looked |= {"mask": images.read_image(args.mask) if args.mask else None}
     options = {"width": width, "height": height, "num_inference_steps": args.steps}
     options |= {"guidance_scale": args.guidance, "true_cfg_scale": args.true_cfg}
-    return options | {"image": image, "strength": args.strength, "seed": args.seed}
+    return options | looked | {"image": image, "strength": args.strength, "seed": args.seed}
 
 
 def open_model(args: argparse.Namespace) -> tuple[pipelines.Opened, pipelines.Opened | None]:
@@ -145,6 +149,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.add_schedule(parser)
     add("--prompt", nargs="*", default=[], metavar="TEXT", help="one image for each")
     add("--init-image", type=Path, help="image file to start from, resized to --size")
+    add("--image", type=Path, action="append", default=[], metavar="FILE", help=IMAGE)
+    add("--mask", type=Path, help="image file, white where --image is painted anew")
     add("--strength", type=float, help="how far it is replaced, 0 to 1; default: the model's")
     add("--lora", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     add("--lora-scale", type=cli.finite, action="append", default=[], metavar="S", help="default 1")

@@ -48,6 +48,7 @@ class QuantizedLinear(nnx.Module):
         *,
         dtype: Any = None,  # that the input is brought to; None leaves it
         role: str | None = None,  # of the linear that it replaces
+        simulated: bool = False,  # compute in float32 what kernels would, decoded; for comparisons
     ):
         self.weight = QuantizedWeight(weight)
         self.bias = bias
@@ -55,6 +56,7 @@ class QuantizedLinear(nnx.Module):
         self.ops = LayerOps(ops) if ops else None
         self.dtype = dtype
         self.role = role
+        self.simulated = simulated
 
     @property
     def out_features(self) -> int:
@@ -91,9 +93,13 @@ class QuantizedLinear(nnx.Module):
             out_dtype=dtype,
         )
         ops = self.ops.get_value() if self.ops else ()
-        ops, last = _apart(ops, self.activation)
-        given, epilogue = through(ops, given, epilogue)
-        y = product(given, self.weight.get_value(), self.activation, epilogue, last)
+        weight = self.weight.get_value()
+        if self.simulated:
+            y = _simulated(*through(ops, given, epilogue), weight, self.activation)
+        else:
+            ops, last = _apart(ops, self.activation)
+            given, epilogue = through(ops, given, epilogue)
+            y = product(given, weight, self.activation, epilogue, last)
         y = y.reshape(*leading, n)
         y = gate * y if outside and gate is not None else y
         return residual + y if outside and residual is not None else y
@@ -244,17 +250,30 @@ def product(
     """Return the product [m, n], its input quantized unless activation is None."""
     if activation is None:
         return _weight_only(given.value().astype(given.dtype), weight, epilogue)
-    if how_it_runs(weight, activation) == "simulated":
-        # A format without an operand: what it makes of the input, in float32, and never packed.
-        x = activation(jax.lax.optimization_barrier(given.images(activation)))
-        y = simulated_dot(x.reshape(-1, x.shape[-1]), dequantize(weight))
-        return reference.finish(y, epilogue)
+    if how_it_runs(weight, activation) == "simulated":  # a format without an operand
+        assert not isinstance(weight, PreparedWeights)
+        return _simulated(given, epilogue, weight, activation)
     rows = given.quantized(activation)
     if branch is not None:
         down = INT8.store(branch.down.T)
         inner = multiply(rows, down, Epilogue(out_dtype=given.dtype))
         epilogue = _with_branch(epilogue, inner, branch.up.astype(given.dtype))
     return multiply(rows, weight, epilogue)
+
+
+def _simulated(
+    given: Given,  # [m, k]
+    epilogue: Epilogue,
+    weight: Stored,  # [n, k]
+    activation: Format | None,
+) -> jax.Array:
+    """Return the product [m, n] in float32 of what the formats make of input and weight."""
+    if activation is None:
+        x = given.value().astype(jnp.float32)
+    else:  # never packed
+        x = activation(jax.lax.optimization_barrier(given.images(activation)))
+    y = simulated_dot(x.reshape(-1, x.shape[-1]), dequantize(weight))
+    return reference.finish(y, epilogue)
 
 
 def how_it_runs(weight: Stored | PreparedWeights, activation: Format | None) -> str:

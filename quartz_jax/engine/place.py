@@ -36,7 +36,12 @@ class Placement:
 
 
 def place(
-    model: M, *, expand: bool = False, dtype: Any = None, in_place: bool = False
+    model: M,
+    *,
+    expand: bool = False,
+    dtype: Any = None,
+    in_place: bool = False,
+    simulate: bool = False,
 ) -> tuple[M, Placement]:
     """Return a copy of a model that is ready for this device's kernels, and how its layers run.
 
@@ -57,6 +62,8 @@ def place(
         for that of the model's parameters, or bfloat16 without any.
       in_place: change the given model instead of a copy, for a device without room for the weights
         in both orders.
+      simulate: compute in float32 what the formats make of weights and inputs, without kernels:
+        what executed layers are to be compared with.
     """
     model = model if in_place else nnx.clone(model)
     layers, attention = {}, "as the model has it"
@@ -64,6 +71,8 @@ def place(
     for path, module in nnx.iter_modules(model):
         if isinstance(module, QuantizedLinear):
             how = how_it_runs(module.weight.get_value(), module.activation)
+            if simulate:
+                module.simulated, how = True, "simulated"
             if how == "int8":
                 results = jnp.dtype(dtype or module.dtype or usual)
                 weight = place_weight(module.weight.get_value(), expand, results)

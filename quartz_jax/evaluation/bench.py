@@ -81,11 +81,12 @@ class Row:
     recipe: Recipe
     checkpoint: Path | None = None  # that is sampled from; None quantizes the model
     hashes: tuple[str, ...] = ()  # of the checkpoint's parts
+    simulated: bool = False  # computed in float32 what kernels would
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """JSON of what the figures are of."""
-        given = {"recipe": self.recipe.to_json()}
+        given = {"recipe": self.recipe.to_json()} | ({"simulated": True} if self.simulated else {})
         return given | ({"checkpoint": list(self.hashes)} if self.checkpoint else {})
 
     @property
@@ -94,18 +95,27 @@ class Row:
         return self.checkpoint is None and not self.recipe.rules
 
 
-def open_rows(recipes: str, checkpoints: Sequence[Path] = ()) -> list[Row]:
+def open_rows(
+    recipes: str, checkpoints: Sequence[Path] = (), *, simulated: bool = False
+) -> list[Row]:
     """Return the rows of a comparison, bf16 first.
 
     Args:
       recipes: names and .json files, with commas; "bench" for the whole comparison.
       checkpoints: folders of quantized ones.
+      simulated: add each recipe simulated, to compare with.
 
     Raises:
       ValueError: an unknown name, a file or folder that can't be used, or two rows of one name.
     """
     named = [get_recipe(name) for name in split_names(recipes)]
     rows = [Row(name=recipe.name, recipe=recipe) for recipe in named]
+    if simulated:
+        rows += [
+            Row(name=f"{row.name} (simulated)", recipe=row.recipe, simulated=True)
+            for row in rows
+            if not row.is_16_bit
+        ]
     rows += [_checkpoint_row(folder) for folder in checkpoints]
     bf16 = Row(name="bf16", recipe=get_recipe("bf16"))
     others = [row for row in rows if row.identity != bf16.identity]
@@ -189,6 +199,7 @@ class Bench:
         more |= self.judges.overall(row.name, store, None if row.is_16_bit else self.originals())
         entry["report"] = report.to_json()
         entry["seconds"] = entry.get("seconds", 0) + time.monotonic() - began
+        more |= {"runs": "simulated"} if row.simulated else {}
         entry["summary"] = results.summarize(row.name, report, entry["scores"], **more)
         provenance.write_results(self.out, self.results)
 
@@ -202,7 +213,7 @@ class Bench:
             return pipeline, opened.report, placement.table()
         seen = self.calibration(row.recipe) if row.recipe.calibrated else None
         pipeline, report = pipelines.apply_recipe(self.original, row.recipe, seen)
-        pipeline, placement = pipelines.placed(pipeline)
+        pipeline, placement = pipelines.placed(pipeline, simulate=row.simulated)
         return pipeline, report, placement.table()
 
     def _score(

@@ -82,8 +82,8 @@ def summarize(name: str, report: Report, scores: Scores, **more: Any) -> dict[st
         "runs": runs(report),
         "megabytes": report.bytes / 1e6,
         **intervals,
-        **more,
         "relative_error": report.relative_error,
+        **more,
     }
 
 

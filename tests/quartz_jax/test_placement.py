@@ -161,6 +161,22 @@ def test_a_placed_layer_computes_the_same_numbers(formats, transforms, expand):
     np.testing.assert_array_equal(again["x"](x), module["x"](x))
 
 
+@pytest.mark.parametrize(("formats", "transforms", "expand"), PLACED)
+def test_a_layer_computes_what_its_simulation_does(formats, transforms, expand):
+    weight, activation = FORMATS[formats]
+    recipe = LayerRecipe(weight=weight, activation=activation, transforms=transforms)
+    layer = layer_of(0)
+    fitted, _ = quantize_layer("x", layer.weight, layer.bias, recipe, layer.seen)
+    module = nnx.Dict({"x": QuantizedLinear(fitted.weight, None, activation, fitted.ops)})
+    simulated, placement = place(module, expand=expand, simulate=True)
+    assert placement.layers == {"x": "simulated"}
+    x = layer.seen.rows
+    y = place(module, expand=expand)[0]["x"](x)
+    # The same numbers but for float32 sums: exact integers against products of decoded values.
+    np.testing.assert_allclose(simulated["x"](x), y, atol=2e-5 * float(jnp.abs(y).max()))
+    assert not module["x"].simulated
+
+
 @pytest.mark.parametrize("kind", [H100, V6E])
 def test_weights_are_placed_in_the_order_of_the_devices_kernel(kind):
     weight = Quartz().store(layer_of(0, 8, 128).weight)

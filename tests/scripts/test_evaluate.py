@@ -9,8 +9,8 @@ import pytest
 
 from quartz_jax.cli import arguments as cli
 from quartz_jax.cli import evaluate, report
+from quartz_jax.evaluation import bench, shards
 from quartz_jax.evaluation import results as results_
-from quartz_jax.evaluation import shards
 from quartz_jax.evaluation.pages import comparison
 from quartz_jax.io.files import locked
 
@@ -131,6 +131,14 @@ def test_recipes_and_methods_run_side_by_side_with_errors_by_layer_and_step(comp
         assert set(entry["sqnr"]) == {layer["path"] for layer in entry["report"]["layers"]}
         assert all(5 < figure < 60 for figure in entry["sqnr"].values())
     assert results["bf16"]["summary"]["psnr"]["mean"] == 100
+
+
+def test_a_recipe_can_stand_beside_its_simulation():
+    rows = bench.open_rows("bf16,w4a8x,int4", simulated=True)
+    assert [row.name for row in rows] == [
+        "bf16", "w4a8x", "int4", "w4a8x (simulated)", "int4 (simulated)",
+    ]  # fmt: skip
+    assert rows[1].identity != rows[3].identity
 
 
 def test_calibration_prompts_change_what_is_measured(argv, out, tmp_path):
