@@ -38,8 +38,12 @@ def model(case):
 
 def calls(case, batch=1, count=2):
     """Return arguments of calls, which differ."""
-    made = [case.arguments(SIZES[0], batch) for _ in range(count)]
-    return [jax.tree.map(lambda x, i=i: x * np.float32(1 + i), made[i]) for i in range(count)]
+
+    def scaled(factor):
+        return lambda x: x * factor if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    arguments = case.arguments(SIZES[0], batch)
+    return [jax.tree.map(scaled(np.float32(1 + i)), arguments) for i in range(count)]
 
 
 def run(model, arguments):
