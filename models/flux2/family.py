@@ -281,7 +281,8 @@ FLUX2 = Family(
     adapters=(
         AdapterNaming(
             rules=diffusers_rules,
-            prefixes=("", "transformer.", "base_model.model."),
+            # trainers other than diffusers' put the last one before diffusers' names too
+            prefixes=("", "transformer.", "base_model.model.", "diffusion_model."),
             flat="lora_transformer_",
         ),
         AdapterNaming(

@@ -196,10 +196,14 @@ ZIMAGE = Family(
             prefixes=("", "transformer.", "base_model.model."),
             flat="lora_transformer_",
         ),
-        AdapterNaming(
-            rules=file_rules,
-            prefixes=("", "diffusion_model.", "base_model.model."),
-            flat="lora_unet_",
+        # Trainers mix the names of diffusers and of single files.
+        *(
+            AdapterNaming(
+                rules=rules,
+                prefixes=("", "diffusion_model.", "base_model.model."),
+                flat="lora_unet_",
+            )
+            for rules in (diffusers_rules, file_rules)
         ),
     ),
     sizes={"z_image": _SIZES, "z_image_turbo": _SIZES},
