@@ -47,7 +47,8 @@ class Naming:
     telling: str | tuple[str, ...]
     # from the config and the names that are there to the rules; a module without one keeps its name
     rules: Callable[[Any, Collection[str]], Sequence[Rule]]
-    ignore: tuple[str, ...] = ()  # regular expressions of names that have no parameter here
+    # regular expressions of names that have no parameter here, or from the config to them
+    ignore: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
     # from shapes and the file's path, for errors, to a config; None where a config.json says it
     config: Callable[[Shapes, Path], Any] | None = None
     dtype: str = "BF16"  # that published files are stored in, in the words of safetensors
@@ -58,6 +59,10 @@ class Naming:
     def tellings(self) -> tuple[str, ...]:
         """The telling tensors, in the order in which they are looked for."""
         return (self.telling,) if isinstance(self.telling, str) else self.telling
+
+    def ignored(self, config: Any) -> tuple[str, ...]:
+        """Return regular expressions of names that have no parameter in a config's module."""
+        return self.ignore(config) if callable(self.ignore) else self.ignore
 
     def prefix(self, names: Collection[str], path: Path | str = "") -> str | None:
         """Return what stands before every name of the component's; None if it isn't there.
@@ -110,6 +115,8 @@ class Component:
     module: Any  # the module's class
     folder: Naming  # in a folder with a config.json
     file: Naming | None = None  # in a single file, whose shapes are all that tells the config
+    # from the config of a module that leaves parts of its checkpoint out to that of all of it
+    whole: Callable[[Any], Any] = lambda config: config
 
     def build(self, config: Any, dtype: jnp.dtype = jnp.bfloat16) -> nnx.Module:
         """Make the module for tracing only, as under `nnx.eval_shape`: its weights mean nothing."""
@@ -133,7 +140,7 @@ class Component:
             checkpoint,
             naming.rules(config, checkpoint.shapes),
             config=config.to_json(),
-            ignore=naming.ignore,
+            ignore=naming.ignored(config),
         )
 
     def load(self, path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> Any:
@@ -182,6 +189,7 @@ class Component:
           config: of the module.
           naming: `folder` or `file`.
         """
+        config = self.whole(config)
         return stored_tensors(lambda: self.build(config), naming.rules(config, ()))
 
     @property

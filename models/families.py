@@ -10,10 +10,12 @@ from models.component import Component
 from models.family import Family
 from models.flux.family import FLUX
 from models.flux.variants import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
+from models.flux2.family import FLUX2
 from models.stored_files import Checkpoint, CheckpointError
+from models.zimage.family import ZIMAGE
 
 # Where a single file could be of several, the first that fits is taken.
-FAMILIES: tuple[Family, ...] = (FLUX, FLUX_KONTEXT, FLUX_FILL, FLUX_CONTROL)
+FAMILIES: tuple[Family, ...] = (FLUX, FLUX_KONTEXT, FLUX_FILL, FLUX_CONTROL, FLUX2, ZIMAGE)
 
 
 def components() -> Iterator[Component]:
@@ -22,21 +24,30 @@ def components() -> Iterator[Component]:
         yield from family.components.values()
 
 
-def of_class(name: str | None) -> Component:
+def of_class(name: str | None, expected: Component | None = None) -> Component:
     """Return the component that config.json calls by a name.
+
+    Args:
+      name: the class.
+      expected: is taken if the name is one of its own: families may share a class.
 
     Raises:
       CheckpointError: there is none; the message lists those there are.
     """
-    known = {kind: x for x in components() for kind in x.classes}
+    tried = (*components(), *([expected] if expected else []))
+    known = {kind: x for x in tried for kind in x.classes}
     if name not in known:
         listed = ", ".join(sorted(known))
         raise CheckpointError(f"class {name} is not supported; expected one of {listed}")
     return known[name]
 
 
-def of_config(values: Mapping[str, Any]) -> Component:
+def of_config(values: Mapping[str, Any], expected: Component | None = None) -> Component:
     """Return the component of a config.json, by `_class_name` or `architectures`.
+
+    Args:
+      values: contents of the config.json.
+      expected: as for `of_class`.
 
     Raises:
       CheckpointError: the class is unknown.
@@ -44,7 +55,7 @@ def of_config(values: Mapping[str, Any]) -> Component:
     names = [values.get("_class_name")]
     if isinstance(values.get("architectures"), list):
         names += values["architectures"]
-    return of_class(next((name for name in names if isinstance(name, str)), None))
+    return of_class(next((name for name in names if isinstance(name, str)), None), expected)
 
 
 def of_module(module: nnx.Module) -> Component:

@@ -73,10 +73,10 @@ class ModelFiles:
         self, name: str, dtype: jnp.dtype = jnp.bfloat16, *, check_values: bool = False
     ) -> StoredModule:
         """Open a model by its component's name; see `open_component`."""
-        path = self.paths[name]
+        path, component = self.paths[name], self.family.components[name]
         if not path.is_file():
-            return open_component(path, dtype, check_values=check_values)
-        return _checked(self.family.components[name].open(path, dtype), check_values)
+            component = _folder_component(path, component)
+        return _checked(component.open(path, dtype), check_values)
 
     def load_tokenizers(self) -> dict[str, Any]:
         """Return the tokenizers that are there; raises CheckpointError where one doesn't load."""
@@ -97,7 +97,7 @@ class ModelFiles:
             if path.is_file():
                 configs[name] = component.file_config(path)
             elif (path / "config.json").exists():
-                configs[name] = _folder_config(path / "config.json")
+                configs[name] = _folder_config(path / "config.json", component)
             if name in configs and not isinstance(configs[name], component.config):
                 kind = type(configs[name]).__name__
                 raise CheckpointError(f"{path} is no {name} of {self.family.name}: {kind}")
@@ -105,7 +105,8 @@ class ModelFiles:
 
     def defaults(self, configs: Mapping[str, Any]) -> GenerationDefaults:
         """Return what the model generates with by default; see `generation_defaults`."""
-        return generation_defaults(self.index, self.family, configs)
+        known = {**configs, "scheduler": self.load_scheduler()}
+        return generation_defaults(self.index, self.family, known)
 
 
 def find_model(
@@ -243,10 +244,17 @@ def model_name(path: Path | str) -> str:
     return path.name
 
 
-def _folder_config(file: Path) -> Any:
+def _folder_config(file: Path, expected: Component) -> Any:
     values = read_json(file)
     with _naming(file):
-        return component_config(values)
+        return families.of_config(values, expected).config.from_json(values)
+
+
+def _folder_component(folder: Path, expected: Component | None = None) -> Component:
+    """Return what a folder's config.json says it holds; see `families.of_class`."""
+    values = read_json(folder / "config.json")
+    with _naming(folder / "config.json"):
+        return families.of_config(values, expected)
 
 
 @contextlib.contextmanager
@@ -289,10 +297,7 @@ def open_component(
     path = Path(path)
     if path.is_file():
         return _checked(_component_of_file(path, component).open(path, dtype), check_values)
-    config = read_json(path / "config.json")
-    with _naming(path / "config.json"):
-        kind = families.of_config(config)
-    return _checked(kind.open(path, dtype), check_values)
+    return _checked(_folder_component(path).open(path, dtype), check_values)
 
 
 def _checked(opened: StoredModule, check_values: bool) -> StoredModule:
@@ -426,7 +431,7 @@ def generation_defaults(
     Args:
       index: contents of model_index.json.
       family: of the model.
-      configs: of its components by name, the main one among them.
+      configs: of its components by name, the main one among them; and perhaps its scheduler.
 
     Raises:
       CheckpointError: an unknown key, or a value of wrong type or range.

@@ -29,7 +29,7 @@ from flax import nnx
 from models.checkpoint_io import Rule
 from models.component import Component
 from models.family import Family
-from models.linear import EPSILON, Part, modulate
+from models.linear import ACTIVATIONS, Norm, Part, join, normalize
 from models.stored_files import (
     FLOATING,
     Checkpoint,
@@ -108,32 +108,26 @@ class LoRALinear(nnx.Module):
         self,
         x: jax.Array | tuple[Part, ...],  # [..., k], or parts that lie side by side
         *,
-        modulation: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [b, 1, k]
+        norm: Norm | None = None,  # of [k] or [b, 1, k]
         activation: str | None = None,  # "gelu": its tanh form
         gate: jax.Array | None = None,  # [b, 1, n]
         residual: jax.Array | None = None,  # [..., n]
     ) -> jax.Array:
-        """Return residual + gate * activation(base(x') + x' down up), x' the modulated x."""
-        y = self.base(x, modulation=modulation)
-        y = y + (self._narrow(x, modulation) @ self.up).astype(y.dtype)
-        if activation == "gelu":
-            y = nnx.gelu(y, approximate=True)
+        """Return residual + gate * activation(base(x') + x' down up), x' the normed x."""
+        y = self.base(x) if norm is None else self.base(x, norm=norm)
+        y = y + (self._narrow(x, norm) @ self.up).astype(y.dtype)
+        y = y if activation is None else ACTIVATIONS[activation](y)
         y = y if gate is None else gate * y
         return y if residual is None else residual + y
 
     def _narrow(
         self,
         x: jax.Array | tuple[Part, ...],
-        modulation: tuple[jax.Array, jax.Array] | None,
+        norm: Norm | None,
     ) -> jax.Array:
         """Return x' down, [..., rank]; of parts the sum of theirs, so that nothing is joined."""
-        if modulation is not None or not isinstance(x, tuple):
-            whole = x
-            if isinstance(x, tuple):
-                whole = jnp.concatenate([part.value() for part in x], axis=-1)
-            if modulation is not None:
-                epsilon = getattr(self.base, "norm_epsilon", EPSILON)
-                whole = modulate(whole, *modulation, epsilon)
+        if norm is not None or not isinstance(x, tuple):
+            whole = join(x) if norm is None else normalize(join(x), norm)
             x = (Part(array=whole, size=whole.shape[-1]),)
         ends = np.cumsum([part.size for part in x])[:-1]
         pieces = zip(x, jnp.split(self.down.get_value(), ends), strict=True)

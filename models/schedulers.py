@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 import numpy as np
 
+from models import noise_schedulers
 from models.checkpoint_io import CheckpointError, check_bounds, config_from_json
 
 _NO = (False, None)
@@ -196,7 +197,10 @@ def euler_step(
     return sample + (next_sigma - sigma) * velocity.astype(sample.dtype)
 
 
-SCHEDULERS = {"FlowMatchEulerDiscreteScheduler": FlowMatchEulerScheduler}
+SCHEDULERS: dict[str, Any] = {
+    "FlowMatchEulerDiscreteScheduler": FlowMatchEulerScheduler,
+    **{kind.class_name: kind for kind in noise_schedulers.KINDS},
+}
 
 
 def scheduler_from_json(values: Mapping[str, Any]) -> Scheduler:

@@ -86,21 +86,21 @@ def token_ids(tokenizer: Any, texts: Sequence[str], longest: int) -> np.ndarray:
       longest: that the model takes.
     """
     length = int(min(tokenizer.model_max_length, longest))
-    _warn_of_cuts(tokenizer, texts, length)
+    whole = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    for text, ids in zip(texts, whole, strict=True):
+        warn_of_cut(tokenizer, text, ids, length - tokenizer.num_special_tokens_to_add())
     encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
     return np.asarray(encoded["input_ids"], np.int32)
 
 
-def _warn_of_cuts(tokenizer: Any, texts: Sequence[str], length: int) -> None:
-    """Warn of each text that has more tokens than are taken, with the words that are dropped."""
-    whole = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    kept = length - tokenizer.num_special_tokens_to_add()
-    for text, ids in zip(texts, whole, strict=True):
-        if len(ids) > kept:
-            cut = tokenizer.decode(ids[kept:])
-            cut = cut if len(cut) <= 2 * _SHOWN else f"{cut[:_SHOWN]} ... {cut[-_SHOWN:]}"
-            warnings.warn(
-                f"prompt {text[:40]!r} is too long: {type(tokenizer).__name__} takes {kept} "
-                f"tokens of its {len(ids)}, and this was cut: {cut!r}",
-                stacklevel=4,
-            )
+def warn_of_cut(tokenizer: Any, prompt: str, ids: Sequence[int], kept: int) -> None:
+    """Warn if a prompt has more tokens than are kept, with the words that are dropped."""
+    if len(ids) <= kept:
+        return
+    cut = tokenizer.decode(ids[kept:])
+    cut = cut if len(cut) <= 2 * _SHOWN else f"{cut[:_SHOWN]} ... {cut[-_SHOWN:]}"
+    warnings.warn(
+        f"prompt {prompt[:40]!r} is too long: {type(tokenizer).__name__} takes {kept} "
+        f"tokens of its {len(ids)}, and this was cut: {cut!r}",
+        stacklevel=4,
+    )

@@ -103,13 +103,13 @@ class FluxDenoiser(Denoiser):
         noise = unpack(noise, *self._grid(canvas.height, canvas.width))
         mean, logvar = (x.astype(jnp.float32) for x in vae.encode(image))
         latents = mean + jnp.exp(0.5 * logvar) * noise
-        return pack((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
+        return pack(vae.normalize(latents))
 
     def decode(self, autoencoder: nnx.Module, latents: jax.Array, canvas: Canvas) -> jax.Array:
         """Return the image of packed latents."""
         vae: Any = autoencoder
         latents = unpack(latents, *self._grid(canvas.height, canvas.width))
-        return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0))
+        return vae.decode(vae.denormalize(latents))
 
     def _latents(self, sampler: "Sampler", pixels: np.ndarray) -> jax.Array:
         """Return the mean of an image's packed latents, float32 [1, tokens, channels]."""
@@ -123,7 +123,7 @@ class FluxDenoiser(Denoiser):
 
 def _mean_latents(vae: Any, image: jax.Array) -> jax.Array:
     mean = vae.encode(image)[0].astype(jnp.float32)
-    return pack((mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
+    return pack(vae.normalize(mean))
 
 
 def dev_scheduler(dev: bool = True) -> dict[str, Any]:

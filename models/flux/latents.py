@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 
+from models.vae import packing
+
 
 def image_ids(rows: int, columns: int, first: int = 0) -> np.ndarray:
     """Return the position (first, row, column) of each token, float32 [rows * columns, 3]."""
@@ -15,9 +17,8 @@ def pack(
     latents: jax.Array,  # [batch, height, width, channels], height and width even
 ) -> jax.Array:
     """Return [batch, tokens, 4 channels]; a token's channels are ordered channel, row, column."""
-    batch, height, width, channels = latents.shape
-    x = latents.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, 4 * channels)
+    packed = packing.pack(latents)
+    return packed.reshape(packed.shape[0], -1, packed.shape[-1])
 
 
 def unpack(
@@ -26,5 +27,4 @@ def unpack(
     columns: int,
 ) -> jax.Array:
     """Return [batch, 2 rows, 2 columns, channels]: the inverse of `pack`."""
-    x = latents.reshape(latents.shape[0], rows, columns, -1, 2, 2)
-    return x.transpose(0, 1, 4, 2, 5, 3).reshape(x.shape[0], 2 * rows, 2 * columns, -1)
+    return packing.unpack(latents.reshape(latents.shape[0], rows, columns, -1))

@@ -15,7 +15,7 @@ from models.stored_files import CheckpointError
 TELLING = "double_blocks.0.img_attn.qkv.weight"
 
 
-def _swap_halves(value: np.ndarray) -> np.ndarray:
+def swap_halves(value: np.ndarray) -> np.ndarray:
     """Exchange shift (ours first) and scale (diffusers' first) along the rows."""
     return np.concatenate(np.split(value, 2)[::-1])
 
@@ -72,7 +72,7 @@ def diffusers_rules(config: FluxConfig) -> list[Rule]:
             Rule(pattern=pattern, sources=tuple(prefix + name for name in names), rows=rows)
             for pattern, (prefix, names, rows) in joined.items()
         ),
-        Rule(pattern=r"final_layer\.modulation", sources="norm_out.linear", transform=_swap_halves),
+        Rule(pattern=r"final_layer\.modulation", sources="norm_out.linear", transform=swap_halves),
     ]
 
 

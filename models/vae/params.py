@@ -3,11 +3,12 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from models.checkpoint_io import Rule
 from models.component import Component, Naming
 from models.stored_files import CheckpointError
-from models.vae.config import AutoencoderKLConfig
+from models.vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
 from models.vae.modeling import AutoencoderKL
 
 # A tensor of Black Forest Labs' naming that every checkpoint has.
@@ -36,12 +37,13 @@ _OLD_RULES = (
 )
 
 
-def bfl_rules(config: AutoencoderKLConfig) -> list[Rule]:
+def bfl_rules(config: AutoencoderKLConfig | AutoencoderKLFlux2Config) -> list[Rule]:
     """Return the rules to the names of Black Forest Labs' ae.safetensors.
 
     They are those of latent diffusion (`src/flux/modules/autoencoder.py` of
     github.com/black-forest-labs/flux): the decoder's levels count from the finest, and attention's
-    projections are 1x1 convolutions.
+    projections are 1x1 convolutions. FLUX.2's have the quant convolutions inside of encoder and
+    decoder (`src/flux2/autoencoder.py` of github.com/black-forest-labs/flux2).
     """
     last = len(config.block_out_channels) - 1
     down, up, mid = r"encoder\.down_blocks\.(\d+)\.", r"decoder\.up_blocks\.", r"(.+)\.mid_block\."
@@ -61,6 +63,9 @@ def bfl_rules(config: AutoencoderKLConfig) -> list[Rule]:
         (mid + r"attention\.group_norm", r"\1.mid.attn_1.norm"),
         (r"(.+)\.conv_norm_out", r"\1.norm_out"),
     ]
+    if isinstance(config, AutoencoderKLFlux2Config):
+        table += [("quant_conv", "encoder.quant_conv")]
+        table += [("post_quant_conv", "decoder.post_quant_conv")]
     attention = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
     return [
         *(Rule(pattern=pattern, sources=source) for pattern, source in table),
@@ -89,29 +94,43 @@ def config_from_bfl(
     Raises:
       CheckpointError: a tensor that tells a size is missing.
     """
-    telling = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
-    if missing := [name for name in telling if name not in shapes]:
-        raise CheckpointError(
-            f"{path}: no FLUX.1 autoencoder: missing {'; missing '.join(missing)}"
-        )
-    if misshapen := [name for name in telling if len(shapes[name]) != 4]:
-        raise CheckpointError(f"{path}: no FLUX.1 autoencoder: misshapen {', '.join(misshapen)}")
-    first = re.compile(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
-    levels = sorted((int(m[1]), shapes[m[0]][:1]) for m in map(first.fullmatch, shapes) if m)
-    block = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
-    image, latent, out = (shapes[name] for name in telling)
     return AutoencoderKLConfig(
-        in_channels=image[1],
-        out_channels=out[0],
-        block_out_channels=tuple(size for _, width in levels for size in width),
-        layers_per_block=sum(bool(block.fullmatch(name)) for name in shapes),
-        latent_channels=latent[1],
+        **bfl_sizes(shapes, path, "FLUX.1"),
+        block_out_channels=level_widths("encoder.down", shapes),
         scaling_factor=0.3611,
         shift_factor=0.1159,
         use_quant_conv="quant_conv.weight" in shapes,
         use_post_quant_conv="post_quant_conv.weight" in shapes,
-        mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
     )
+
+
+def bfl_sizes(
+    shapes: Mapping[str, tuple[int, ...]], path: Path | str, family: str
+) -> dict[str, Any]:
+    """Return the sizes that any autoencoder in this naming tells in the same way."""
+    telling = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
+    if missing := [name for name in telling if name not in shapes]:
+        raise CheckpointError(
+            f"{path}: no {family} autoencoder: missing {'; missing '.join(missing)}"
+        )
+    if misshapen := [name for name in telling if len(shapes[name]) != 4]:
+        raise CheckpointError(f"{path}: no {family} autoencoder: misshapen {', '.join(misshapen)}")
+    block = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
+    image, latent, out = (shapes[name] for name in telling)
+    return {
+        "in_channels": image[1],
+        "out_channels": out[0],
+        "layers_per_block": sum(bool(block.fullmatch(name)) for name in shapes),
+        "latent_channels": latent[1],
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+    }
+
+
+def level_widths(half: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the width of each level of one half, finest first."""
+    first = re.compile(rf"{re.escape(half)}\.(\d+)\.block\.0\.conv1\.weight")
+    levels = sorted((int(m[1]), shapes[m[0]][:1]) for m in map(first.fullmatch, shapes) if m)
+    return tuple(size for _, width in levels for size in width)
 
 
 def _diffusers_rules(config: AutoencoderKLConfig, names: Collection[str]) -> Sequence[Rule]:

@@ -238,8 +238,8 @@ def test_a_folder_s_schedule_can_be_replaced(copy):
     files = find_model(copy, schedule="schnell")
     assert files.load_scheduler().shift == 1 and "scheduler" not in files.paths
     assert files.defaults(files.configs()).num_inference_steps == 4
-    with pytest.raises(ValueError, match=r"schedule is 'turbo'; use one of dev, schnell, .*folder"):
-        find_model(copy, schedule="turbo")
+    with pytest.raises(ValueError, match=r"schedule is 'fast'; use one of dev, schnell, .*folder"):
+        find_model(copy, schedule="fast")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from flax import nnx
 import models
 from models.flux import FluxConfig
 from models.flux.family import FLUX
-from models.linear import Linear, Part
+from models.linear import Linear, Part, modulation
 from models.lora import LoRALinear, add_lora, read_lora
 from models.stored_files import CheckpointError
 
@@ -231,7 +231,7 @@ def test_the_branch_comes_before_activation_gate_and_residual():
     merged.kernel[...] = merged.kernel[...] + down @ up
     shift, scale = (random.normal(size=(2, 1, 8)).astype(np.float32) for _ in range(2))
     around = {
-        "modulation": (shift, scale),
+        "norm": modulation(shift, scale),
         "activation": "gelu",
         "gate": random.normal(size=(2, 1, 6)).astype(np.float32),
         "residual": random.normal(size=(2, 3, 6)).astype(np.float32),
