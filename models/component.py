@@ -42,8 +42,8 @@ _SHARD_BYTES = {"diffusers": 10**10, "transformers": 5 * 10**9}
 class Naming:
     """What a component's tensors are called in one kind of file."""
 
-    # A tensor that every such checkpoint has and others haven't (see `models.families.FAMILIES`);
-    # what stands before it stands before all names. Of several, the first that is there.
+    # A tensor that every such checkpoint has and few others; what stands before it stands before
+    # all names. Of several, the first that is there.
     telling: str | tuple[str, ...]
     # from the config and the names that are there to the rules; a module without one keeps its name
     rules: Callable[[Any, Collection[str]], Sequence[Rule]]

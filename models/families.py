@@ -1,6 +1,5 @@
 """The families of models that are known, and what is found among their components."""
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from models.flux2.family import FLUX2
 from models.stored_files import Checkpoint, CheckpointError
 from models.zimage.family import ZIMAGE
 
-# Where the tensor that tells one family is in another's files too, the other comes first.
+# Where a single file could be of several, the first that fits is taken.
 FAMILIES: tuple[Family, ...] = (FLUX, FLUX_KONTEXT, FLUX_FILL, FLUX_CONTROL, FLUX2, ZIMAGE)
 
 
@@ -89,7 +88,8 @@ def of_index(index: Mapping[str, Any]) -> Family:
 def of_file(path: Path, checkpoint: Checkpoint, schedule: str | None = None) -> Family | None:
     """Return the family whose main component a single file holds; None for none.
 
-    Families may share it: then its sizes tell, or the schedule, or else the first is taken.
+    Several may be told by a tensor that is there: then those fit whose sizes the file has, and of
+    them the one that has the schedule, or else the first.
 
     Args:
       path: of the file.
@@ -104,15 +104,18 @@ def of_file(path: Path, checkpoint: Checkpoint, schedule: str | None = None) -> 
         naming = family.components[family.main].file
         if naming is not None and naming.prefix(checkpoint.shapes, path) is not None:
             found.append(family)
-    if len(found) < 2:
-        return found[0] if found else None
-    component = found[0].components[found[0].main]
-    sharing = [x for x in found if x.components[x.main] is component]
-    with contextlib.suppress(CheckpointError):  # what isn't whole is refused when it is opened
-        configs = {found[0].main: component.file_config(path, checkpoint)}
-        fitting = [x for x in sharing if not list(x.misfits(configs, {}))]
-        sharing = fitting or sharing
-    return next((x for x in sharing if schedule in x.schedules), sharing[0])
+    fitting = [x for x in found if _fits(x, path, checkpoint)] if len(found) > 1 else found
+    fitting = fitting or found  # what isn't whole is refused when it is opened
+    return next((x for x in fitting if schedule in x.schedules), fitting[0] if fitting else None)
+
+
+def _fits(family: Family, path: Path, checkpoint: Checkpoint) -> bool:
+    """Return whether a single file has the sizes of a family's main component."""
+    try:
+        config = family.components[family.main].file_config(path, checkpoint)
+    except CheckpointError:
+        return False
+    return not list(family.misfits({family.main: config}, {}))
 
 
 def schedules() -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,9 @@ class ModelFiles:
         return _checked(component.open(path, dtype), check_values)
 
     def load_tokenizers(self) -> dict[str, Any]:
-        """Return the tokenizers by name; raises CheckpointError where one doesn't load."""
-        return {name: load_tokenizer(self.paths[name]) for name in self.family.tokenizers}
+        """Return the tokenizers that are there; raises CheckpointError where one doesn't load."""
+        names = (name for name in self.family.tokenizers if name in self.paths)
+        return {name: load_tokenizer(self.paths[name]) for name in names}
 
     def configs(self) -> dict[str, Any]:
         """Return the config of each component that is there in 16 bits.
@@ -119,8 +120,9 @@ def find_model(
       path: a diffusers folder, with model_index.json; or a single file in its makers' naming such
         as flux1-dev.safetensors, an index of its shards, or a folder of such files. Beside a single
         file, the autoencoder is taken too if it is there (ae.safetensors).
-      text_encoders: a diffusers folder that gives the text encoders and tokenizers, and the
-        autoencoder where `path` has none. Needed for single files, which lack them.
+      text_encoders: a diffusers folder that gives what `path` lacks: of single files the text
+        encoders and tokenizers, and perhaps the autoencoder. Without it that is left out of the
+        paths: a transformer alone can be converted, though not sampled from.
       schedule: the noise levels and the number of steps that are the default: one of the family's,
         as FLUX.1's "dev" or "schnell", or that of the "folder" that gives the text encoders. None
         for the model's own; single files have none, and take what the family finds to go with their
@@ -157,16 +159,7 @@ def _find_single_files(
     paths |= _inside(family, paths[family.main])
     needed = (*family.encoders, family.autoencoder, family.main, *family.tokenizers)
     missing = [name for name in needed if name not in paths]
-    if text_encoders is None and missing:
-        raise CheckpointError(
-            f"{path} holds no {', '.join(missing)}; name a diffusers folder that does "
-            "(--text-encoders)"
-        )
-    if missing:
-        folder = Path(text_encoders or "")
-        if absent := [name for name in missing if not (folder / name).is_dir()]:
-            raise CheckpointError(f"{folder} lacks the component folders {', '.join(absent)}")
-        paths |= {name: folder / name for name in missing}
+    paths |= _from_elsewhere(missing, text_encoders)
     main = family.components[family.main].file_config(paths[family.main])
     name, guess = family.schedule_of({family.main: main}, family.index)
     if guess is not None and schedule is None:
@@ -179,6 +172,16 @@ def _find_single_files(
         scheduler=dict(chosen.scheduler),
         schedule=chosen.name,
     )
+
+
+def _from_elsewhere(names: Sequence[str], text_encoders: Path | str | None) -> dict[str, Path]:
+    """Return the folders of components that a diffusers folder gives, if one was named."""
+    if text_encoders is None:
+        return {}
+    folder = Path(text_encoders)
+    if absent := [name for name in names if not (folder / name).is_dir()]:
+        raise CheckpointError(f"{folder} lacks the component folders {', '.join(absent)}")
+    return {name: folder / name for name in names}
 
 
 def _inside(family: Family, file: Path) -> dict[str, Path]:
@@ -201,7 +204,9 @@ def _with_schedule(
     """Return a model's files with another schedule, and the settings that go with it."""
     family = files.family
     if schedule == _FOLDER and text_encoders is None:
-        return files  # of a diffusers folder it is the model's own
+        if files.scheduler is None:
+            return files  # of a diffusers folder it is the model's own
+        raise CheckpointError("schedule is 'folder'; name the folder (--text-encoders)")
     if schedule == _FOLDER:
         folder = Path(text_encoders or "") / "scheduler"
         scheduler = read_json(folder / _SCHEDULER_CONFIG)
@@ -390,7 +395,10 @@ def load_pipeline(
         and not (name == "scheduler" and files.scheduler)
     ]
     if lacking:
-        raise CheckpointError(f"{path} lacks the component folders {', '.join(lacking)}")
+        raise CheckpointError(
+            f"{path} lacks the component folders {', '.join(lacking)}; name a diffusers folder "
+            "that has them (--text-encoders)"
+        )
 
     tokenizers = files.load_tokenizers()
     configs = files.configs() | {
@@ -458,10 +466,13 @@ def _find_in_diffusers_folder(folder: Path, text_encoders: Path | str | None) ->
     index = read_json(folder / "model_index.json")
     with _naming(folder / "model_index.json"):
         family = families.of_index(index)
-    if text_encoders is not None:
-        raise CheckpointError(f"{folder} has text encoders; leave out --text-encoders")
     names = (*family.components, *family.tokenizers, "scheduler")
-    return ModelFiles(family=family, paths={name: folder / name for name in names}, index=index)
+    paths = {name: folder / name for name in names}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if text_encoders is not None and not missing:
+        raise CheckpointError(f"{folder} has text encoders; leave out --text-encoders")
+    paths |= _from_elsewhere(missing, text_encoders)
+    return ModelFiles(family=family, paths=paths, index=index)
 
 
 def _family_of(path: Path, files: list[Path], schedule: str | None) -> Family:

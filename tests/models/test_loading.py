@@ -453,6 +453,13 @@ def test_a_tokenizer_s_settings_that_can_t_be_used_are_named(copy, field, value,
         load_tokenizer(copy / "tokenizer")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes as POSIX has them")
+def test_a_pipe_among_a_tokenizer_s_files_is_refused_and_not_waited_for(copy):
+    os.mkfifo(copy / "tokenizer/added_tokens.json")
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json is no regular file"):
+        load_tokenizer(copy / "tokenizer")
+
+
 def test_a_clip_model_with_a_projection_is_read_without_it(folder, copy):
     edit(copy / "text_encoder/config.json", architectures=["CLIPTextModelWithProjection"])
     file = copy / "text_encoder/model.safetensors"

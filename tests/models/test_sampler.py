@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_family import TOY
+from safetensors.numpy import save_file
+from toy_family import TOY, TRANSFORMER, ToyConfig
 
 import models
 from models import families
+from models.component import Naming
 from models.schedulers import FlowMatchEulerScheduler
-from models.stored_files import CheckpointError
+from models.stored_files import CheckpointError, open_checkpoint
 from models.synthetic import write_random_model
 
 LATENTS = {"progress": False, "output_type": "latent"}
@@ -144,3 +146,19 @@ def test_a_family_without_single_files_writes_none(known, tmp_path):
     with pytest.raises(ValueError, match="Toy has no single files"):
         write_random_model(tmp_path / "x", TOY, TOY.sizes["toy"], layout="file")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_single_file_is_of_the_family_whose_sizes_it_has(tmp_path, monkeypatch):
+    """FLUX.1's telling tensor is there, and what FLUX.1 needs beside it isn't."""
+    telling = "double_blocks.0.img_attn.qkv.weight"
+    file = Naming(
+        telling=telling, rules=lambda config, names: (), config=lambda shapes, path: ToyConfig()
+    )
+    parts = {**TOY.components, "transformer": dataclasses.replace(TRANSFORMER, file=file)}
+    single = dataclasses.replace(TOY, components=parts)
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, single))
+    path = tmp_path / "toy.safetensors"
+    save_file({telling: np.zeros((2, 2), np.float32)}, path)
+    assert families.of_file(path, open_checkpoint(path)) is single
+    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES[:-1])
+    assert families.of_file(path, open_checkpoint(path)) is families.FAMILIES[0]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -467,11 +468,27 @@ def test_impossible_layers_are_refused(fields, message):
         (lambda: LowRank(rank=0), "rank is 0"),
         (lambda: Match(role="nose"), "role is 'nose'; it must be one of embed"),
         (lambda: Match(path="("), "not a regular expression"),
+        (lambda: Match(path="(" * 900 + ")" * 900), "not a regular expression"),
+        (lambda: Match(path="a" * 2001), r"'a+'\.\.\. has 2001 characters; at most 2000 may be"),
+        (lambda: Match(path=3), "path 3 is not a regular expression"),
     ],
 )
 def test_impossible_parts_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("pattern", [r"(\w+\.?)+!", r"(.*)*\1x", r"((\w|\d|[a-z_]|\.)+)+#"])
+def test_a_pattern_of_too_many_ways_ends(pattern):
+    """Python's own engine would take hours for the first."""
+    site = Site(path="single_blocks." * 20, kind="linear", n=1, k=1, block=0, role="linear")
+    match = Match(path=pattern)
+    start = time.monotonic()
+    try:
+        assert not match(site)
+    except ValueError as error:
+        assert "takes too long to match" in str(error)
+    assert time.monotonic() - start < 5
 
 
 def test_needs_are_those_of_the_layers_that_ask():

@@ -108,7 +108,9 @@ def compare(results: dict[str, Any], images: Path) -> Comparison:
     compared = {n: e for n, e in done.items() if e["summary"]["weight_bits"] < 16}
     if not compared or "bf16" not in done:
         raise ValueError("the report needs bf16 and at least one finished recipe; evaluate them")
-    metric = next(m for m in _ORDER if m in next(iter(compared.values()))["scores"])
+    metric = next((m for m in _ORDER if all(m in e["scores"] for e in compared.values())), None)
+    if metric is None:
+        raise ValueError("the recipes have no figure in common; evaluate them together")
     prompts = results["settings"]["prompts"]
     return Comparison(
         done=done,
