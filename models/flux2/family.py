@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from models.bfl_names import bfl_rules
 from models.denoiser import Canvas, Conditions, Denoiser, Inputs
 from models.family import AdapterNaming, Family, Schedule, Tokenizer
 from models.fit import tokenizer_misfits
-from models.flux.params import bfl_rules
 from models.flux2.config import Flux2Config
 from models.flux2.params import TRANSFORMER, diffusers_rules
 from models.flux2.prompts import TEXT_ENCODER, TextConfig, encode_tokens, text_tokens

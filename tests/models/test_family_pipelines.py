@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import models
+from models.checkpoint_io import export_params
 from models.stored_files import CheckpointError
 
 torch = pytest.importorskip("torch")
@@ -193,6 +195,22 @@ def test_an_image_to_start_from_comes_back_at_little_strength(ours):
     vae = ours.vae
     expected = np.clip(np.asarray(vae.decode(vae.encode(pixels)[0])) / 2 + 0.5, 0, 1)
     np.testing.assert_allclose(ours.decode(latents, 32, 32), expected, atol=1e-4)
+
+
+def test_a_single_file_is_the_same_model_of_its_family(name, model, ours, tmp_path):
+    if name in _KIN:
+        pytest.skip("has the same files as its other kind")
+    component = ours.family.components["transformer"]
+    tensors = export_params(ours.transformer, component.file.rules(ours.transformer.config, ()))
+    file = tmp_path / "model.safetensors"
+    save_file({f"model.diffusion_model.{key}": x for key, x in tensors.items()}, file)
+    with pytest.warns(UserWarning, match='say schedule "base"'):
+        found = models.load_pipeline(file, jnp.float32, text_encoders=model[0])
+    assert found.family is ours.family
+    assert found.transformer.config == ours.transformer.config
+    assert found.defaults.true_cfg_scale == 1
+    based = models.find_model(file, model[0], "base")
+    assert based.defaults(based.configs()).num_inference_steps == 50
 
 
 @pytest.mark.parametrize(
