@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def output_files(args: argparse.Namespace) -> list[Path]:
     """Return the PNGs to write, which can be written: one, or x-1.png and such for x.png."""
+    check_output(args.out)
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out is {args.out}, and a PNG is written; give a name ending in .png")
     count = len(args.prompt)
