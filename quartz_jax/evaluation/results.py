@@ -232,8 +232,6 @@ class _Entry:
             raise ValueError(f"scores must have psnr, and as many figures of each, up to {prompts}")
         if self.summary is None:
             return
-        if lengths != {prompts}:
-            raise ValueError(f"it has a summary, and scores of fewer than {prompts} images")
         wanted: dict[str, type] = dict.fromkeys(self.scores, Interval)
         wanted |= dict.fromkeys(("weight_bits", "activation_bits"), float)
         for name, kind in wanted.items():

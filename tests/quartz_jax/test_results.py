@@ -64,7 +64,6 @@ def test_results_are_read_as_they_are(tmp_path):
         (changed(["recipes", "w4a8x", "scores", "ssim"], [1.0]), "as many figures of each"),
         (changed(["recipes", "w4a8x", "scores", "ssim"], [1.0, 2.0]), "summary.ssim must be"),
         (changed(["recipes", "w4a8x", "scores"], {}), "scores must have psnr"),
-        (changed(["recipes", "w4a8x", "scores"], {"psnr": [1.0]}), "fewer than 2 images"),
         (changed(["recipes", "w4a8x", "summary", "psnr"], 3.0), "psnr must be a interval"),
         (changed(["recipes", "w4a8x", "summary", "weight_bits"], None), "weight_bits must be"),
         (changed(["recipes", "w4a8x", "velocity"], [[1.0]]), "a row for each of sigmas"),
@@ -80,11 +79,18 @@ def test_odd_results_are_refused_by_field(tmp_path, results, line):
     assert str(path) in str(error.value)
 
 
-def test_recipes_without_a_figure_in_common_are_refused(tmp_path):
+def test_rows_whose_images_are_not_all_measured_are_left_out(tmp_path):
     results = copy.deepcopy(RESULTS)
-    results["recipes"]["other"] = {"scores": {"clip": [1.0]}, "summary": SUMMARY}
-    with pytest.raises(ValueError, match="no figure in common"):
-        compare(results, tmp_path)
+    results["recipes"]["other"] = {"scores": {"psnr": [1.0]}, "summary": SUMMARY}
+    assert compare(results, tmp_path).ranked == ["w4a8x"]
+
+
+def test_rows_are_ranked_by_a_figure_that_all_have(tmp_path):
+    results = copy.deepcopy(RESULTS)
+    results["recipes"]["w4a8x"]["scores"] = {"psnr": [1.0, 2.0], "ssim": [1.0, 2.0]}
+    assert compare(results, tmp_path).metric == "ssim"
+    results["recipes"]["other"] = {"scores": {"psnr": [1.0, 2.0]}, "summary": SUMMARY}
+    assert compare(results, tmp_path).metric == "psnr"
 
 
 @pytest.mark.parametrize("stored", [b"", b"nothing", None, np.zeros((2, 4, 4, 3), np.float32)])

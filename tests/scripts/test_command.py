@@ -60,3 +60,20 @@ def test_a_console_that_lacks_a_letter_shows_it_otherwise(encoding):
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
     assert (done.returncode, done.stdout.strip()) == (0, b"\\u043b")
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_that_there_is_no_pytorch_is_no_news_to_commands(quiet):
+    code = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "torch" else find(name, *more)
+{command}
+import transformers
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    code = code.format(command="import quartz_jax.cli" if quiet else "")
+    env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0
+    assert ("PyTorch was not found" in done.stdout + done.stderr) == (not quiet)
