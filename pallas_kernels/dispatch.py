@@ -1,10 +1,12 @@
 """Choosing the implementation of an operation: by the device, by name, or from a list of names."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pallas_kernels import device as devices
+from pallas_kernels.gradients import with_derivative
 
 Implementation = str | Sequence[str] | None
 
@@ -28,10 +30,16 @@ class Operation:
 
     name: str  # such as "matmul", for messages
     backends: tuple[Backend, ...]  # in order of preference
+    # What JAX differentiates in the place of any backend, of the same arguments: those by keyword
+    # aren't differentiated. None: each backend itself.
+    derivative: Callable[..., Any] | None = None
 
     def __call__(self, *args, implementation: Implementation = None, **kwargs):
         """Run the first backend that can; see `choose` for `implementation` and what is raised."""
-        return self.choose(implementation, *args, **kwargs).run(*args, **kwargs)
+        run = functools.partial(self.choose(implementation, *args, **kwargs).run, **kwargs)
+        if self.derivative is None:
+            return run(*args)
+        return with_derivative(run, functools.partial(self.derivative, **kwargs), *args)
 
     def choose(self, implementation: Implementation, *args, **kwargs) -> Backend:
         """Return the backend that a call would run.

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gradients import with_derivative
+
 SQRT_2_PI = 0.7978845608028654
 NORM_EPSILON = 1e-6  # of a norm that states none
 
@@ -25,6 +27,11 @@ class Norm:
     epsilon: float = NORM_EPSILON  # added to the variance
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["array"],
+    meta_fields=["start", "size", "activation"],
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
     """Columns of an array, through an activation: a part of the rows to quantize."""
@@ -49,6 +56,13 @@ def gelu(
     relative precision for negative y and takes no tanh.
     """
     return y / (1 + jnp.exp(y * (-2 * SQRT_2_PI - 2 * SQRT_2_PI * 0.044715 * (y * y))))
+
+
+def gelu_of_tanh(
+    y: jax.Array,  # floating, of any shape
+) -> jax.Array:
+    """Return the same by a tanh, whose derivative is finite where exp(-2 z) isn't."""
+    return jax.nn.gelu(y, approximate=True)
 
 
 def join(x: jax.Array | tuple[Part, ...]) -> jax.Array:
@@ -84,4 +98,5 @@ def _value(part: Part) -> jax.Array:
     columns = part.array[:, part.start : part.start + part.size]
     if part.activation is None:
         return columns
-    return round_to(gelu(columns.astype(jnp.float32)), columns.dtype)
+    wide = with_derivative(gelu, gelu_of_tanh, columns.astype(jnp.float32))
+    return round_to(wide, columns.dtype)

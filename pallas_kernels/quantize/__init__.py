@@ -1,14 +1,17 @@
 """Activation quantization in one pass: floats to the int8 operand of `pallas_kernels.matmul`."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.arguments import check_array, check_choices, check_k, check_tuple
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.functions import Norm, Part, join
+from pallas_kernels.gradients import remembering
 from pallas_kernels.operands import Int8Rows, PackedRows
 from pallas_kernels.quantize import channels, mosaic_tpu, reference, triton
 
@@ -50,7 +53,8 @@ def quantize(
     """Quantize each row to 8 bits, or on to 4 bits, in one pass over memory.
 
     What happens to the rows before comes in this order, in float32 between the steps: activations
-    of parts, the norm, the multiplier, the rotation.
+    of parts, the norm, the multiplier, the rotation. Gradients go straight through to the result
+    of these: see `pallas_kernels.gradients`.
 
     Args:
       x: the activations; or parts of them, which a kernel reads from where they are. Their
@@ -91,6 +95,8 @@ def quantize(
     k = _check_x(x)
     _check_channels(k, norm, multiplier, rotation)
     wide = _check_wide(wide, -(-k // group_size), bits, packed)
+    given = x, norm, multiplier
+    x, norm, multiplier = lax.stop_gradient(given)
     arrays = QUANTIZE(
         x,
         bits=bits,
@@ -108,7 +114,7 @@ def quantize(
     )
     if packed:
         codes, shifts, scale, lo = arrays
-        return PackedRows(
+        rows: Int8Rows | PackedRows = PackedRows(
             codes=codes,
             shifts=shifts,
             scale=scale,
@@ -119,9 +125,11 @@ def quantize(
             range=range,
             padding=2 * codes.shape[1] - k,
         )
+        return remembering(rows, functools.partial(reference.before, rotation=rotation), *given)
     powers = bits == 4 and step == "power" and wide is None
     values, scale, lo = arrays
-    return Int8Rows(values=values, scale=scale, lo=lo, value_bits=4 if powers else 8)
+    rows = Int8Rows(values=values, scale=scale, lo=lo, value_bits=4 if powers else 8)
+    return remembering(rows, functools.partial(reference.before, rotation=rotation), *given)
 
 
 def _check_x(x: jax.Array | tuple[Part, ...]) -> int:

@@ -10,10 +10,12 @@ from flax import nnx
 from pallas_kernels import functions
 from pallas_kernels.arguments import CHOICES
 from pallas_kernels.functions import Norm, Part
-from pallas_kernels.matmul import PreparedWeights, reference
+from pallas_kernels.gradients import with_derivative
+from pallas_kernels.matmul import PreparedWeights, differentiable, reference
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, int8_values
 from pallas_kernels.quantize import channels
 from pallas_kernels.quantize import quantize as quantize_and_decode
+from pallas_kernels.quantize.reference import before
 from quartz_jax.engine.matmul import execution, multiply, simulated_dot
 from quartz_jax.formats import BlockRows, Format, Int, Quartz, Stored
 from quartz_jax.formats.storage import dequantize, row_operand
@@ -133,13 +135,7 @@ class Given:
 
     def value(self) -> jax.Array:
         """Return the input itself, [m, k]: float32 behind a multiplier or a rotation."""
-        x = functions.join(self.rows)
-        x = x if self.norm is None else functions.modulate(x, self.norm)
-        if self.multiplier is not None:
-            x = channels.scale_channels(x, self.multiplier)
-        if self.rotation is not None:
-            x = channels.rotate(x.astype(jnp.float32), self.rotation)
-        return x
+        return before(self.rows, self.norm, self.multiplier, rotation=self.rotation)
 
     def images(self, format: Format) -> jax.Array:
         """Return the input as a format takes it: images apart if rows share something there."""
@@ -248,12 +244,13 @@ def product(
 ) -> jax.Array:
     """Return the product [m, n], its input quantized unless activation is None."""
     if activation is None:
-        return _weight_only(given.value().astype(given.dtype), weight, epilogue)
+        x = given.value().astype(given.dtype)
+        return with_derivative(_weight_only, _in_floats, x, weight, epilogue)
     if how_it_runs(weight, activation) == "simulated":
         # A format without an operand: what it makes of the input, in float32, and never packed.
         x = activation(jax.lax.optimization_barrier(given.images(activation)))
-        y = simulated_dot(x.reshape(-1, x.shape[-1]), dequantize(weight))
-        return reference.finish(y, epilogue)
+        x = x.reshape(-1, x.shape[-1])
+        return with_derivative(_simulated, _in_floats, x, weight, epilogue)
     rows = given.quantized(activation)
     if branch is not None:
         down = INT8.store(branch.down.T)
@@ -303,6 +300,24 @@ def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int
     return parts, x[0].array.shape[:-1]
 
 
+def _in_floats(
+    x: jax.Array,  # [m, k]
+    weight: Stored | PreparedWeights,  # [n, k]
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Return what JAX differentiates where the input isn't stored, [m, n]."""
+    return reference.in_floats(x, dequantize(differentiable(weight)), epilogue)
+
+
+def _simulated(
+    x: jax.Array,  # [m, k], float32
+    weight: Stored,  # [n, k]
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Multiply in float32, [m, n]."""
+    return reference.finish(simulated_dot(x, dequantize(weight)), epilogue)
+
+
 def _weight_only(
     x: jax.Array,  # [m, k]
     weight: Stored | PreparedWeights,  # [n, k]
@@ -317,6 +332,7 @@ def _weight_only(
     rows = weight if isinstance(weight, PreparedWeights) else row_operand(weight)
     by_row = None if getattr(rows, "scale_block", None) else rows
     if by_row is None:
+        assert not isinstance(weight, PreparedWeights)
         y = _dot(x, dequantize(weight, x.dtype))
     elif x.shape[0] <= FEW_ROWS and not isinstance(weight, BlockRows):
         both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_split_16_bits(x))

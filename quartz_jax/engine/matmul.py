@@ -1,6 +1,7 @@
 """Matmul of quantized tensors, whatever their formats."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax import lax
 
 from pallas_kernels import codec, device, matmul
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.gradients import with_derivative
 from pallas_kernels.matmul import PreparedWeights, check_epilogue, reference
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows, int8_values
 from quartz_jax.formats import BlockRows, Stored
@@ -36,6 +38,9 @@ def quartz_matmul(
     gate, residual, each where given, and the cast to `out_dtype`. With a scale block the blocks'
     results are added in order in float32 before the rest. Formats that no int8 dot holds are
     multiplied as `execution` says.
+
+    The gradient goes straight through to what was quantized in the same function, and is exact in
+    the scales, bias, gate, residual and branch; prepared weights have none.
 
     Args:
       x: symmetric or asymmetric. Its contraction axis may be any; the result has the others.
@@ -99,6 +104,32 @@ def multiply(
     implementation: Implementation = None,
 ) -> jax.Array:
     """Multiply what was checked; [m, n], m all rows of x."""
+    sources = x.source, None if isinstance(w, PreparedWeights) else w.source
+    run = functools.partial(_multiply, implementation)
+    return with_derivative(run, _in_floats, sources, x, w, epilogue)
+
+
+def _in_floats(
+    sources: tuple[jax.Array | None, jax.Array | None],  # of x and of w
+    x: Stored,
+    w: Stored | PreparedWeights,
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Return what JAX differentiates in the place of the product."""
+    x_floats, w_floats = (
+        dequantize(dataclasses.replace(tensor, source=source))
+        for tensor, source in zip((x, matmul.differentiable(w)), sources, strict=True)
+    )
+    return reference.in_floats(_flatten(x_floats), w_floats, epilogue)
+
+
+def _multiply(
+    implementation: Implementation,
+    _: Any,  # the sources
+    x: Stored,
+    w: Stored | PreparedWeights,
+    epilogue: Epilogue,
+) -> jax.Array:
     how = execution(x, w)
     if how == "int8":
         rows = jax.tree.map(_flatten, _int8_rows(x))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import codec
+from pallas_kernels.gradients import remembering, straight_through
 from quartz_jax.formats.tensors import BlockRows, Stored
 
 Scales = Any  # a pytree of arrays whose last axis has length 1
@@ -112,12 +113,12 @@ class Format(abc.ABC):
         return found and (found[0].astype(jnp.bfloat16), found[1])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return what x [..., k] is after storing it, float32 [..., k]."""
-        return _round_trip(x, self)
+        """Return what x [..., k] is after storing it, float32 [..., k]; its gradient is x's."""
+        return straight_through(_round_trip(jax.lax.stop_gradient(x), self), x)
 
     def store(self, x: jax.Array) -> Stored:
-        """Return x [..., k] as stored."""
-        return _store(x, self)
+        """Return x [..., k] as stored, with x as its source where x is traced."""
+        return remembering(_store(jax.lax.stop_gradient(x), self), lambda x: x, x)
 
     def assemble(self, codes: jax.Array, kept: Kept, k: int) -> Stored:
         """Return the stored form of codes [..., blocks, block] and what is kept of their scales.

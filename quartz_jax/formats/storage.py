@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import CHOICES
+from pallas_kernels.gradients import straight_through
 from pallas_kernels.operands import int8_values
 from quartz_jax.formats.base import Format, join
 from quartz_jax.formats.quartz import Quartz
@@ -29,6 +30,9 @@ def quantize(
       `PackedRows` for `Quartz`, `Int8Rows` for eight bits under one scale a row, else `BlockRows`.
       Of `Quartz` and eight bits a row (or scale block) with a NaN or an infinity has scale NaN, so
       that everything computed from it is NaN.
+
+      Where x is traced they remember it: what is computed from them within the same function has
+      the gradient of the same computation on x, see `pallas_kernels.gradients`.
 
     Raises:
       ValueError: x isn't floating, has no such axis or an empty one, or another axis than the last
@@ -70,12 +74,20 @@ def decode(q: PackedRows | Int8Rows) -> jax.Array:
     return jnp.moveaxis(int8_values(q), -1, getattr(q, "axis", -1))
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(q: Stored, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Return what a stored tensor stands for, computed in float32 and cast to `dtype`.
 
-    The result has q's shape. Rows with a NaN or infinite input are NaN.
+    The result has q's shape. Rows with a NaN or infinite input are NaN. The gradient goes straight
+    through to what was quantized in the same function, else to the scales.
     """
+    value = _dequantize(q, dtype)
+    if q.source is None:
+        return value
+    return straight_through(value, jnp.moveaxis(q.source, -1, getattr(q, "axis", -1)))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantize(q: Stored, dtype: jnp.dtype) -> jax.Array:
     if isinstance(q, BlockRows):
         return _rows(q.format.decode(*q.format.disassemble(q)), q).astype(dtype)
     values = int8_values(q).astype(jnp.float32)
