@@ -24,6 +24,7 @@ from pallas_kernels.matmul import (
     xla,
 )
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
+from pallas_kernels.sharding import axes_of, partitioned
 
 __all__ = [
     "MATMUL",
@@ -40,6 +41,7 @@ __all__ = [
 
 _TPU = Backend(
     name="mosaic_tpu",
+    splits=False,
     run=mosaic_tpu.matmul,
     why_not=mosaic_tpu.why_not,
     prepare=mosaic_tpu.prepare,
@@ -156,7 +158,13 @@ def matmul(
         assert backend.run_prepared is not None
         return backend.run_prepared(x, w.arrays, epilogue)
 
-    return with_derivative(run, _in_floats, sources, x, w, epilogue)
+    def axes():
+        n = None if isinstance(w, PreparedWeights) else axes_of(w.scale)[0]
+        return axes_of(x.values)[0], n
+
+    run = functools.partial(partitioned, run, axes)
+    definition = functools.partial(partitioned, _in_floats, axes)
+    return with_derivative(run, definition, sources, x, w, epilogue)
 
 
 def _backend(

@@ -14,6 +14,7 @@ from pallas_kernels.functions import Norm, Part, join
 from pallas_kernels.gradients import remembering
 from pallas_kernels.operands import Int8Rows, PackedRows
 from pallas_kernels.quantize import channels, mosaic_tpu, reference, triton
+from pallas_kernels.sharding import axes_of, partitioned
 
 __all__ = ["QUANTIZE", "Norm", "Part", "quantize"]
 
@@ -27,7 +28,12 @@ def _joined(run: Callable) -> Callable:
 QUANTIZE = Operation(
     name="quantize",
     backends=(
-        Backend(name="mosaic_tpu", run=_joined(mosaic_tpu.quantize), why_not=mosaic_tpu.why_not),
+        Backend(
+            name="mosaic_tpu",
+            run=_joined(mosaic_tpu.quantize),
+            why_not=mosaic_tpu.why_not,
+            splits=False,
+        ),
         Backend(name="triton", run=triton.quantize, why_not=triton.why_not),
         Backend(name="reference", run=reference.quantize),
     ),
@@ -96,21 +102,23 @@ def quantize(
     _check_channels(k, norm, multiplier, rotation)
     wide = _check_wide(wide, -(-k // group_size), bits, packed)
     given = x, norm, multiplier
-    x, norm, multiplier = lax.stop_gradient(given)
-    arrays = QUANTIZE(
-        x,
+    run = functools.partial(
+        QUANTIZE,
         bits=bits,
         group_size=group_size,
         range=range,
         step=step,
         rounding=rounding,
         levels=levels,
-        norm=norm,
-        multiplier=multiplier,
         rotation=rotation,
         wide=wide,
         packed=packed,
         implementation=implementation,
+    )
+    arrays = partitioned(
+        lambda x, norm, multiplier: run(x, norm=norm, multiplier=multiplier),
+        lambda: axes_of(x[0].array if isinstance(x, tuple) else x),
+        *lax.stop_gradient(given),
     )
     if packed:
         codes, shifts, scale, lo = arrays

@@ -1,6 +1,7 @@
 """The quantized drop-in for a linear, and how its input is made ready."""
 
 import dataclasses
+import functools
 from typing import Any, TypeGuard
 
 import jax
@@ -16,9 +17,10 @@ from pallas_kernels.operands import Branch, Epilogue, Int8Rows, int8_values
 from pallas_kernels.quantize import channels
 from pallas_kernels.quantize import quantize as quantize_and_decode
 from pallas_kernels.quantize.reference import before
+from pallas_kernels.sharding import axes_of, partitioned
 from quartz_jax.engine.matmul import execution, multiply, simulated_dot
 from quartz_jax.formats import BlockRows, Format, Int, Quartz, Stored
-from quartz_jax.formats.storage import dequantize, row_operand
+from quartz_jax.formats.storage import axes_of_rows, dequantize, row_operand
 from quartz_jax.transforms import BlockRotation, Offset, Op, Product, Scale, TakeOut
 
 FEW_ROWS = 8  # rows of x up to which reading the weights is the whole cost of a weight-only layer
@@ -84,20 +86,43 @@ class QuantizedLinear(nnx.Module):
         One batch element does all of it in the kernels; of several, each has a modulation and a
         gate of its own, which are left to XLA.
         """
+        weight = self.weight.get_value()
+        bias = None if self.bias is None else self.bias.get_value()
+        state = weight, bias, self.ops.get_value() if self.ops else ()
+        parts = _parts(x)
+
+        def axes():
+            first = parts[0].array if isinstance(parts, tuple) else parts
+            n = None if isinstance(weight, PreparedWeights) else axes_of_rows(weight)[0]
+            return *axes_of(first)[:-1], n
+
+        run = functools.partial(self._run, activation)
+        return partitioned(run, axes, state, parts, modulation, gate, residual)
+
+    def _run(
+        self,
+        activation: str | None,
+        state: tuple,  # weight, bias and ops
+        x: jax.Array | tuple[Part, ...],
+        modulation: tuple[jax.Array, jax.Array] | None,
+        gate: jax.Array | None,
+        residual: jax.Array | None,
+    ) -> jax.Array:
+        """Do what the call does."""
+        weight, bias, ops = state
         given, leading = self._given(x, modulation)
         n, dtype = self.out_features, given.dtype
         outside = gate is not None and gate.size != n  # of several images: left to XLA
         epilogue = Epilogue(
-            bias=None if self.bias is None else self.bias.get_value(),
+            bias=bias,
             activation=activation,
             gate=None if gate is None or outside else gate.reshape(-1),
             residual=None if residual is None or outside else residual.reshape(-1, n).astype(dtype),
             out_dtype=dtype,
         )
-        ops = self.ops.get_value() if self.ops else ()
         ops, last = _apart(ops, self.activation)
         given, epilogue = through(ops, given, epilogue)
-        y = product(given, self.weight.get_value(), self.activation, epilogue, last)
+        y = product(given, weight, self.activation, epilogue, last)
         y = y.reshape(*leading, n)
         y = gate * y if outside and gate is not None else y
         return residual + y if outside and residual is not None else y
@@ -284,20 +309,23 @@ def _cast(x: jax.Array | tuple, dtype: Any) -> jax.Array | tuple:
     return tuple(dataclasses.replace(part, array=part.array.astype(dtype)) for part in x)
 
 
-def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
-    """Return x or its parts with the leading axes made one, [m, k], and those axes."""
+def _parts(x: jax.Array | tuple) -> jax.Array | tuple[Part, ...]:
+    """Return x, or its parts as kernels have them."""
     if not isinstance(x, tuple):
-        return x.reshape(-1, x.shape[-1]), x.shape[:-1]
-    parts = tuple(
-        Part(
-            array=part.array.reshape(-1, part.array.shape[-1]),
-            start=part.start,
-            size=part.size,
-            activation=part.activation,
-        )
+        return x
+    return tuple(
+        Part(array=part.array, start=part.start, size=part.size, activation=part.activation)
         for part in x
     )
-    return parts, x[0].array.shape[:-1]
+
+
+def _rows(
+    x: jax.Array | tuple[Part, ...],
+) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
+    """Return x or its parts with the leading axes made one, [m, k], and those axes."""
+    first = x[0].array if isinstance(x, tuple) else x
+    flat = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), x)
+    return flat, first.shape[:-1]
 
 
 def _in_floats(
