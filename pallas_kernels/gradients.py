@@ -132,8 +132,9 @@ def _guarded(leaf: jax.Array, source: jax.Array) -> jax.Array:
         return leaf
 
     def poisoned(leaf, source):
-        total = _UNDIFFERENTIABLE.bind(jnp.sum(source.astype(jnp.float32)))
-        return (jnp.full(leaf.shape, jnp.nan, jnp.float32) * total).astype(leaf.dtype)
+        total = _UNDIFFERENTIABLE.bind(jnp.sum(source.astype(jnp.float32)), tangent=False)
+        ones = (leaf == leaf).astype(jnp.float32)  # sharded as the leaf
+        return (ones * total).astype(leaf.dtype)
 
     return with_derivative(lambda leaf, source: leaf, poisoned, leaf, source)
 
@@ -146,10 +147,22 @@ def _refuse_transpose(*_: Any, **__: Any) -> Any:
     )
 
 
-# The identity, linear, whose transpose raises: only a backward pass that reaches it does.
+def _identity_or_nan(x: jax.Array, tangent: bool) -> jax.Array:
+    return x * jnp.nan if tangent else x
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], tangent: bool) -> tuple[Any, Any]:
+    (x,), (dx,) = primals, tangents
+    y = _UNDIFFERENTIABLE.bind(x, tangent=tangent)
+    return y, dx if isinstance(dx, ad.Zero) else _UNDIFFERENTIABLE.bind(dx, tangent=True)
+
+
+# The identity, whose tangents are NaN and whose transpose raises: only a backward pass that reaches
+# it does.
 _UNDIFFERENTIABLE = Primitive("quartz_undifferentiable")
-_UNDIFFERENTIABLE.def_impl(lambda x: x)
-_UNDIFFERENTIABLE.def_abstract_eval(lambda x: x)
+_UNDIFFERENTIABLE.def_impl(_identity_or_nan)
+_UNDIFFERENTIABLE.def_abstract_eval(lambda x, tangent: x)
 ad.deflinear2(_UNDIFFERENTIABLE, _refuse_transpose)
+ad.primitive_jvps[_UNDIFFERENTIABLE] = _jvp
 batching.defvectorized(_UNDIFFERENTIABLE)
-mlir.register_lowering(_UNDIFFERENTIABLE, lambda context, x: [x])
+mlir.register_lowering(_UNDIFFERENTIABLE, mlir.lower_fun(_identity_or_nan, multiple_results=False))

@@ -5,11 +5,13 @@ operations on such arrays run with automatic axes, where XLA moves what it must;
 are the same in any order, so that the numbers are those of one device.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Axes = tuple[Any, ...]  # of a PartitionSpec, one entry for each axis of an array
@@ -36,12 +38,28 @@ def is_split(args: Any) -> bool:
     )
 
 
+@contextlib.contextmanager
+def in_jax_defaults() -> Iterator[None]:
+    """Trace without 64-bit types and with JAX's usual promotion, whatever the user has set.
+
+    The number formats are defined in 32 bits; the dtypes of counters and constants would not be.
+    """
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def _without_float64(leaf: Any) -> Any:
+    """Return float64 arrays in float32, to which formats and products round what they are given."""
+    wide = isinstance(leaf, jax.Array) and leaf.dtype == jnp.float64
+    return leaf.astype(jnp.float32) if wide else leaf
+
+
 def partitioned(
     run: Callable[..., Any],
     axes: Callable[[], Sequence[Any]],
     *args: Any,
 ) -> Any:
-    """Return run(*args), whose results keep explicit axes.
+    """Return run(*args), in JAX's usual types, whose results keep explicit axes.
 
     Args:
       run: of arrays, to arrays.
@@ -50,6 +68,8 @@ def partitioned(
         an array has explicit axes.
       *args: pytrees of arrays: all that `run` depends on.
     """
+    args = jax.tree.map(_without_float64, args)
+    run = in_jax_defaults()(run)
     mesh = _explicit_mesh(args)
     if mesh is None:
         return run(*args)
@@ -60,6 +80,16 @@ def partitioned(
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     return jax.sharding.auto_axes(run, axes=explicit, out_sharding=shardings)(*args)
+
+
+def put_on(mesh: Any, axes: Axes, tree: Any) -> Any:
+    """Return arrays on a mesh, sharded over axes where those divide them; () for all of each."""
+
+    def put(array: jax.Array) -> jax.Array:
+        wanted = axes or (None,) * array.ndim
+        return jax.device_put(array, _sharding(mesh, wanted, array.shape))
+
+    return jax.tree.map(put, tree)
 
 
 def _explicit_mesh(args: Any) -> Any:

@@ -234,6 +234,12 @@ def test_where_the_floats_are_lost_a_gradient_is_refused(lost):
     assert jnp.isfinite(gradient(stopped, normal(3, K))[0]).all()
 
 
+def test_forward_derivatives_of_the_scale_alone_are_nan():
+    x = normal(3, K)
+    _, tangent = jax.jvp(LOST["the scale alone"], (x,), (x,))
+    assert jnp.isnan(tangent).all()
+
+
 def test_nothing_is_remembered_of_what_is_not_traced():
     assert quantize(normal(3, K)).source is None
     assert quantize_and_decode(normal(3, K)).source is None
