@@ -34,7 +34,8 @@ def layer():
     )
     seen = Seen(rows=x[None], absmax=jnp.abs(x).max(0), mean=x.mean(0), gram=x.T @ x)
     fitted, _ = quantize_layer("x", w, None, recipe, seen)
-    return fitted, QuantizedLinear(fitted.weight, None, recipe.activation, fitted.ops)(x)
+    made = QuantizedLinear(fitted.weight, None, recipe.activation, fitted.ops)
+    return fitted.weight, fitted.ops, made(x)
 
 def model():
     linears = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
