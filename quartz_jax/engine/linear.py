@@ -1,6 +1,7 @@
 """The quantized drop-in for a linear, and how its input is made ready."""
 
 import dataclasses
+import functools
 from typing import Any, TypeGuard
 
 import jax
@@ -10,13 +11,16 @@ from flax import nnx
 from pallas_kernels import functions
 from pallas_kernels.arguments import CHOICES
 from pallas_kernels.functions import Norm, Part
-from pallas_kernels.matmul import PreparedWeights, reference
+from pallas_kernels.gradients import with_derivative
+from pallas_kernels.matmul import PreparedWeights, differentiable, reference
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, int8_values
 from pallas_kernels.quantize import channels
 from pallas_kernels.quantize import quantize as quantize_and_decode
+from pallas_kernels.quantize.reference import before
+from pallas_kernels.sharding import axes_of, partitioned
 from quartz_jax.engine.matmul import execution, multiply, simulated_dot
 from quartz_jax.formats import BlockRows, Format, Int, Quartz, Stored
-from quartz_jax.formats.storage import dequantize, row_operand
+from quartz_jax.formats.storage import axes_of_rows, dequantize, row_operand
 from quartz_jax.transforms import BlockRotation, Offset, Op, Product, Scale, TakeOut
 
 FEW_ROWS = 8  # rows of x up to which reading the weights is the whole cost of a weight-only layer
@@ -82,33 +86,56 @@ class QuantizedLinear(nnx.Module):
         One batch element does all of it in the kernels; of several, each has a norm and a
         gate of its own, which are left to XLA.
         """
+        weight = self.weight.get_value()
+        bias = None if self.bias is None else self.bias.get_value()
+        state = weight, bias, self.ops.get_value() if self.ops else ()
+        parts = _parts(x)
+
+        def axes():
+            first = parts[0].array if isinstance(parts, tuple) else parts
+            n = None if isinstance(weight, PreparedWeights) else axes_of_rows(weight)[0]
+            return *axes_of(first)[:-1], n
+
+        run = functools.partial(self._run, activation)
+        norm = None if norm is None else functions.as_norm(norm)
+        return partitioned(run, axes, state, parts, norm, gate, residual)
+
+    def _run(
+        self,
+        activation: str | None,
+        state: tuple,  # weight, bias and ops
+        x: jax.Array | tuple[Part, ...],
+        norm: Norm | None,
+        gate: jax.Array | None,
+        residual: jax.Array | None,
+    ) -> jax.Array:
+        """Do what the call does."""
+        weight, bias, ops = state
         given, leading = self._given(x, norm)
         n, dtype = self.out_features, given.dtype
         outside = gate is not None and gate.size != n  # of several images: left to XLA
         epilogue = Epilogue(
-            bias=None if self.bias is None else self.bias.get_value(),
+            bias=bias,
             activation=activation,
             gate=None if gate is None or outside else gate.reshape(-1),
             residual=None if residual is None or outside else residual.reshape(-1, n).astype(dtype),
             out_dtype=dtype,
         )
-        ops = self.ops.get_value() if self.ops else ()
         ops, last = apart(ops, self.activation)
         given, epilogue = through(ops, given, epilogue)
         run = _simulated if self.simulated else product
-        y = run(given, self.weight.get_value(), self.activation, epilogue, last)
+        y = run(given, weight, self.activation, epilogue, last)
         y = y.reshape(*leading, n)
         y = gate * y if outside and gate is not None else y
         return residual + y if outside and residual is not None else y
 
-    def _given(self, x: jax.Array | tuple, given_norm: Any) -> tuple["Given", tuple]:
+    def _given(self, x: jax.Array | tuple, norm: Norm | None) -> tuple["Given", tuple]:
         """Return the input as rows, and its leading axes."""
         if self.dtype is not None:
             x = _cast(x, self.dtype)
         rows, leading = _rows(x)
-        if given_norm is None:
+        if norm is None:
             return Given(rows=rows, leading=leading), leading
-        norm = functions.as_norm(given_norm)
         if norm.scale.size == self.in_features:
             norm = jax.tree.map(lambda vector: vector.reshape(-1), norm)
             return Given(rows=rows, leading=leading, norm=norm), leading
@@ -133,13 +160,7 @@ class Given:
 
     def value(self) -> jax.Array:
         """Return the input itself, [m, k]: float32 behind a multiplier or a rotation."""
-        x = functions.join(self.rows)
-        x = x if self.norm is None else functions.modulate(x, self.norm)
-        if self.multiplier is not None:
-            x = channels.scale_channels(x, self.multiplier)
-        if self.rotation is not None:
-            x = channels.rotate(x.astype(jnp.float32), self.rotation)
-        return x
+        return before(self.rows, self.norm, self.multiplier, rotation=self.rotation)
 
     def images(self, format: Format) -> jax.Array:
         """Return the input as a format takes it: images apart if rows share something there."""
@@ -251,7 +272,8 @@ def product(
 ) -> jax.Array:
     """Return the product [m, n], its input quantized unless activation is None."""
     if activation is None:
-        return _weight_only(given.value().astype(given.dtype), weight, epilogue)
+        x = given.value().astype(given.dtype)
+        return with_derivative(_weight_only, _in_floats, x, weight, epilogue)
     if how_it_runs(weight, activation) == "simulated":  # a format without an operand
         return _simulated(given, weight, activation, epilogue, branch)
     rows = given.quantized(activation)
@@ -276,9 +298,9 @@ def _simulated(
         x = activation(jax.lax.optimization_barrier(given.images(activation)))
     x = x.reshape(-1, x.shape[-1])
     if branch is not None:
-        inner = simulated_dot(x, dequantize(down_8bit(branch))).astype(given.dtype)
+        inner = simulated_dot(x, dequantize(INT8.store(branch.down.T))).astype(given.dtype)
         epilogue = _with_branch(epilogue, inner, branch.up.astype(given.dtype))
-    return reference.finish(simulated_dot(x, dequantize(weight)), epilogue)
+    return with_derivative(_float32_dot, _in_floats, x, weight, epilogue)
 
 
 def how_it_runs(weight: Stored | PreparedWeights, activation: Format | None) -> str:
@@ -306,13 +328,13 @@ def _cast(x: jax.Array | tuple, dtype: Any) -> jax.Array | tuple:
     return tuple(dataclasses.replace(part, array=part.array.astype(dtype)) for part in x)
 
 
-def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
-    """Return x or its parts with the leading axes made one, [m, k], and those axes."""
+def _parts(x: jax.Array | tuple) -> jax.Array | tuple[Part, ...]:
+    """Return x, or its parts as kernels have them."""
     if not isinstance(x, tuple):
-        return x.reshape(-1, x.shape[-1]), x.shape[:-1]
-    parts = tuple(
+        return x
+    return tuple(
         Part(
-            array=part.array.reshape(-1, part.array.shape[-1]),
+            array=part.array,
             start=part.start,
             size=part.size,
             activation=part.activation,
@@ -320,7 +342,33 @@ def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int
         )
         for part in x
     )
-    return parts, x[0].array.shape[:-1]
+
+
+def _rows(
+    x: jax.Array | tuple[Part, ...],
+) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
+    """Return x or its parts with the leading axes made one, [m, k], and those axes."""
+    first = x[0].array if isinstance(x, tuple) else x
+    flat = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), x)
+    return flat, first.shape[:-1]
+
+
+def _in_floats(
+    x: jax.Array,  # [m, k]
+    weight: Stored | PreparedWeights,  # [n, k]
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Return what JAX differentiates where the input isn't stored, [m, n]."""
+    return reference.in_floats(x, dequantize(differentiable(weight)), epilogue)
+
+
+def _float32_dot(
+    x: jax.Array,  # [m, k], float32
+    weight: Stored,  # [n, k]
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Multiply in float32, [m, n]."""
+    return reference.finish(simulated_dot(x, dequantize(weight)), epilogue)
 
 
 def _weight_only(
@@ -337,6 +385,7 @@ def _weight_only(
     rows = weight if isinstance(weight, PreparedWeights) else row_operand(weight)
     by_row = None if getattr(rows, "scale_block", None) else rows
     if by_row is None:
+        assert not isinstance(weight, PreparedWeights)
         y = _dot(x, dequantize(weight, x.dtype))
     elif x.shape[0] <= FEW_ROWS and not isinstance(weight, BlockRows):
         both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_split_16_bits(x))

@@ -51,8 +51,8 @@ def place(
 
     Modules that say by `attention_of = "qk_norm_rope"` what their `attend` computes, as that of
     `models.attention` does, get norm and rotation in a single pass where the device has a kernel,
-    and attention in 8 bits where the recipe asks for that and the device has it. Neither has a
-    gradient.
+    and attention in 8 bits where the recipe asks for that and the device has it. The latter has no
+    gradient, and neither have weights in a kernel's order; both say so.
 
     Args:
       model: as `quantize_model` or `checkpoint.load` returns it.
