@@ -9,6 +9,7 @@ from test_gpu_lowering import A100, H100, compile_for, lower, spec
 
 from pallas_kernels.attention import ATTENTION, ATTENTION_INT8_FP8, quantize_heads
 from pallas_kernels.attention.mosaic_gpu import SHARED_MEMORY, choose_config, shared_bytes
+from pallas_kernels.attention.operands import BLOCK
 from pallas_kernels.matmul.shapes import Shape
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE_8BIT, Stream
 
@@ -118,6 +119,8 @@ def test_attention_uses_the_8_bit_matrix_units_without_serializing(
     assert f"wgmma.mma_async.sync.aligned.m64n{d + 8}k32.f32.e4m3.e4m3" in printed
     assert "ex2.approx" in printed  # for the factors of sums alone: two a row and step
     assert printed.count("ex2.approx") <= 2 * 4
+    assert "cvt.rn.f32.s32" not in printed  # the bits of a product are the float
+    assert printed.count("max.s32") >= BLOCK
     assert "serialized" not in printed
     found = [int(x) for x in re.findall(r"(\d+) bytes spill stores", printed)]
     assert found and max(found) <= spilled
