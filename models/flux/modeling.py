@@ -103,8 +103,8 @@ def attend(
 class JointAttention(nnx.Module):
     """Attention with rotary positions over the tokens of all streams; holds no weights."""
 
-    def __init__(self, heads: int):
-        self.heads = heads
+    def __init__(self, heads: int, head_dim: int):
+        self.heads, self.head_dim = heads, head_dim
         # What may take its place: an RMSNorm of queries and keys, then a rotation of neighbouring
         # channels, then attention without a mask.
         self.attention_of = "qk_norm_rope"
@@ -196,7 +196,7 @@ class DoubleStreamBlock(nnx.Module):
         self.txt_attn = SelfAttention(config, linear=linear, norm=norm)
         self.img_mlp = MLP(hidden, linear=linear)
         self.txt_mlp = MLP(hidden, linear=linear)
-        self.attention = JointAttention(config.num_attention_heads)
+        self.attention = JointAttention(config.num_attention_heads, config.attention_head_dim)
 
     def __call__(
         self,
@@ -231,7 +231,7 @@ class SingleStreamBlock(nnx.Module):
         self.linear2 = linear((1 + _MLP_RATIO) * hidden, hidden, role="mixed_out")
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
-        self.attention = JointAttention(config.num_attention_heads)
+        self.attention = JointAttention(config.num_attention_heads, config.attention_head_dim)
 
     def __call__(
         self,

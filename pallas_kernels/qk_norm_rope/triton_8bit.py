@@ -85,32 +85,36 @@ def _qk_norm_rope_8bit(
     tokens = sum(counts)
     blocks = -(-tokens // BLOCK)
     plan = _Plan(heads=heads, counts=counts, dtype=dtype, epsilons=epsilons, interpret=interpret)
-    options = {
-        "compiler_params": plgpu.CompilerParams(num_warps=config.warps),
-        "interpret": interpret,
-    }
+    params = plgpu.CompilerParams(num_warps=config.warps)
+    call = functools.partial(pl.pallas_call, compiler_params=params, interpret=interpret)
     codes = jax.ShapeDtypeStruct((batch, blocks * BLOCK, heads, d), jnp.int8)
     sizes = (jax.ShapeDtypeStruct((batch, heads, n), jnp.float32) for n in (blocks * BLOCK, blocks))
     q_scale, k_scale = sizes
-    pairs = [[lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32) for x in xs] for xs in scales]
-    q, q_scale, k, k_scale = pl.pallas_call(
+    q, q_scale, k, k_scale = call(
         functools.partial(_rows_kernel, plan=plan),
         out_shape=(codes, q_scale, codes, k_scale),
         grid=(2 * heads, blocks, batch),
         name="qk_norm_rope_8bit",
-        **options,
-    )(words, *pairs, rope, jnp.asarray(hadamard(d), dtype))
+    )(words, *_scales_to_words(scales, dtype), rope, jnp.asarray(hadamard(d), dtype))
     values = (batch, heads, (d + ONES) // 2, 2 * blocks * BLOCK)  # two rows side by side
-    v = pl.pallas_call(
+    v = call(
         functools.partial(_values_kernel, plan=plan),
         out_shape=jax.ShapeDtypeStruct(values, jnp.float8_e4m3fn),
         grid=(heads, blocks, batch),
         name="values_8bit",
-        **options,
     )(words, v_scale)
     v = v.reshape(batch, heads, d + ONES, blocks * BLOCK)
     named = {"q": q, "q_scale": q_scale, "k": k, "k_scale": k_scale, "v": v, "v_scale": v_scale}
     return QuantizedHeads(**named, tokens=tokens)
+
+
+def _scales_to_words(scales: list[tuple[jax.Array, ...]], dtype: jnp.dtype) -> list:
+    """Return scales as int32, even channels low, or in float32 if one has another dtype."""
+    if all(x.dtype == dtype for xs in scales for x in xs):
+        return [
+            [lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32) for x in xs] for xs in scales
+        ]
+    return [[x.astype(jnp.float32) for x in xs] for xs in scales]
 
 
 def why_not(
@@ -158,7 +162,7 @@ class _Plan:
         return ((row >= 0) & (row < self.counts[stream]))[:, None]
 
 
-def _load(words_refs, plan: _Plan, part: jax.Array, head: jax.Array, token: jax.Array):
+def _load(words_refs, plan: _Plan, part: jax.Array | int, head: jax.Array, token: jax.Array):
     """Return the even and the odd channels of tokens [n] of a head, float32 [n, d / 2] each."""
     shape = token.shape[0], words_refs[0].shape[3]
     pair = lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -179,16 +183,23 @@ def _load(words_refs, plan: _Plan, part: jax.Array, head: jax.Array, token: jax.
 
 def _load_scale(query_refs, key_refs, plan: _Plan, is_key: jax.Array, token: jax.Array):
     """Return the norm's scale of even and of odd channels, float32 [n or 1, d / 2] each."""
-    words = jnp.zeros((1, 1), jnp.int32)
-    for i, (query, key) in enumerate(zip(query_refs, key_refs, strict=True)):
-        found = jnp.where(is_key, plgpu.load(key), plgpu.load(query))[None]
-        words = jnp.where(plan.inside(i, token), found, words)
-    return triton._unpack(words, plan.dtype)
+
+    def load(*at):
+        found = jnp.zeros((1, 1), query_refs[0].dtype)
+        for i, (query, key) in enumerate(zip(query_refs, key_refs, strict=True)):
+            values = jnp.where(is_key, plgpu.load(key.at[at]), plgpu.load(query.at[at]))
+            found = jnp.where(plan.inside(i, token), values[None], found)
+        return found
+
+    if query_refs[0].dtype == jnp.int32:
+        return triton._unpack(load(slice(None)), plan.dtype)
+    channel = 2 * lax.iota(jnp.int32, query_refs[0].shape[0] // 2)
+    return tuple(load(channel + parity).astype(jnp.float32) for parity in (0, 1))
 
 
 def _rows_kernel(
     words_refs,  # of each stream [b, t, columns / d, d / 2], int32
-    query_scale_refs,  # of each stream [d / 2], int32
+    query_scale_refs,  # of each stream [d / 2], int32, or [d], float32
     key_scale_refs,
     rope_ref,  # [2, t, d / 2]
     signs_ref,  # [d, d], the Hadamard matrix
@@ -221,8 +232,8 @@ def _rows_kernel(
     rows = jnp.stack([x.astype(plan.dtype) for x in turned], axis=2).reshape(BLOCK, d)
     sums = jnp.dot(rows, plgpu.load(signs_ref), preferred_element_type=jnp.float32)
 
-    # A maximum of floats loses NaN on this path, unless all are: as here, where each is a sum of all
-    # channels. That of a block is one of bits, which keep it.
+    # A maximum of floats loses NaN on this path, unless all are NaN: as here, each being a sum of
+    # all channels. That of a block is one of bits, which keep it.
     by_row = jnp.max(jnp.abs(sums), axis=1)
     by_row = lax.bitcast_convert_type(by_row, jnp.int32) & 0x7FFFFFFF  # NaN has either sign
     of_block = _size(jnp.max(by_row, axis=0))
@@ -262,11 +273,11 @@ def _values_kernel(
             at = batch, head, parity + 2 * lax.iota(jnp.int32, half)
             x = x / plgpu.load(v_scale_ref.at[at])[None]
         here = pl.ds((parity * pl.num_programs(1) + block) * BLOCK, BLOCK)
-        at = batch, head, pl.ds(0, half), here
-        plgpu.store(v_ref.at[at], _to_float8(x, plan).T)
+        rows = v_ref.at[batch, head, pl.ds(0, half), here]
+        plgpu.store(rows, _to_float8(x, plan).T)
         ones = jnp.broadcast_to(valid.astype(jnp.float32)[None], (ONES // 2, BLOCK))
-        at = batch, head, pl.ds(half, ONES // 2), here
-        plgpu.store(v_ref.at[at], ones.astype(jnp.float8_e4m3fn))
+        rows = v_ref.at[batch, head, pl.ds(half, ONES // 2), here]
+        plgpu.store(rows, ones.astype(jnp.float8_e4m3fn))
 
 
 def _fma(a: jax.Array, b: jax.Array, c: jax.Array, plan: _Plan) -> jax.Array:
@@ -284,10 +295,10 @@ def _fms(a: jax.Array, b: jax.Array, c: jax.Array, plan: _Plan) -> jax.Array:
 
 
 def _assemble(code: str, *args: jax.Array) -> jax.Array:
-    args = jnp.broadcast_arrays(*args)
-    result = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
+    arrays = jnp.broadcast_arrays(*args)
+    result = jax.ShapeDtypeStruct(arrays[0].shape, jnp.float32)
     return plgpu.elementwise_inline_asm(
-        code, args=args, constraints="=f,f,f,f", pack=1, result_shape_dtypes=(result,)
+        code, args=arrays, constraints="=f,f,f,f", pack=1, result_shape_dtypes=(result,)
     )[0]
 
 

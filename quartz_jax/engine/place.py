@@ -51,8 +51,8 @@ def place(
 
     Modules that say by `attention_of = "qk_norm_rope"` what their `attend` computes, as the
     attention of `models.flux` does, get norm and rotation in a single pass where the device has a
-    kernel, and attention in 8 bits where the recipe asks for that and the device has it. Neither
-    has a gradient.
+    kernel, and attention in 8 bits where the recipe asks for that and the device has it for heads
+    of the module's `head_dim`. Neither has a gradient.
 
     Args:
       model: as `quantize_model` or `checkpoint.load` returns it.
@@ -80,7 +80,8 @@ def place(
                 how = f"int8, {_backend(weight)}"
             layers[".".join(map(str, path))] = how
         elif is_attention(module):
-            module.attend, attention = attention_of(getattr(module, "attention_format", "bf16"))
+            format = getattr(module, "attention_format", "bf16")
+            module.attend, attention = attention_of(format, getattr(module, "head_dim", None))
     return model, Placement(layers=layers, attention=attention)
 
 

@@ -29,8 +29,17 @@ SHAPES = [
     (2, 70, 300, 4, 2, 64),  # padding on both sides, grouped heads, several batch elements
     (1, 300, 130, 2, 1, 128),  # fewer keys than queries, a last block of two keys
     (1, 5, 1, 2, 2, 64),  # one key
+    (3, 129, 640, 6, 2, 128),  # more keys than queries, groups of three, an odd block of one query
 ]
-SHAPES += [(1, 4608, 4608, 24, 24, 128), (2, 1000, 16896, 4, 1, 128)] * ON_HARDWARE
+if ON_HARDWARE:
+    SHAPES += [
+        (1, 4608, 4608, 24, 24, 128),
+        (2, 1000, 16896, 4, 1, 128),
+        (1, 1536, 1536, 24, 24, 128),
+        (4, 4160, 4160, 24, 8, 64),  # an odd number of tiles, which go unpaired
+        (1, 129, 257, 3, 3, 128),  # fewer tiles than processors, a block of one key
+        (1, 128, 4224, 2, 2, 64),  # an odd number of blocks: the last step is in the loop
+    ]
 DATA = ["gaussian", "outlier"]
 of_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 of_data = pytest.mark.parametrize("data", DATA)

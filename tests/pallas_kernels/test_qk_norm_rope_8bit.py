@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import ON_HARDWARE, subjects
-from test_qk_norm_rope import exact, random_call, rotate
+from test_qk_norm_rope import SCALES, exact, random_call, rotate
 
 from pallas_kernels import device
 from pallas_kernels.attention import operands
@@ -25,7 +25,13 @@ CALLS = [
     (1, (128,), 2, 128, 128),
     (3, (128, 70), 1, 64, 0),  # streams that share no block of keys, several batch elements
 ]
-CALLS += [(1, (512, 4096), 24, 128, 0), (2, (4592,), 24, 128, 12288)] * ON_HARDWARE
+if ON_HARDWARE:
+    CALLS += [
+        (1, (512, 4096), 24, 128, 0),
+        (2, (4592,), 24, 128, 12288),
+        (4, (77, 4083), 24, 64, 0),
+        (1, (1, 1), 1, 32, 0),
+    ]
 
 
 def run(subject, streams, rope, **options):
@@ -79,6 +85,18 @@ class TestQKNormRope8Bit:
         self.check_queries(found, rotate(q, rope), eps)
         self.check_keys(found, rotate(k, rope), eps)
         self.check_values(found, v, v_scale)
+
+    def test_scales_may_have_another_dtype(self, subject):
+        streams, rope = random_call(np.random.default_rng(8), 1, (70, 70), 1, 32, 96, jnp.bfloat16)
+        wide = tuple(
+            dataclasses.replace(s, **{k: getattr(s, k).astype(np.float32) for k in SCALES})
+            for s in streams
+        )
+        function, *args = run(subject, streams, rope, heads=1)
+        wanted = jax.jit(function)(*args, None)
+        for other in (wide, wide[:1] + streams[1:]):
+            found = jax.jit(function)(other, rope, None)
+            jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
     def check_queries(self, found, wanted, eps):
         count = wanted[0].shape[1]
