@@ -126,7 +126,7 @@ def why_not(
     if not target.fp8:
         return f"needs a GPU that rounds to float8, not {target.kind}"
     d = streams[0].query_scale.shape[0]
-    # The tensor cores take 16 of half of the channels at least; more than 128 don't fit registers.
+    # More than 128 don't fit registers; fewer than 32 are in no model.
     return None if 32 <= d <= 128 else f"needs heads of 32 to 128 channels, not {d}"
 
 
