@@ -1,16 +1,20 @@
 """Activation quantization in one pass: floats to the int8 operand of `pallas_kernels.matmul`."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.arguments import check_array, check_choices, check_k, check_tuple
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.functions import Norm, Part, join
+from pallas_kernels.gradients import remembering
 from pallas_kernels.operands import Int8Rows, PackedRows
 from pallas_kernels.quantize import channels, mosaic_tpu, reference, triton
+from pallas_kernels.sharding import axes_of, partitioned
 
 __all__ = ["QUANTIZE", "Norm", "Part", "quantize"]
 
@@ -24,7 +28,12 @@ def _joined(run: Callable) -> Callable:
 QUANTIZE = Operation(
     name="quantize",
     backends=(
-        Backend(name="mosaic_tpu", run=_joined(mosaic_tpu.quantize), why_not=mosaic_tpu.why_not),
+        Backend(
+            name="mosaic_tpu",
+            run=_joined(mosaic_tpu.quantize),
+            why_not=mosaic_tpu.why_not,
+            splits=False,
+        ),
         Backend(name="triton", run=triton.quantize, why_not=triton.why_not),
         Backend(name="reference", run=reference.quantize),
     ),
@@ -50,19 +59,21 @@ def quantize(
     """Quantize each row to 8 bits, or on to 4 bits, in one pass over memory.
 
     What happens to the rows before comes in this order, in float32 between the steps: activations
-    of parts, the norm, the multiplier, the rotation.
+    of parts, the norm, the multiplier, the rotation. Gradients go straight through to the result
+    of these: see `pallas_kernels.gradients`.
 
     Args:
       x: the activations; or parts of them, which a kernel reads from where they are. Their
-        activation is computed in float32 and rounded to their dtype, which they must share.
+        activation and product is computed in float32 and rounded once to their dtype, which they
+        must share.
       bits: 8 for stage 1 of the format alone, 4 for both stages.
       group_size: elements that share a shift, for 4 bits.
       range: "absmax" or "minmax".
       step: "power" or "integer", for 4 bits.
       levels: "uniform" or "stretched", for 4 bits with an integer step.
       rounding: "nearest" or "truncate", for 4 bits.
-      norm: take layer_norm(x) * norm.scale + norm.shift, which is `functions.modulate`: computed
-        in float32 and rounded to the dtype of x. Backends sum a row in orders of their own, so
+      norm: take norm(x) * norm.scale + norm.shift, which is `functions.modulate`: computed in
+        float32 and rounded to the dtype of x. Backends sum a row in orders of their own, so
         that values at a rounding boundary may differ.
       multiplier: of each channel, in float32 and not rounded: `channels.scale_channels`.
       rotation: rotate blocks of 16, 64 or 256 channels by a regular Hadamard matrix, not rounded:
@@ -91,24 +102,28 @@ def quantize(
     k = _check_x(x)
     _check_channels(k, norm, multiplier, rotation)
     wide = _check_wide(wide, -(-k // group_size), bits, packed)
-    arrays = QUANTIZE(
-        x,
+    given = x, norm, multiplier
+    run = functools.partial(
+        QUANTIZE,
         bits=bits,
         group_size=group_size,
         range=range,
         step=step,
         rounding=rounding,
         levels=levels,
-        norm=norm,
-        multiplier=multiplier,
         rotation=rotation,
         wide=wide,
         packed=packed,
         implementation=implementation,
     )
+    arrays = partitioned(
+        lambda x, norm, multiplier: run(x, norm=norm, multiplier=multiplier),
+        lambda: axes_of(x[0].array if isinstance(x, tuple) else x),
+        *lax.stop_gradient(given),
+    )
     if packed:
         codes, shifts, scale, lo = arrays
-        return PackedRows(
+        rows: Int8Rows | PackedRows = PackedRows(
             codes=codes,
             shifts=shifts,
             scale=scale,
@@ -119,9 +134,11 @@ def quantize(
             range=range,
             padding=2 * codes.shape[1] - k,
         )
+        return remembering(rows, functools.partial(reference.before, rotation=rotation), *given)
     powers = bits == 4 and step == "power" and wide is None
     values, scale, lo = arrays
-    return Int8Rows(values=values, scale=scale, lo=lo, value_bits=4 if powers else 8)
+    rows = Int8Rows(values=values, scale=scale, lo=lo, value_bits=4 if powers else 8)
+    return remembering(rows, functools.partial(reference.before, rotation=rotation), *given)
 
 
 def _check_x(x: jax.Array | tuple[Part, ...]) -> int:
@@ -140,12 +157,13 @@ def _check_parts(parts: tuple[Part, ...]) -> None:
     check_tuple("x", parts, Part, otherwise="an array, or ")
     for part in parts:
         check_array("a part of x", part.array, ("m", "k"), jnp.floating)
-        check_choices(activation=part.activation)
-        if part.start < 0 or part.size < 1 or part.start + part.size > part.array.shape[1]:
-            raise ValueError(
-                f"x has a part of columns {part.start} to {part.start + part.size} of an array of "
-                f"{part.array.shape[1]}; they must lie inside"
-            )
+        check_choices(**{"activation of a part": part.activation})
+        for start in (part.start, *([] if part.times is None else [part.times])):
+            if start < 0 or part.size < 1 or start + part.size > part.array.shape[1]:
+                raise ValueError(
+                    f"x has a part of columns {start} to {start + part.size} of an array of "
+                    f"{part.array.shape[1]}; they must lie inside"
+                )
     if len({(part.array.shape[0], part.dtype) for part in parts}) != 1:
         kinds = ", ".join(f"{part.dtype}{list(part.array.shape)}" for part in parts)
         raise ValueError(f"x has parts {kinds}; they must have the same rows and dtype")
@@ -158,7 +176,9 @@ def _check_channels(
     if norm is not None:
         if not isinstance(norm, Norm):
             raise ValueError(f"norm is a {type(norm).__name__}; it must be a Norm or None")
-        check_array("norm.shift", norm.shift, (k,), jnp.floating)
+        check_choices(**{"norm.kind": norm.kind})
+        if norm.shift is not None:
+            check_array("norm.shift", norm.shift, (k,), jnp.floating)
         check_array("norm.scale", norm.scale, (k,), jnp.floating)
     if multiplier is not None:
         check_array("multiplier", multiplier, (k,), jnp.floating)

@@ -14,8 +14,10 @@ from flax import nnx
 from PIL import Image
 
 import models
-import models.pipeline
-from models.pipeline import image_ids, pack, to_pixels, unpack
+import models.sampler
+from models import noise_schedulers
+from models.flux.latents import image_ids, pack, unpack
+from models.pictures import to_pixels
 from models.stages import Deferred
 from models.stored_files import CheckpointError
 
@@ -76,8 +78,10 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(pipeline):
 def test_all_steps_are_one_program_where_weights_are_committed_to_a_device(schnell):
     pipeline = models.load_pipeline(schnell, dtype=jnp.float32)
     graphdef, state = nnx.split(pipeline.transformer)
-    pipeline.transformer = nnx.merge(graphdef, jax.device_put(state, jax.devices()[1]))
-    step = models.pipeline.compiled(models.pipeline.denoising_step, pipeline.transformer).func
+    moved = nnx.merge(graphdef, jax.device_put(state, jax.devices()[1]))
+    pipeline = pipeline.replace(transformer=moved)
+    static = pipeline.denoiser, pipeline.scheduler
+    step = models.sampler.compiled(models.sampler.denoising_step, moved, *static).func
     step.clear_cache()
     pipeline("a cat", **SIZE, num_inference_steps=3, progress=False, output_type="latent")
     assert step._cache_size() == 1
@@ -97,11 +101,11 @@ def test_the_call_does_the_stages_in_turn(pipeline):
     options = {**SIZE, "num_inference_steps": 4, "progress": False}
     key, shape = jax.random.key(5), pipeline.initial_noise(jax.random.key(5), 2, **SIZE).shape
     found = pipeline(PROMPTS, image=PHOTO, strength=0.5, seed=5, output_type="latent", **options)
-    encoder_noise = pipeline._noise(jax.random.fold_in(key, np.uint32(2**31)), shape)
+    encoder_noise = models.sampler._noise(jax.random.fold_in(key, np.uint32(2**31)), shape)
     pixels = np.stack([to_pixels(PHOTO, **SIZE)] * 2)
     expected = pipeline.denoise(
         pipeline.initial_noise(key, 2, **SIZE),
-        *pipeline.encode_prompts(PROMPTS),
+        pipeline.encode_prompts(PROMPTS),
         image_latents=pipeline.encode_images(pixels, encoder_noise),
         strength=0.5,
         **options,
@@ -123,13 +127,13 @@ def test_a_second_call_of_the_same_shapes_traces_nothing(pipeline, monkeypatch):
     """Neither other weights of the same kind nor another scale, seed or image trace again."""
     traced = []
     for name in ("denoising_step", "_apply", "_encode", "_decode"):
-        function = getattr(models.pipeline, name)
+        function = getattr(models.sampler, name)
 
         def counted(*args, name=name, function=function):
             traced.append(name)
             return function(*args)
 
-        monkeypatch.setattr(models.pipeline, name, counted)
+        monkeypatch.setattr(models.sampler, name, counted)
     options = {**SIZE, "num_inference_steps": 2, "progress": False, "true_cfg_scale": 2.0}
     pipeline(PROMPTS, image=PHOTO, seed=0, **options)
     assert sorted(traced) == ["_apply", "_apply", "_decode", "_encode", "denoising_step"]
@@ -260,15 +264,15 @@ def _steps(path):
     ],
 )
 def test_a_stage_whose_result_is_not_finite_is_named(pipeline, component, path, value, told):
-    broken = set_value(getattr(pipeline, component), path, value)
-    pipeline = dataclasses.replace(pipeline, **{component: broken})
+    broken = set_value(pipeline.models[component], path, value)
+    pipeline = pipeline.replace(**{component: broken})
     with pytest.raises(ValueError, match=told):
         pipeline("a cat", **SIZE, num_inference_steps=2, progress=False)
 
 
 def test_an_image_whose_latents_are_not_finite_is_named(pipeline):
     broken = set_value(pipeline.vae, "encoder.conv_in.bias", np.nan)
-    pipeline = dataclasses.replace(pipeline, vae=broken)
+    pipeline = pipeline.replace(vae=broken)
     with pytest.raises(ValueError, match="encode images: the latents hold"):
         pipeline("a cat", image=PHOTO, **SIZE, num_inference_steps=2, progress=False)
 
@@ -367,3 +371,23 @@ def test_unknown_component_class_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(CheckpointError, match="class UNet2DModel is not supported"):
         models.load_component(tmp_path)
+
+
+@pytest.mark.parametrize("kind", noise_schedulers.KINDS)
+def test_every_scheduler_samples(pipeline, kind):
+    """With what a step predicted in memory, with fresh noise an image and a step."""
+    scheduler = kind.from_json({"clip_sample": False})
+    sampler = dataclasses.replace(pipeline, scheduler=scheduler)
+
+    def sample(*prompts, seed=0):
+        options = {"num_inference_steps": 3, "seed": seed, "progress": False}
+        latents = sampler(prompts, height=32, width=32, output_type="latent", **options)
+        return np.asarray(latents)
+
+    both = sample("a cat", "a dog")
+    assert np.isfinite(both).all()
+    np.testing.assert_array_equal(both, sample("a cat", "a dog"))
+    alone = sample("a cat")
+    # A batch of another size is another program: its sums are rounded otherwise.
+    assert np.linalg.norm(both[:1] - alone) < 1e-4 * np.linalg.norm(alone)
+    assert np.linalg.norm(sample("a cat", seed=1) - alone) > 0.1 * np.linalg.norm(alone)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 
 from models.flux import FluxTransformer
 from models.text_encoders import CLIPTextEncoder, T5Encoder
+from models.text_encoders.decoder import Decoder, DecoderConfig
 from quartz_jax import Int, LayerRecipe, Match, Quartz, Recipe, Rule, get_recipe, schema, sites
 from quartz_jax.engine.linear import how_it_runs
 from quartz_jax.formats import IF4, MXFP4, NVFP4, FittedTable
@@ -27,6 +29,14 @@ from small_flux import SIZES
 
 INT8, INT4, QUARTZ = Int(width=8), Int(width=4), Quartz()
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "recipes_v2.json").read_text())
+DECODER = DecoderConfig(
+    vocab_size=8,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
 QUANTIZING = [name for name in RECIPES if name != "bf16"]
 
 
@@ -46,9 +56,10 @@ def assign(rules, *paths):
 def models():
     """Sites of one model of each kind, without arrays."""
     build = {
-        "flux": lambda: FluxTransformer(SIZES.transformer, rngs=nnx.Rngs(0)),
-        "t5": lambda: T5Encoder(SIZES.t5, rngs=nnx.Rngs(0)),
-        "clip": lambda: CLIPTextEncoder(SIZES.clip, rngs=nnx.Rngs(0)),
+        "flux": lambda: FluxTransformer(SIZES["transformer"], rngs=nnx.Rngs(0)),
+        "t5": lambda: T5Encoder(SIZES["text_encoder_2"], rngs=nnx.Rngs(0)),
+        "clip": lambda: CLIPTextEncoder(SIZES["text_encoder"], rngs=nnx.Rngs(0)),
+        "decoder": lambda: Decoder(DECODER, rngs=nnx.Rngs(0)),
         "foreign": build_foreign,
     }
     return {name: sites(nnx.eval_shape(make)) for name, make in build.items()}
@@ -138,8 +149,12 @@ def test_presets_cover_flux_s_blocks_and_leave_the_rest(name):
     assert set(assigned) == {path for path in FLUX if "_blocks." in path}
     plain = assigned["double_blocks.0.img_attn.qkv"]
     for path in ("double_blocks.0.img_mod.lin", "single_blocks.0.modulation.lin"):
-        layer = assigned[path]  # weight-only, in the same format, by the same rounding
-        assert layer == dataclasses.replace(plain, activation=None, transforms=())
+        # Weight-only, by the same rounding, and in groups of 8 where levels are stretched.
+        weight = plain.weight
+        if getattr(weight, "levels", None) == "stretched":
+            weight = dataclasses.replace(weight, group_size=8)
+        expected = dataclasses.replace(plain, weight=weight, activation=None, transforms=())
+        assert assigned[path] == expected
 
 
 @pytest.mark.parametrize("name", QUANTIZING)
@@ -150,7 +165,7 @@ def test_presets_leave_the_overflowing_inputs_of_t5_alone(name):
         assert layer.activation == (None if role == "outlier_out" else plain.activation)
 
 
-@pytest.mark.parametrize("model", ["clip", "foreign"])
+@pytest.mark.parametrize("model", ["clip", "decoder", "foreign"])
 @pytest.mark.parametrize("name", QUANTIZING)
 def test_presets_serve_other_models(model, name):
     paths = {s.path for s in MODELS[model] if s.role not in ("embed", "head")}
@@ -165,6 +180,12 @@ def test_a_model_that_states_some_roles_keeps_the_others_out():
             self.b.role = "mlp_in"
 
     assert {s.path: s.role for s in sites(Half())} == {"a": "embed", "b": "mlp_in"}
+
+
+def test_presets_whose_errors_hide_those_of_8_bit_attention_have_it():
+    found = {name for name, recipe in RECIPES.items() if recipe.attention == "int8_fp8"}
+    ours = {"w4a8x", "w4a4x", "w4a8x-gptq", "w4a4x-gptq", "w4a8x-branch"}
+    assert found == ours | {"w4a4"}
 
 
 def test_bf16_leaves_everything():
@@ -353,8 +374,8 @@ def formats_of(assigned):
 def as_it_was(name, layer):
     """Return the formats of a layer of a built-in recipe with what has changed since undone."""
     weight, activation = layer.weight, layer.activation
-    if name in ("w4a8x", "w4a4x"):  # stretched since
-        weight = dataclasses.replace(weight, levels="uniform")
+    if name in ("w4a8x", "w4a4x"):  # stretched since, and finer in modulation
+        weight = dataclasses.replace(weight, levels="uniform", group_size=16)
         if isinstance(activation, Quartz):
             activation = dataclasses.replace(activation, levels="uniform")
     return weight, activation
@@ -457,11 +478,27 @@ def test_impossible_layers_are_refused(fields, message):
         (lambda: LowRank(rank=0), "rank is 0"),
         (lambda: Match(role="nose"), "role is 'nose'; it must be one of embed"),
         (lambda: Match(path="("), "not a regular expression"),
+        (lambda: Match(path="(" * 900 + ")" * 900), "not a regular expression"),
+        (lambda: Match(path="a" * 2001), r"'a+'\.\.\. has 2001 characters; at most 2000 may be"),
+        (lambda: Match(path=3), "path 3 is not a regular expression"),
     ],
 )
 def test_impossible_parts_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("pattern", [r"(\w+\.?)+!", r"(.*)*\1x", r"((\w|\d|[a-z_]|\.)+)+#"])
+def test_a_pattern_of_too_many_ways_ends(pattern):
+    """Python's own engine would take hours for the first."""
+    site = Site(path="single_blocks." * 20, kind="linear", n=1, k=1, block=0, role="linear")
+    match = Match(path=pattern)
+    start = time.monotonic()
+    try:
+        assert not match(site)
+    except ValueError as error:
+        assert "takes too long to match" in str(error)
+    assert time.monotonic() - start < 5
 
 
 def test_needs_are_those_of_the_layers_that_ask():
