@@ -112,8 +112,8 @@ def split_heads(
 class JointAttention(nnx.Module):
     """Attention with rotary positions over the tokens of all streams; holds no weights."""
 
-    def __init__(self, heads: int):
-        self.heads = heads
+    def __init__(self, heads: int, head_dim: int):
+        self.heads, self.head_dim = heads, head_dim
         # What may take its place: an RMSNorm of queries and keys, then a rotation of neighbouring
         # channels that is the same for all images, then attention without a mask.
         self.attention_of = "qk_norm_rope"

@@ -170,7 +170,7 @@ def make_inputs(key: jax.Array, work: Work) -> tuple[list[dict], jax.Array]:
     scales = jnp.exp(0.3 * jax.random.normal(scale, (2, d))).astype(jnp.bfloat16)
     streams = [
         {
-            "qkv": jax.random.normal(k, (work.batch, t, 3 * heads * d), jnp.bfloat16),
+            "qkv": _normal(k, (work.batch, t, 3 * heads * d)),
             "query_scale": scales[0],
             "key_scale": scales[1],
         }
@@ -178,6 +178,15 @@ def make_inputs(key: jax.Array, work: Work) -> tuple[list[dict], jax.Array]:
     ]
     angles = jax.random.uniform(angle, (sum(work.tokens), d // 2), maxval=2 * math.pi)
     return streams, jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return Gaussian numbers, rounded to bfloat16.
+
+    JAX draws only 128 different ones in bfloat16, with a mean of -0.012. Float8 rounds all of a
+    kind alike, so that errors add up instead of averaging out: attention was 10 % off for 4 %.
+    """
+    return jax.random.normal(key, shape).astype(jnp.bfloat16)
 
 
 def make_outliers(key: jax.Array, work: Work) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -274,6 +283,7 @@ def compile_all(work: Work, tune: bool, pool: ThreadPoolExecutor) -> dict[str, F
         "quantized": (quantized, *qkv),
         "32 bits": (attention_32, *qkv),
         "reference": (attention_reference, heads),
+        "reference scaled": (attention_reference, scaled),
     }
     if tune:
         for config in mosaic_gpu.search_space(sum(work.tokens)):
@@ -301,15 +311,13 @@ def compare(found: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def check_8_bits(found, wanted, by_definition) -> tuple[dict[str, float], bool]:
-    """Compare with float32 attention, and with the definition's where there is one."""
+    """Compare with float32 attention, and with the definition's."""
     error, gain = map(float, compare(some(found), wanted))
-    checks = {"error": error, "gain": gain}
-    if by_definition is not None:
-        first = found[:, : by_definition.shape[1]]
-        checks["to reference"] = float(compare(first, by_definition)[0])
+    to_reference = float(compare(found[:, : by_definition.shape[1]], by_definition)[0])
+    checks = {"error": error, "gain": gain, "to reference": to_reference}
     # So written that a NaN is wrong.
-    right = error <= ERROR and GAIN[0] <= gain <= GAIN[1]
-    return checks, not (right and checks.get("to reference", 0.0) <= TO_REFERENCE)
+    right = error <= ERROR and GAIN[0] <= gain <= GAIN[1] and to_reference <= TO_REFERENCE
+    return checks, not right
 
 
 def check_bf16(found, wanted) -> tuple[dict[str, float], bool]:
@@ -376,8 +384,11 @@ def variants(key: jax.Array, work: Work, futures: dict[str, Future]) -> Iterator
         yield variant(call, call, heads, check=check, **rate)
     try:
         for name, data in (("scaled values", qkv), ("outliers", make_outliers(key, work))):
-            check = functools.partial(check_8_bits, wanted=wanted(*data), by_definition=None)
             heads = futures["quantized"].result()(*data)
+            by_definition = futures["reference scaled"].result()(heads)
+            check = functools.partial(
+                check_8_bits, wanted=wanted(*data), by_definition=by_definition
+            )
             yield variant(f"int8 {name}", "scaled", heads, check=check, timed=False)
     except Exception as error:
         yield failed(Row(work=work.name, variant="outliers"), error)

@@ -60,7 +60,7 @@ class DoubleStreamBlock(nnx.Module):
         self.txt_attn = SelfAttention(config, linear=linear, norm=norm)
         self.img_mlp = MLP(hidden, _MLP_RATIO * hidden, linear=linear)
         self.txt_mlp = MLP(hidden, _MLP_RATIO * hidden, linear=linear)
-        self.attention = JointAttention(config.num_attention_heads)
+        self.attention = JointAttention(config.num_attention_heads, config.attention_head_dim)
 
     def __call__(
         self,
@@ -96,7 +96,7 @@ class SingleStreamBlock(nnx.Module):
         self.linear2 = linear((1 + _MLP_RATIO) * hidden, hidden, role="mixed_out")
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
-        self.attention = JointAttention(config.num_attention_heads)
+        self.attention = JointAttention(config.num_attention_heads, config.attention_head_dim)
 
     def __call__(
         self,

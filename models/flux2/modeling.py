@@ -61,7 +61,7 @@ class DoubleStreamBlock(nnx.Module):
         self.txt_attn = SelfAttention(config, linear=linear, norm=norm)
         self.img_mlp = MLP(hidden, config.mlp_size, gated=True, linear=linear)
         self.txt_mlp = MLP(hidden, config.mlp_size, gated=True, linear=linear)
-        self.attention = JointAttention(config.num_attention_heads)
+        self.attention = JointAttention(config.num_attention_heads, config.attention_head_dim)
 
     def __call__(
         self,
@@ -100,7 +100,7 @@ class SingleStreamBlock(nnx.Module):
         self.linear2 = linear(hidden + inner, hidden, role="mixed_out")
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
-        self.attention = JointAttention(config.num_attention_heads)
+        self.attention = JointAttention(config.num_attention_heads, config.attention_head_dim)
 
     def __call__(
         self,

@@ -37,7 +37,7 @@ class SelfAttention(nnx.Module):
         # float32 out of the norms: the rotation that follows wants it anyway
         self.q_norm = norm(head, epsilon=_QK_EPSILON, dtype=jnp.float32)
         self.k_norm = norm(head, epsilon=_QK_EPSILON, dtype=jnp.float32)
-        self.attention = JointAttention(config.n_heads)
+        self.attention = JointAttention(config.n_heads, head)
 
     def __call__(
         self,

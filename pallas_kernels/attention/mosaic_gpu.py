@@ -67,19 +67,23 @@ def shared_bytes(config: Config, d: int) -> int:
     return config.stages * stage + TILE * d * (1 + 2)  # queries in int8, results in bfloat16
 
 
-def why_not(target: device.Device, heads: QuantizedHeads, **kwargs) -> str | None:
+def why_not(
+    target: device.Device, heads: QuantizedHeads, *, scale: float = 1.0, **kwargs
+) -> str | None:
     """Say why the device can't run this kernel with these arguments, or return None."""
-    if reason := device_why_not(target):
+    if reason := device_why_not(target, heads.q.shape[3]):
         return reason
-    if heads.q.shape[3] not in HEAD_DIMS:
-        return f"needs heads of 64 or 128 channels, not {heads.q.shape[3]}"
+    if scale < 0:  # the largest product isn't the largest logit
+        return f"needs a scale of at least 0, not {scale}"
     return "needs at least one query and one key" if 0 in (*heads.q.shape, *heads.k.shape) else None
 
 
-def device_why_not(target: device.Device) -> str | None:
-    """Say why the device can't run this kernel with any arguments, or return None."""
+def device_why_not(target: device.Device, head_dim: int | None = None) -> str | None:
+    """Say why the device can't run this kernel with such heads, or with any, or return None."""
     if target.platform != "gpu" or target.generation != 90:
         return f"needs a Hopper GPU, not {target.kind}"
+    if head_dim not in (None, *HEAD_DIMS):
+        return f"needs heads of 64 or 128 channels, not {head_dim}"
     return compat.gpu_attention_why_not()
 
 

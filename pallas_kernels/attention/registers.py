@@ -3,6 +3,13 @@
 A thread holds two rows of an accumulator (`half` 0 and 1, eight rows apart) and of every eight
 columns two neighbours; four threads share a row. The functions for Pallas are at the end: starting
 the products, the softmax of a block of keys, and the end of a tile of queries.
+
+Products q k^T become floats without a conversion, of which a processor does 16 a clock. Their sums
+begin at `PRODUCT_BITS`, the bits of 1.5 * 2**23. From 2**23 to 2**24 the floats are the integers,
+and bits one more are the next one: so the bits of such a sum are the float 1.5 * 2**23 + q k^T,
+exactly, as long as q k^T lies within +-2**22. Codes of 127 and heads of 128 make 127**2 * 128, less
+than half of that. Their order as integers is that of the floats, so that maxima are integers' (one
+H200, 4608 tokens, 24 heads of 128, 2026-11-28: 261 us for 279 by integer maxima, 250 by both).
 """
 
 import functools
@@ -27,6 +34,8 @@ SUMS = compat.GPU_SUMS_LAYOUT
 # float16's smallest step: codes scaled by it are rounded to integers by the cast to float16, and
 # the bits of its subnormals are those integers.
 CODE_UNIT = 2.0**-24
+PRODUCT_ZERO = 1.5 * 2.0**23  # the float of a product of 0: see above
+PRODUCT_BITS = 0x4B400000  # its bits
 Halves = list[list[ir.Value]]  # [half][column of this thread]
 
 
@@ -103,12 +112,17 @@ def _from_rows(like: mgpu.FragmentedArray, values: list[ir.Value]) -> mgpu.Fragm
 
 
 def _largest(values: list[ir.Value]) -> ir.Value:
-    """Return a row's maximum: four chains side by side, then over the four threads of the row."""
-    chains = [functools.reduce(arith.maximumf, values[i::4]) for i in range(4)]
-    best = functools.reduce(arith.maximumf, chains)
+    """Return a row's largest integer: four chains, then over the four threads of the row."""
+    chains = [functools.reduce(arith.maxsi, values[i::4]) for i in range(4)]
+    best = functools.reduce(arith.maxsi, chains)
     for distance in (1, 2):
-        best = arith.maximumf(best, utils.shfl_bfly(best, distance))
+        best = arith.maxsi(best, utils.shfl_bfly(best, distance))
     return best
+
+
+def _product(bits: ir.Value) -> ir.Value:
+    """Return `PRODUCT_ZERO` plus the product that began at `PRODUCT_BITS`, as float32."""
+    return arith.bitcast(_f32(), bits)
 
 
 def _pack_codes(codes: list[ir.Value]) -> ir.Value:
@@ -143,7 +157,7 @@ def _softmax(
     """Return codes of the probabilities, the new maxima and the factor of what was summed before.
 
     Args:
-      products: int32 of codes.
+      products: int32 of codes, above `PRODUCT_BITS`.
       maximum: of each row so far, in octaves (log2).
       unit: octaves of a product of one.
     """
@@ -151,8 +165,8 @@ def _softmax(
     maxima: list[ir.Value] = []
     factors: list[ir.Value] = []
     for half in (0, 1):
-        x: list[ir.Value] = [arith.sitofp(_f32(), value) for value in products[half]]
-        best = arith.maximumf(maximum[half], arith.mulf(_largest(x), unit[half]))
+        largest = arith.subf(_product(_largest(products[half])), _constant(PRODUCT_ZERO))
+        best = arith.maximumf(maximum[half], arith.mulf(largest, unit[half]))
         factors.append(_exp2(arith.subf(maximum[half], best)))
         maxima.append(best)
         # The code of 2**y is 8 (y + bias), linear between octaves: see `reference.probabilities`.
@@ -161,7 +175,9 @@ def _softmax(
         offset = math.fma(
             arith.subf(_constant(TOP), best), step, _constant(8 * E4M3_BIAS * CODE_UNIT)
         )
-        codes.append([math.fma(value, slope, offset) for value in x])
+        # If scales allow logits of 2**n octaves, this is off by 2**(n - 18) of a code at most.
+        offset = math.fma(_constant(-PRODUCT_ZERO), slope, offset)
+        codes.append([math.fma(_product(value), slope, offset) for value in products[half]])
     return codes, maxima, factors
 
 
@@ -193,7 +209,7 @@ def _multiply(start: ir.Value, shape: tuple[int, int], a, b, *, width: int) -> m
 
 
 def _multiply_qk(q, k, d: int) -> mgpu.FragmentedArray:
-    return _multiply(mgpu.c(0, _i32()), (ROWS, BLOCK), q, k, width=d)
+    return _multiply(mgpu.c(PRODUCT_BITS, _i32()), (ROWS, BLOCK), q, k, width=d)
 
 
 def _multiply_pv(p, v, d: int) -> mgpu.FragmentedArray:
@@ -206,7 +222,7 @@ def _shape(columns: int, dtype, layout) -> plgpu.ShapeDtypeStruct:
 
 
 def products_type() -> plgpu.ShapeDtypeStruct:
-    """Return the type of q k^T of a block of keys."""
+    """Return the type of `PRODUCT_BITS` + q k^T of a block of keys."""
     return _shape(BLOCK, jnp.int32, SUMS)
 
 
@@ -226,7 +242,7 @@ def row_type() -> plgpu.ShapeDtypeStruct:
 
 
 def start_qk(d: int) -> Callable:
-    """Return (q, k) to q k^T, of which nothing may be read before a wait."""
+    """Return (q, k) to `PRODUCT_BITS` + q k^T, of which nothing may be read before a wait."""
     ref = plgpu.RefType(transforms(d))
 
     @plgpu.inline_mgpu(arg_types=(ref, ref), return_type=products_type())

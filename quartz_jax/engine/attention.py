@@ -19,6 +19,7 @@ class Attention(Protocol):
 
     attend: Attend
     attention_format: str  # absent until `conversion.model.set_attention` notes it
+    head_dim: int  # channels of a head; may be absent
 
 
 def is_attention(module: nnx.Module) -> TypeGuard[Attention]:
@@ -26,14 +27,18 @@ def is_attention(module: nnx.Module) -> TypeGuard[Attention]:
     return getattr(module, "attention_of", None) == "qk_norm_rope"
 
 
-def attention_of(format: str) -> tuple[Attend, str]:
+def attention_of(format: str, head_dim: int | None = None) -> tuple[Attend, str]:
     """Return the function for this device, and in words what it is.
 
     Where the device has no attention in 8 bits it is in 16, which is nearer to the model.
+
+    Args:
+      format: that a recipe asks for.
+      head_dim: channels of a head, or None where a model doesn't say.
     """
     if format == "bf16":
         return _attend, "16 bits"
-    if reason := device_why_not(device.current()):
+    if reason := device_why_not(device.current(), head_dim):
         return _attend, f"16 bits, since in 8 bits it {reason}"
     return _attend_int8_fp8, "int8 and float8"
 
@@ -44,7 +49,9 @@ def _attend(streams: tuple[Any, ...], rope: jax.Array, *, heads: int) -> jax.Arr
 
 
 def _attend_int8_fp8(streams: tuple[Any, ...], rope: jax.Array, *, heads: int) -> jax.Array:
-    """Return the same with codes in 8 bits."""
+    """Return the same with codes in 8 bits, where the kernel takes such heads."""
+    if device_why_not(device.current(), rope.shape[2] * 2):
+        return _attend(streams, rope, heads=heads)
     quantized = qk_norm_rope_8bit(_streams(streams), rope, heads=heads)
     return attention_int8_fp8(quantized).astype(streams[0].qkv.dtype)
 

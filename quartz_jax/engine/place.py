@@ -51,8 +51,9 @@ def place(
 
     Modules that say by `attention_of = "qk_norm_rope"` what their `attend` computes, as that of
     `models.attention` does, get norm and rotation in a single pass where the device has a kernel,
-    and attention in 8 bits where the recipe asks for that and the device has it. The latter has no
-    gradient, and neither have weights in a kernel's order; both say so.
+    and attention in 8 bits where the recipe asks for that and the device has it for heads of the
+    module's `head_dim`. The latter has no gradient, and neither have weights in a kernel's order;
+    both say so.
 
     Args:
       model: as `quantize_model` or `checkpoint.load` returns it.
@@ -81,7 +82,8 @@ def place(
                 how = f"int8, {_backend(weight)}"
             layers[".".join(map(str, path))] = how
         elif is_attention(module):
-            module.attend, attention = attention_of(getattr(module, "attention_format", "bf16"))
+            format = getattr(module, "attention_format", "bf16")
+            module.attend, attention = attention_of(format, getattr(module, "head_dim", None))
     return model, Placement(layers=layers, attention=attention)
 
 

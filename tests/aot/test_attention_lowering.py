@@ -1,6 +1,8 @@
 """8-bit attention and the pass before it lowered for GPUs, and compiled to PTX for an H100."""
 
 import re
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from test_gpu_lowering import A100, H100, compile_for, lower, spec
 
 from pallas_kernels.attention import ATTENTION, ATTENTION_INT8_FP8, quantize_heads
 from pallas_kernels.attention.mosaic_gpu import SHARED_MEMORY, choose_config, shared_bytes
+from pallas_kernels.attention.operands import BLOCK
 from pallas_kernels.matmul.shapes import Shape
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE_8BIT, Stream
 
@@ -118,13 +121,23 @@ def test_attention_uses_the_8_bit_matrix_units_without_serializing(
     assert f"wgmma.mma_async.sync.aligned.m64n{d + 8}k32.f32.e4m3.e4m3" in printed
     assert "ex2.approx" in printed  # for the factors of sums alone: two a row and step
     assert printed.count("ex2.approx") <= 2 * 4
+    assert "cvt.rn.f32.s32" not in printed  # the bits of a product are the float
+    assert printed.count("max.s32") >= BLOCK
     assert "serialized" not in printed
     found = [int(x) for x in re.findall(r"(\d+) bytes spill stores", printed)]
     assert found and max(found) <= spilled
 
 
-def test_the_pass_before_rounds_with_the_units_for_it_and_moves_whole_vectors(tmp_path):
-    ptx = compile_for(H100, pass_call, None, tmp_path)
+@pytest.fixture(scope="module")
+def pass_ptx(tmp_path_factory):
+    """The pass before, compiled for an H100: its files."""
+    folder = tmp_path_factory.mktemp("pass")
+    compile_for(H100, pass_call, None, folder)
+    return list(folder.glob("*.ptx"))
+
+
+def test_the_pass_before_rounds_with_the_units_for_it_and_moves_whole_vectors(pass_ptx):
+    ptx = "".join(path.read_text() for path in pass_ptx)
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
     # Hadamard on the tensor cores.
     assert re.search(r"wgmma\.mma_async\.\S*f32\.bf16\.bf16", ptx)
@@ -132,3 +145,19 @@ def test_the_pass_before_rounds_with_the_units_for_it_and_moves_whole_vectors(tm
     # int8 and float8 go out 16 bytes at a time: a head of 128 tokens is 16 KiB, 64 bytes a thread.
     assert ptx.count("st.global.v4.b32") >= 12
     assert "st.global.b8" not in ptx
+    # Products and sums in one, which XLA's Triton leaves apart: squares, the rotation, rounding.
+    assert ptx.count("fma.rn.f32") >= 5 * 32
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas on the path")
+def test_two_programs_of_the_pass_before_share_a_processor(pass_ptx, tmp_path):
+    """Of 8 warps each: so many registers of a thread are free."""
+    found = []
+    for path in pass_ptx:
+        if "_8bit" in path.read_text():
+            command = ["ptxas", "-v", "-arch=sm_90a", "-o", tmp_path / "out", path]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            assert "0 bytes spill stores" in said
+            found += [int(x) for x in re.findall(r"Used (\d+) registers", said)]
+    assert len(found) == 2
+    assert max(found) <= 65536 // (2 * 8 * 32)

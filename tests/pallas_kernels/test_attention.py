@@ -19,6 +19,7 @@ from pallas_kernels.attention import (
     operands,
     quantize_heads,
     reference,
+    registers,
     value_scale,
 )
 
@@ -28,8 +29,17 @@ SHAPES = [
     (2, 70, 300, 4, 2, 64),  # padding on both sides, grouped heads, several batch elements
     (1, 300, 130, 2, 1, 128),  # fewer keys than queries, a last block of two keys
     (1, 5, 1, 2, 2, 64),  # one key
+    (3, 129, 640, 6, 2, 128),  # more keys than queries, groups of three, an odd block of one query
 ]
-SHAPES += [(1, 4608, 4608, 24, 24, 128), (2, 1000, 16896, 4, 1, 128)] * ON_HARDWARE
+if ON_HARDWARE:
+    SHAPES += [
+        (1, 4608, 4608, 24, 24, 128),
+        (2, 1000, 16896, 4, 1, 128),
+        (1, 1536, 1536, 24, 24, 128),
+        (4, 4160, 4160, 24, 8, 64),  # an odd number of tiles, which go unpaired
+        (1, 129, 257, 3, 3, 128),  # fewer tiles than processors, a block of one key
+        (1, 128, 4224, 2, 2, 64),  # an odd number of blocks: the last step is in the loop
+    ]
 DATA = ["gaussian", "outlier"]
 of_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 of_data = pytest.mark.parametrize("data", DATA)
@@ -261,6 +271,39 @@ def test_probabilities_are_powers_of_two_to_a_sixteenth_and_the_linear_code_s_sh
     ).all()
 
 
+def test_bits_that_begin_at_the_kernel_s_zero_are_the_float_of_a_product():
+    """All that int8 codes of any head can sum up to, -128 included; their order is that of ints."""
+    largest = 128 * 128 * max(mosaic_gpu.HEAD_DIMS)
+    products = np.arange(-largest, largest + 1, dtype=np.int32)
+    bits = np.int32(registers.PRODUCT_BITS) + products
+    found = bits.view(np.float32)
+    assert found[largest] == registers.PRODUCT_ZERO
+    np.testing.assert_array_equal(found - np.float32(registers.PRODUCT_ZERO), products)
+    assert (np.diff(bits) == 1).all() and (np.diff(found) == 1).all()
+
+
+def test_codes_from_those_bits_are_the_reference_s():
+    """The kernel's float32 operations: a code differs, by one, at a rounding's edge alone."""
+    rng = np.random.default_rng(13)
+    zero, f32 = np.float32(registers.PRODUCT_ZERO), np.float32
+    products = rng.integers(-400_000, 400_001, (256, 128))
+    unit = (rng.uniform(0.5, 200, (256, 1)) / 127**2 / 128).astype(f32)  # octaves
+    best = (products.max(axis=1, keepdims=True).astype(f32) * unit).astype(f32)
+
+    def fma(a, b, c):
+        return (np.float64(a) * np.float64(b) + np.float64(c)).astype(f32)
+
+    offset = fma(-zero, 8 * unit, fma(f32(reference.TOP) - best, 8, 8 * reference.E4M3_BIAS))
+    code = fma((registers.PRODUCT_BITS + products).astype(np.int32).view(f32), 8 * unit, offset)
+    exact = 8 * (products * np.float64(unit) - np.float64(best) + reference.TOP + 7)
+    # Octaves up to 200, 2**7.65: 2**-10 of a code, and float32 sums of some hundreds.
+    assert np.abs(code - exact).max() < 2.0**-9
+    found = np.maximum(np.round(code), 0).astype(np.uint8).view(jnp.float8_e4m3fn)
+    wanted = np.asarray(reference.probabilities(exact.astype(f32) / 8 - 7))
+    different = found.view(np.uint8) != wanted.astype(jnp.float8_e4m3fn).view(np.uint8)
+    assert different.mean() < 2.0**-8
+
+
 def test_without_a_name_the_device_chooses():
     q = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
     heads = jax.eval_shape(quantize_heads, q, q, q)
@@ -269,6 +312,7 @@ def test_without_a_name_the_device_chooses():
     assert mosaic_gpu.why_not(ampere, heads) == "needs a Hopper GPU, not NVIDIA A100"
     small = dataclasses.replace(heads, q=jax.ShapeDtypeStruct((1, 128, 2, 32), jnp.int8))
     assert mosaic_gpu.why_not(hopper, small) == "needs heads of 64 or 128 channels, not 32"
+    assert mosaic_gpu.why_not(hopper, heads, scale=-1.0) == "needs a scale of at least 0, not -1.0"
     if not ON_HARDWARE:
         explained = ATTENTION_INT8_FP8.explain(heads, scale=1.0)
         assert explained.endswith("attention_int8_fp8/reference: runs")

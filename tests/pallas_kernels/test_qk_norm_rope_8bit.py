@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import ON_HARDWARE, subjects
-from test_qk_norm_rope import exact, random_call, rotate
+from test_qk_norm_rope import SCALES, exact, random_call, rotate
 
 from pallas_kernels import device
 from pallas_kernels.attention import operands
@@ -23,8 +23,15 @@ CALLS = [
     (2, (5,), 1, 32, 0),
     (1, (100, 160, 3), 2, 64, 40),  # blocks with keys of two streams, a last one of 7
     (1, (128,), 2, 128, 128),
+    (3, (128, 70), 1, 64, 0),  # streams that share no block of keys, several batch elements
 ]
-CALLS += [(1, (512, 4096), 24, 128, 0), (2, (4592,), 24, 128, 12288)] * ON_HARDWARE
+if ON_HARDWARE:
+    CALLS += [
+        (1, (512, 4096), 24, 128, 0),
+        (2, (4592,), 24, 128, 12288),
+        (4, (77, 4083), 24, 64, 0),
+        (1, (1, 1), 1, 32, 0),
+    ]
 
 
 def run(subject, streams, rope, **options):
@@ -79,6 +86,18 @@ class TestQKNormRope8Bit:
         self.check_keys(found, rotate(k, rope), eps)
         self.check_values(found, v, v_scale)
 
+    def test_scales_may_have_another_dtype(self, subject):
+        streams, rope = random_call(np.random.default_rng(8), 1, (70, 70), 1, 32, 96, jnp.bfloat16)
+        wide = tuple(
+            dataclasses.replace(s, **{k: getattr(s, k).astype(np.float32) for k in SCALES})
+            for s in streams
+        )
+        function, *args = run(subject, streams, rope, heads=1)
+        wanted = jax.jit(function)(*args, None)
+        for other in (wide, wide[:1] + streams[1:]):
+            found = jax.jit(function)(other, rope, None)
+            jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
     def check_queries(self, found, wanted, eps):
         count = wanted[0].shape[1]
         scale = np.asarray(found.q_scale, np.float64).transpose(0, 2, 1)[:, :count]
@@ -112,18 +131,30 @@ class TestQKNormRope8Bit:
         bound = 2.0**-4 * np.abs(wanted) + 2.0**-10
         assert (np.abs(codes[:, :, :d, :count] - wanted) <= 1.00001 * bound).all()
 
-    def test_what_is_not_a_number_stays_so(self, subject):
+    @pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf])
+    def test_what_is_not_finite_makes_its_scale_not_a_number(self, subject, what):
         streams, rope = random_call(np.random.default_rng(2), 1, (130,), 2, 32, 192, jnp.bfloat16)
-        qkv = streams[0].qkv.at[0, 3, 5].set(jnp.nan)  # query 3, head 0
-        qkv = qkv.at[0, 4, 64 + 40].set(jnp.nan)  # key 4, head 1
-        qkv = qkv.at[0, 5, 128 + 9].set(jnp.nan)  # value 5, head 0, channel 9
+        qkv = streams[0].qkv.at[0, 3, 5].set(what)  # query 3, head 0
+        qkv = qkv.at[0, 4, 64 + 40].set(what)  # key 4, head 1
+        qkv = qkv.at[0, 5, 128 + 9].set(what)  # value 5, head 0, channel 9
         streams = (dataclasses.replace(streams[0], qkv=qkv),)
         function, *args = run(subject, streams, rope, heads=2)
         found = jax.jit(function)(*args, None)
         assert np.argwhere(np.isnan(found.q_scale)).tolist() == [[0, 0, 3]]
         assert np.argwhere(np.isnan(found.k_scale)).tolist() == [[0, 1, 0]]
         values = operands.from_kernel_order(found.v.astype(jnp.float32))
-        assert np.argwhere(np.isnan(values)).tolist() == [[0, 0, 9, 5]]
+        if np.isnan(what):
+            assert np.argwhere(np.isnan(values)).tolist() == [[0, 0, 9, 5]]
+        else:  # they end there
+            assert values[0, 0, 9, 5] == np.sign(what) * operands.E4M3_MAX
+            assert not np.isnan(values).any()
+
+    def test_a_rotation_that_is_not_a_number_spoils_its_token_alone(self, subject):
+        streams, rope = random_call(np.random.default_rng(7), 1, (130,), 1, 32, 96, jnp.bfloat16)
+        function, *args = run(subject, streams, jnp.asarray(rope).at[1, 7, 3].set(jnp.nan), heads=1)
+        found = jax.jit(function)(*args, None)
+        assert np.argwhere(np.isnan(found.q_scale)).tolist() == [[0, 0, 7]]
+        assert np.argwhere(np.isnan(found.k_scale)).tolist() == [[0, 0, 0]]
 
 
 def test_kernels_say_what_they_need():

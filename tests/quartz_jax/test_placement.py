@@ -125,6 +125,17 @@ def test_a_recipe_whose_attention_reads_8_bits_falls_back_and_says_why():
     assert words == "int8 and float8"
 
 
+def test_heads_that_the_8_bit_kernel_lacks_get_16_bits():
+    model = build()
+    attention = model.double_blocks[0].attention
+    assert attention.head_dim == model.double_blocks[0].img_attn.query_norm.scale.shape[0]
+    with on(H100):
+        attend, words = attention_of("int8_fp8", 96)
+        assert attention_of("int8_fp8", 64)[1] == "int8 and float8"
+    assert attend is attention_of("bf16")[0]
+    assert words == "16 bits, since in 8 bits it needs heads of 64 or 128 channels, not 96"
+
+
 # One layer of each op and way to run, and pairs of formats that place brings to another form.
 FORMATS = {
     "stretched": (Quartz(step="integer", levels="stretched", search=True), Int(width=8)),

@@ -3,7 +3,9 @@
 import json
 
 import benchmark_attention
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 
@@ -31,6 +33,18 @@ def test_every_variant_is_checked_and_compared_with_bfloat16(tiny, tmp_path):
     assert rows["int8"]["of_bf16"] == (1 + 2) / (4 + 3)
     assert rows["pass int8"]["checks"]["q differing"] == 0
     assert 0.01 < rows["int8"]["checks"]["error"] < benchmark_attention.ERROR
+    for name in names[3:]:
+        assert rows[name]["checks"]["to reference"] == 0
+
+
+def test_inputs_are_of_many_values_around_zero():
+    """Of few, float8 rounds each alike, and the errors of a long sum don't average out."""
+    work = benchmark_attention.Work(tokens=(512, 512), heads=1)
+    streams, _ = benchmark_attention.make_inputs(jax.random.key(0), work)
+    for stream in streams:
+        x = np.asarray(stream["qkv"], np.float64)
+        assert len(np.unique(x)) > 1000
+        assert abs(x.mean()) < 0.005
 
 
 def test_a_variant_that_fails_or_is_wrong_is_marked_and_the_rest_runs(tiny, tmp_path, monkeypatch):
