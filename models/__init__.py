@@ -1,6 +1,7 @@
 """Diffusion models, their encoders and samplers in plain Flax NNX."""
 
 from models.checkpoint_io import CheckpointError, StoredModule
+from models.family import GenerationDefaults
 from models.loading import (
     ModelFiles,
     build_component,
@@ -12,13 +13,13 @@ from models.loading import (
     model_name,
     open_component,
 )
-from models.pipeline import FluxPipeline, GenerationDefaults
+from models.sampler import Sampler
 
 __all__ = [
     "CheckpointError",
-    "FluxPipeline",
     "GenerationDefaults",
     "ModelFiles",
+    "Sampler",
     "StoredModule",
     "build_component",
     "component_config",

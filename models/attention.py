@@ -1,14 +1,23 @@
-"""The one attention function that every model here calls."""
+"""Attention: the one function that every model here calls, and what stands before it in blocks.
+
+Shapes: b batch, t tokens, h heads, d channels of a head.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from models.rope import apply_rope
 
 
 def dot_product_attention(
     query: jax.Array,  # [batch, tokens, heads, head_dim]
-    key: jax.Array,  # [batch, key_tokens, heads, head_dim]
-    value: jax.Array,  # [batch, key_tokens, heads, head_dim]
+    key: jax.Array,  # [batch, key_tokens, groups, head_dim], groups a divisor of heads
+    value: jax.Array,  # [batch, key_tokens, groups, head_dim]
     *,
+    causal: bool = False,  # whether a query sees no key behind its own token
     mask: jax.Array | None = None,  # bool, broadcasts to [batch, heads, tokens, key_tokens]
     bias: jax.Array | None = None,  # broadcasts to [batch, heads, tokens, key_tokens]
     scale: float | None = None,  # of the logits; 1 / sqrt(head_dim) if None
@@ -16,6 +25,7 @@ def dot_product_attention(
     """Return softmax(query key^T * scale + bias) value, [batch, tokens, heads, head_dim].
 
     The softmax is float32; the result has the dtype of `query`. Masked (False) keys get no weight.
+    Neighbouring heads of a group share its keys and values.
     """
     return jax.nn.dot_product_attention(
         query,
@@ -23,6 +33,7 @@ def dot_product_attention(
         value,
         bias=bias,
         mask=mask,
+        is_causal=causal,
         scale=scale,
         implementation="cudnn" if _fits_cudnn(query, mask, bias) else "xla",
     )
@@ -42,3 +53,81 @@ def _fits_cudnn(query: jax.Array, mask: jax.Array | None, bias: jax.Array | None
         and head_dim % 8 == 0
         and head_dim <= 128
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Projected tokens of one stream, and the norms of its queries and keys."""
+
+    qkv: jax.Array  # [b, t, at least 3 h d]: queries, keys, values, each [h, d]
+    query_norm: nnx.RMSNorm  # over the channels of a head
+    key_norm: nnx.RMSNorm
+
+
+def qk_norm_rope(
+    streams: tuple[Stream, ...],
+    rope: jax.Array,  # float32 [2, t, d / 2] or [b, 2, t, d / 2], for the tokens of all streams
+    *,
+    heads: int,
+) -> tuple[jax.Array, ...]:
+    """Return normed and rotated queries and keys, and values, of the joined streams, [b, t, h, d].
+
+    Norms and rotations are float32, and rounded once.
+    """
+    parts = zip(*(_split_heads(stream, heads) for stream in streams), strict=True)
+    q, k, v = (jnp.concatenate(part, axis=1) for part in parts)
+    return *(apply_rope(x, rope).astype(v.dtype) for x in (q, k)), v
+
+
+def _split_heads(stream: Stream, heads: int) -> tuple[jax.Array, ...]:
+    """Return float32 normed queries and keys, and values, each [b, t, h, d]."""
+    batch, tokens, _ = stream.qkv.shape
+    d = stream.query_norm.num_features
+    qkv = stream.qkv[..., : 3 * heads * d].reshape(batch, tokens, 3, heads, d)
+    q, k, v = jnp.moveaxis(qkv, 2, 0)
+    return stream.query_norm(q), stream.key_norm(k), v
+
+
+def attend(
+    streams: tuple[Stream, ...],
+    rope: jax.Array,  # float32 [2, t, d / 2] or [b, 2, t, d / 2], for the tokens of all streams
+    *,
+    heads: int,
+    mask: jax.Array | None = None,  # bool [b, t]: False for keys that don't count
+) -> jax.Array:
+    """Return attention over the tokens of all streams, [b, t, h, d]."""
+    mask = None if mask is None else mask[:, None, None, :]
+    return dot_product_attention(*qk_norm_rope(streams, rope, heads=heads), mask=mask)
+
+
+def split_heads(
+    x: jax.Array,  # [b, t, parts h d]
+    heads: int,
+    parts: int = 1,
+) -> tuple[jax.Array, ...]:
+    """Return the parts, such as queries, keys and values, each [b, t, h, d]."""
+    return tuple(part.reshape(*part.shape[:2], heads, -1) for part in jnp.split(x, parts, axis=-1))
+
+
+class JointAttention(nnx.Module):
+    """Attention with rotary positions over the tokens of all streams; holds no weights."""
+
+    def __init__(self, heads: int):
+        self.heads = heads
+        # What may take its place: an RMSNorm of queries and keys, then a rotation of neighbouring
+        # channels that is the same for all images, then attention without a mask.
+        self.attention_of = "qk_norm_rope"
+        self.attend = attend
+
+    def __call__(
+        self,
+        *streams: Stream,
+        rope: jax.Array,  # float32 [2, t, d / 2], or [b, 2, t, d / 2] where images differ
+        mask: jax.Array | None = None,  # bool [b, t]: False for keys that don't count
+    ) -> jax.Array:
+        """Return [b, t, h d], t tokens of all streams."""
+        if rope.ndim == 3 and mask is None:
+            out = self.attend(streams, rope, heads=self.heads)
+        else:
+            out = attend(streams, rope, heads=self.heads, mask=mask)
+        return out.reshape(*out.shape[:2], -1)

@@ -37,7 +37,8 @@ _LISTED = 20  # missing tensors that an error names, likewise misshapen and unex
 # Bounds of config fields, far from what any model has, so that none is built that can't be.
 WIDTHS = (1, 2**20)
 BLOCKS = (0, 256)
-# Leaf of an NNX module to the suffix that torch gives the same parameter.
+_STORED = nnx.filterlib.Any(nnx.Param, nnx.BatchStat)  # what a checkpoint holds of a module
+# Leaf of an NNX module to the suffix that torch gives the same parameter; others keep their name.
 _LEAF_SUFFIX = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -299,7 +300,7 @@ def export_params(module: nnx.Module, rules: Sequence[Rule]) -> dict[str, np.nda
     The inverse of `load_params` with the same rules.
     """
     tensors = {}
-    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(module, _STORED)):
         names, rule = _sources(path, rules)
         value = _to_stored(path[-1], np.asarray(variable[...]))
         value = value if rule.transform is None else rule.transform(value)
@@ -379,9 +380,9 @@ def _sources(path: tuple, rules: Sequence[Rule]) -> tuple[list[str], Rule]:
         match = re.fullmatch(rule.pattern, module)
         if match:
             sources = (rule.sources,) if isinstance(rule.sources, str) else rule.sources
-            suffix = rule.leaf or _LEAF_SUFFIX[leaf]
+            suffix = rule.leaf or _LEAF_SUFFIX.get(leaf, leaf)
             return [f"{match.expand(source)}.{suffix}" for source in sources], rule
-    name = _dotted((*path[:-1], _LEAF_SUFFIX[leaf]))
+    name = _dotted((*path[:-1], _LEAF_SUFFIX.get(leaf, leaf)))
     return [name], Rule(pattern="", sources=module)
 
 

@@ -194,7 +194,9 @@ def _is_finite(flat: np.ndarray) -> bool:  # [elements], at least one
     return int(magnitude.max()) < _INFINITE_BITS[flat.dtype.name]
 
 
-def find_prefix(names: Iterable[str], telling: str, path: Path | str = "") -> str | None:
+def find_prefix(
+    names: Iterable[str], telling: str, path: Path | str = "", within: str = ""
+) -> str | None:
     """Return what stands before a name that tells a model from others; None if it isn't there.
 
     Wrappers and programs put their own words before every name of a model, such as "_orig_mod." or
@@ -204,12 +206,13 @@ def find_prefix(names: Iterable[str], telling: str, path: Path | str = "") -> st
       names: of tensors.
       telling: the name of one of the model's tensors.
       path: of the file, for errors.
+      within: regular expression that the prefix must hold.
 
     Raises:
       CheckpointError: there are several such models.
     """
     found = {name[: -len(telling)] for name in names if name.endswith(telling)}
-    found = sorted(prefix for prefix in found if not prefix or prefix.endswith("."))
+    found = sorted(x for x in found if (not x or x.endswith(".")) and re.search(within, x))
     if len(found) > 1:
         listed = ", ".join(repr(prefix) for prefix in found)
         raise CheckpointError(
@@ -219,12 +222,11 @@ def find_prefix(names: Iterable[str], telling: str, path: Path | str = "") -> st
     return found[0] if found else None
 
 
-def open_folder(folder: Path, telling: str) -> tuple[dict[str, Any], Checkpoint]:
+def open_folder(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     """Return the contents of a component's config.json, and its opened tensors.
 
     Args:
       folder: the component's.
-      telling: the name of one of its tensors, by which a prefix of all is found and left out.
 
     Raises:
       CheckpointError: a file can't be used, or the component is quantized.
@@ -232,7 +234,7 @@ def open_folder(folder: Path, telling: str) -> tuple[dict[str, Any], Checkpoint]
     config = read_json(folder / "config.json")
     checkpoint = open_checkpoint(folder)
     refuse_quantized(folder, checkpoint.shapes, config)
-    return config, unwrap(checkpoint, telling)
+    return config, checkpoint
 
 
 def unwrap(checkpoint: Checkpoint, telling: str) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""FLUX.1 checkpoints with random weights: every name, shape and dtype as published, no training.
+"""Checkpoints with random weights: every name, shape and dtype as published, no training.
 
 For testing what is too large to download: conversion, memory and speed at full size. Pictures made
 with them are noise.
@@ -15,130 +15,88 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from flax import nnx
 from scipy.special import ndtri
 from tqdm import tqdm
 
-from models.checkpoint_io import CheckpointError, Rule, TracingRngs, stored_tensors
-from models.flux.config import FluxConfig
-from models.flux.modeling import FluxTransformer
-from models.flux.params import bfl_rules as bfl_transformer_rules
-from models.flux.params import diffusers_rules
-from models.loading import FLUX_INDEX, flux_scheduler
+from models.checkpoint_io import CheckpointError
+from models.component import Component
+from models.family import Family, Tokenizer
 from models.stored_files import read_json
-from models.text_encoders import clip, t5
-from models.vae.config import AutoencoderKLConfig
-from models.vae.modeling import AutoencoderKL
-from models.vae.params import RULES as VAE_RULES
-from models.vae.params import bfl_rules as bfl_vae_rules
 
 _DTYPES = {"BF16": ml_dtypes.bfloat16, "F32": np.float32}
 _STEPS = 2**16  # quantiles of the normal distribution that weights are drawn from
-_SHARD_BYTES = 10**10  # diffusers' largest shard; transformers' is half of it
 _MARKER = ".random_weights"  # a file in every folder that is made here, from the start
-LAYOUTS = ("diffusers", "bfl")
+LAYOUTS = ("diffusers", "file")
+# Bytes that stand for themselves as letters in byte-level BPE; the others are letters from 256.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name to leaf ("kernel", "bias" ...) and shape
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSizes:
-    """Sizes of every component of a FLUX.1 model."""
-
-    transformer: FluxConfig
-    clip: clip.CLIPTextConfig
-    t5: t5.T5Config
-    vae: AutoencoderKLConfig
-
-
-# What the config.json files of FLUX.1-dev give; schnell differs in guidance_embeds alone.
-FLUX_DEV = ModelSizes(
-    transformer=FluxConfig(guidance_embeds=True),
-    # transformers takes eos_token_id 2 for "the highest id"
-    clip=clip.CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=2
-    ),
-    t5=t5.T5Config(
-        d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
-    ),
-    vae=AutoencoderKLConfig(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ),
-)
-
-
-def write_random_flux(
+def write_random_model(
     folder: Path | str,
-    sizes: ModelSizes = FLUX_DEV,
+    family: Family,
+    sizes: Mapping[str, Any],
     *,
-    tokenizers: Path | str,
+    tokenizers: Path | str | None = None,
     layout: str = "diffusers",
+    name: str = "",
     seed: int = 0,
     progress: bool = False,
 ) -> None:
-    """Write a random FLUX.1 model, one tensor at a time; the same arguments give the same bytes.
+    """Write a random model, one tensor at a time; the same arguments give the same bytes.
 
     Linears and convolutions are normal with deviation 1 / sqrt(inputs), embeddings and biases with
     0.02, norms one: activations stay of order one.
 
     Args:
       folder: made here; must not exist.
-      sizes: of the components.
-      tokenizers: a model folder whose `tokenizer` and `tokenizer_2` are copied, lengthened to what
-        FLUX.1 takes; their vocabularies need not fill the encoders'.
-      layout: "diffusers" for the whole model, bfloat16, sharded as published; "bfl" for
-        flux1-dev.safetensors (flux1-schnell without guidance), bfloat16, and ae.safetensors,
-        float32.
+      family: of the model.
+      sizes: configs by component; of a published model `family.sizes` has them.
+      tokenizers: a model folder whose tokenizers are copied, lengthened to what the family takes,
+        where it has no such that are made; their vocabularies need not fill the encoders'.
+      layout: "diffusers" for the whole model, bfloat16, sharded as published; "file" for the single
+        files of the main component and the autoencoder, in their makers' naming and dtypes.
+      name: of the single file; "" for that of the family's first published model.
       seed: of the weights.
       progress: show a bar on stderr.
 
     Raises:
-      ValueError: an unknown layout.
+      ValueError: an unknown layout, or one that the family isn't published in.
       CheckpointError: the folder exists, or a tokenizer is missing.
     """
     folder = Path(folder)
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; use one of {', '.join(LAYOUTS)}")
+    if layout == "file" and family.components[family.main].file is None:
+        raise ValueError(f"layout is 'file', and {family.name} has no single files")
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; choose another folder")
-    _check_tokenizers(Path(tokenizers))
+    _check_tokenizers(family, tokenizers)
     folder.mkdir(parents=True)
     (folder / _MARKER).touch()
     write = _Writer(seed=seed, progress=progress)
-    if layout == "bfl":
-        name = "flux1-dev" if sizes.transformer.guidance_embeds else "flux1-schnell"
-        transformer = _tensors(FluxTransformer, sizes.transformer, bfl_transformer_rules())
-        vae = _tensors(AutoencoderKL, sizes.vae, bfl_vae_rules(sizes.vae))
-        write.file(folder / f"{name}.safetensors", transformer)
-        write.file(folder / "ae.safetensors", vae, "F32")
+    if layout == "file":
+        stem = name or next(iter(family.sizes), family.main)
+        files = {family.main: f"{stem}.safetensors", family.autoencoder: family.autoencoder_file}
+        for part, file in files.items():
+            component = family.components[part]
+            if (naming := component.file) is not None:
+                tensors = component.tensors(sizes[part], naming)
+                write.file(folder / file, tensors, naming.dtype)
         return
-    rules = diffusers_rules(sizes.transformer)
-    parts = {
-        "transformer": (FluxTransformer, sizes.transformer, rules, _SHARD_BYTES),
-        "vae": (AutoencoderKL, sizes.vae, VAE_RULES, _SHARD_BYTES),
-        "text_encoder": (
-            clip.CLIPTextEncoder,
-            sizes.clip,
-            clip.checkpoint_rules(),
-            _SHARD_BYTES // 2,
-        ),
-        "text_encoder_2": (t5.T5Encoder, sizes.t5, t5.checkpoint_rules(), _SHARD_BYTES // 2),
-    }
-    for name, (module, config, part_rules, shard_bytes) in parts.items():
-        stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
-        tensors = _tensors(module, config, part_rules)
-        write.folder(folder / name, tensors, stem, shard_bytes, config.to_json())
-    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(sizes))
-    _copy_tokenizers(Path(tokenizers), folder, sizes)
-    _write_json(folder / "model_index.json", FLUX_INDEX)
+    for part, component in family.components.items():
+        write.folder(folder / part, component, sizes[part])
+    schedule, _ = family.schedule_of(sizes, family.index)
+    scheduler = dict(family.schedules[schedule].scheduler)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    for part, tokenizer in family.tokenizers.items():
+        _write_tokenizer(folder / part, tokenizer, tokenizers)
+    _write_json(folder / "model_index.json", family.index)
 
 
-def is_random_flux(folder: Path) -> bool:
-    """Return whether `write_random_flux` made a folder, be it only in part."""
+def is_random_model(folder: Path) -> bool:
+    """Return whether `write_random_model` made a folder, be it only in part."""
     return (folder / _MARKER).exists()
 
 
@@ -179,10 +137,11 @@ class _Writer:
     seed: int
     progress: bool
 
-    def folder(self, folder: Path, tensors, stem: str, shard_bytes: int, config: dict) -> None:
+    def folder(self, folder: Path, component: Component, config: Any) -> None:
         """Write a component folder: one file or shards with an index, and config.json."""
         folder.mkdir()
-        shards = _split(tensors, shard_bytes)
+        tensors, stem = component.tensors(config, component.folder), component.weights_stem
+        shards = _split(tensors, component.shard_bytes)
         files = [f"{stem}.safetensors"]
         if len(shards) > 1:
             files = [
@@ -199,9 +158,9 @@ class _Writer:
             _write_json(folder / f"{stem}.safetensors.index.json", index)
         for file, shard in zip(files, shards, strict=True):
             self.file(folder / file, shard)
-        _write_json(folder / "config.json", config)
+        _write_json(folder / "config.json", config.to_json())
 
-    def file(self, path: Path, tensors, dtype: str = "BF16") -> None:
+    def file(self, path: Path, tensors: Tensors, dtype: str = "BF16") -> None:
         """Write one file of random tensors."""
         table = ndtri((np.arange(_STEPS) + 0.5) / _STEPS)
         shapes = {name: shape for name, (_, shape) in tensors.items()}
@@ -225,15 +184,9 @@ class _Writer:
         return (deviation * table).astype(dtype)[rng.integers(0, _STEPS, shape, np.uint16)]
 
 
-def _tensors(
-    module: type[nnx.Module], config: Any, rules: list[Rule] | tuple[Rule, ...]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return stored_tensors(lambda: module(config, rngs=TracingRngs()), rules)
-
-
-def _split(tensors: dict, shard_bytes: int) -> list[dict]:
+def _split(tensors: Tensors, shard_bytes: int) -> list[Tensors]:
     """Fill shards in order, none above a size, as the libraries that publish do."""
-    shards: list[dict] = [{}]
+    shards: list[Tensors] = [{}]
     filled = 0
     for name, (leaf, shape) in tensors.items():
         size = 2 * math.prod(shape)
@@ -245,21 +198,35 @@ def _split(tensors: dict, shard_bytes: int) -> list[dict]:
     return shards
 
 
-def _scheduler(sizes: ModelSizes) -> dict[str, Any]:
-    return flux_scheduler(sizes.transformer.guidance_embeds)
+def _check_tokenizers(family: Family, source: Path | str | None) -> None:
+    for name, tokenizer in family.tokenizers.items():
+        if tokenizer.specials:
+            continue
+        if source is None:
+            raise CheckpointError(f"{family.name} needs a folder with a {name} to copy")
+        read_json(Path(source) / name / "tokenizer_config.json")
 
 
-def _check_tokenizers(source: Path) -> None:
-    for name in ("tokenizer", "tokenizer_2"):
-        read_json(source / name / "tokenizer_config.json")
-
-
-def _copy_tokenizers(source: Path, folder: Path, sizes: ModelSizes) -> None:
-    lengths = {"tokenizer": sizes.clip.max_position_embeddings, "tokenizer_2": 512}
-    for name, length in lengths.items():
-        shutil.copytree(source / name, folder / name)
-        path = folder / name / "tokenizer_config.json"
-        _write_json(path, read_json(path) | {"model_max_length": length})
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | str | None) -> None:
+    """Copy a tokenizer with the published length, or make one of bytes and special tokens."""
+    path = folder / "tokenizer_config.json"
+    if not tokenizer.specials:
+        shutil.copytree(Path(source or "") / folder.name, folder)
+        _write_json(path, read_json(path) | {"model_max_length": tokenizer.length})
+        return
+    others = (256 + i for i in range(256 - len(_PRINTABLE)))
+    vocab = {chr(point): i for i, point in enumerate((*_PRINTABLE, *others))}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": len(vocab) + i, "content": text, "special": True, **flags}
+        for i, text in enumerate(tokenizer.specials)
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    model = {"type": "BPE", "vocab": vocab, "merges": []}
+    parts = {"pre_tokenizer": level, "decoder": level, "model": model}
+    _write_json(folder / "tokenizer.json", {"version": "1.0", "added_tokens": added, **parts})
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": tokenizer.specials[0]}
+    _write_json(path, config | {"model_max_length": tokenizer.length})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -3,12 +3,16 @@
 import contextlib
 import json
 import string
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from models.stored_files import CheckpointError
 
+_SHOWN = 1000  # characters of what is cut from a prompt, at its start and its end, in a warning
 # Files that together are a tokenizer's vocabulary; a folder has one of these sets.
 _VOCABULARIES = (
     ("tokenizer.json",),
@@ -67,3 +71,34 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         first = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder} holds no tokenizer that loads: {first}") from None
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], longest: int) -> np.ndarray:
+    """Return ids padded to the tokenizer's length or a shorter one, int32 [texts, length].
+
+    Longer texts are truncated, and a warning says what is cut.
+
+    Args:
+      tokenizer: of transformers.
+      texts: one or several.
+      longest: that the model takes.
+    """
+    length = int(min(tokenizer.model_max_length, longest))
+    whole = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    for text, ids in zip(texts, whole, strict=True):
+        warn_of_cut(tokenizer, text, ids, length - tokenizer.num_special_tokens_to_add())
+    encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
+    return np.asarray(encoded["input_ids"], np.int32)
+
+
+def warn_of_cut(tokenizer: Any, prompt: str, ids: Sequence[int], kept: int) -> None:
+    """Warn if a prompt has more tokens than are kept, with the words that are dropped."""
+    if len(ids) <= kept:
+        return
+    cut = tokenizer.decode(ids[kept:])
+    cut = cut if len(cut) <= 2 * _SHOWN else f"{cut[:_SHOWN]} ... {cut[-_SHOWN:]}"
+    warnings.warn(
+        f"prompt {prompt[:40]!r} is too long: {type(tokenizer).__name__} takes {kept} "
+        f"tokens of its {len(ids)}, and this was cut: {cut!r}",
+        stacklevel=4,
+    )

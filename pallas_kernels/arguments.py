@@ -14,7 +14,9 @@ CHOICES = {  # what the number format and the operations know
     "range": ("absmax", "minmax"),
     "step": ("power", "integer"),
     "levels": ("uniform", "stretched"),
-    "activation": (None, "gelu"),
+    "activation": (None, "gelu"),  # of a product
+    "activation of a part": (None, "gelu", "silu"),
+    "norm.kind": ("layer", "rms"),
     "bits": (4, 8),
     "value_bits": (4, 8),
 }

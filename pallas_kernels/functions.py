@@ -1,7 +1,8 @@
-"""What kernels and models compute around a matmul, in plain jnp: GELU, norm and parts of rows."""
+"""What kernels compute around a matmul, in plain jnp: activations, norms and parts of rows."""
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +13,53 @@ NORM_EPSILON = 1e-6  # of a norm that states none
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["shift", "scale"], meta_fields=["epsilon"]
+    jax.tree_util.register_dataclass,
+    data_fields=["scale", "shift"],
+    meta_fields=["epsilon", "kind"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Norm:
-    """A layer norm and what modulates its result: layer_norm(x) * scale + shift."""
+    """A norm over the channels and what modulates its result: norm(x) * scale + shift."""
 
-    shift: jax.Array  # [k] or [..., k]
-    # [k] or [..., k], float32: one plus what a model calls its scale, added in float32, since near
-    # -1 a 16-bit sum would lose up to 8 % of it
+    # [k] or [..., k], float32: all that multiplies, so the norm's own weights times one plus what a
+    # model calls its scale, added in float32, since near -1 a 16-bit sum would lose up to 8 % of it
     scale: jax.Array
-    epsilon: float = NORM_EPSILON  # added to the variance
+    shift: jax.Array | None = None  # [k] or [..., k]; None adds nothing
+    epsilon: float = NORM_EPSILON  # added to the variance, or to the mean of squares
+    kind: str = "layer"  # "layer" takes off the mean first; "rms" doesn't (arXiv 1910.07467)
+
+
+def as_norm(
+    given: Any,  # what has a norm's fields
+) -> Norm:
+    """Return a norm of another package as one of these, its vectors float32."""
+    shift = None if given.shift is None else given.shift.astype(jnp.float32)
+    scale = given.scale.astype(jnp.float32)
+    return Norm(scale=scale, shift=shift, epsilon=given.epsilon, kind=given.kind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """Columns of an array, through an activation: a part of the rows to quantize."""
+    """Columns of an array, through an activation: a part of the rows to quantize.
 
-    array: jax.Array  # [m, at least start + size], floating
+    With `times`, a gated unit (arXiv 2002.05202): activation(columns) * other columns.
+    """
+
+    array: jax.Array  # [m, at least start + size and times + size], floating
     start: int  # first column
     size: int  # columns
-    activation: str | None = None  # "gelu": its tanh form
+    activation: str | None = None  # "gelu": its tanh form; "silu"
+    times: int | None = None  # first of as many columns that multiply; None for no product
 
     @property
     def dtype(self) -> jnp.dtype:
         """That of the array."""
         return self.array.dtype
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is columns as they are, or through GELU."""
+        return self.activation != "silu" and self.times is None
 
 
 def gelu(
@@ -51,10 +73,20 @@ def gelu(
     return y / (1 + jnp.exp(y * (-2 * SQRT_2_PI - 2 * SQRT_2_PI * 0.044715 * (y * y))))
 
 
+def silu(
+    y: jax.Array,  # floating, of any shape
+) -> jax.Array:
+    """Return y / (1 + exp(-y)), elementwise (SiLU: arXiv 1606.08415, section 4)."""
+    return y / (1 + jnp.exp(-y))
+
+
+ACTIVATIONS = {"gelu": gelu, "silu": silu}
+
+
 def join(x: jax.Array | tuple[Part, ...]) -> jax.Array:
     """Return the parts side by side, [m, k]; an array is returned as it is.
 
-    Activations are computed in float32 and rounded to the dtype of their array.
+    Activations and products are computed in float32 and rounded once, to the dtype of their array.
     """
     return x if not isinstance(x, tuple) else jnp.concatenate([_value(p) for p in x], axis=1)
 
@@ -63,12 +95,20 @@ def modulate(
     x: jax.Array,  # [..., k]
     norm: Norm,
 ) -> jax.Array:
-    """Return layer_norm(x) * scale + shift, from float32 rounded to the dtype of x."""
+    """Return norm(x) * scale + shift, from float32 rounded to the dtype of x."""
     wide = x.astype(jnp.float32)
-    wide = wide - wide.mean(axis=-1, keepdims=True)
+    if norm.kind == "layer":
+        wide = wide - wide.mean(axis=-1, keepdims=True)
     wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + norm.epsilon)
-    y = wide * norm.scale.astype(jnp.float32) + norm.shift.astype(jnp.float32)
-    return round_to(y, x.dtype)
+    y = wide * norm.scale.astype(jnp.float32)
+    return round_to(y if norm.shift is None else y + norm.shift.astype(jnp.float32), x.dtype)
+
+
+def plain_why_not(norm: Norm | None) -> str | None:
+    """Say why a kernel that has layer norms with a shift alone can't do a norm, or return None."""
+    if norm is None or (norm.kind == "layer" and norm.shift is not None):
+        return None
+    return "has layer norms with a shift only, not RMS norms or norms without one"
 
 
 def round_to(
@@ -82,6 +122,10 @@ def round_to(
 
 def _value(part: Part) -> jax.Array:
     columns = part.array[:, part.start : part.start + part.size]
-    if part.activation is None:
+    if part.activation is None and part.times is None:
         return columns
-    return round_to(gelu(columns.astype(jnp.float32)), columns.dtype)
+    y = columns.astype(jnp.float32)
+    y = y if part.activation is None else ACTIVATIONS[part.activation](y)
+    if part.times is not None:
+        y = y * part.array[:, part.times : part.times + part.size].astype(jnp.float32)
+    return round_to(y, columns.dtype)

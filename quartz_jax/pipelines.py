@@ -22,8 +22,9 @@ from flax import nnx
 
 import models
 from models import build_component
-from models.flux import FluxTransformer, add_lora, read_lora
-from models.pipeline import FluxPipeline
+from models.family import Family
+from models.lora import add_lora, read_lora
+from models.sampler import Sampler
 from models.stages import Deferred
 from quartz_jax.conversion import checkpoint
 from quartz_jax.conversion.calibrate import Calibration
@@ -33,13 +34,11 @@ from quartz_jax.conversion.report import Report
 from quartz_jax.conversion.stream import Carried, Conversion, Source
 from quartz_jax.engine.place import Placement, place
 from quartz_jax.evaluation.paired import SamplingOptions, calibration_samples
-from quartz_jax.recipes import Recipe, get_recipe
+from quartz_jax.recipes import MAIN, Recipe, get_recipe
 from quartz_jax.transforms import Seen
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny_flux"
 CALIBRATION_PROMPTS = Path(__file__).resolve().parent / "conversion" / "calibration_prompts.txt"
-TRANSFORMER = "transformer"
-COMPONENTS = ("text_encoder", "text_encoder_2", "vae", TRANSFORMER)
 _TOKENS_AT_ONCE = 4096  # of latents, while calibration samples are made: an image of 1024x1024
 _IMAGES_AT_ONCE = 16  # the same, where images are small
 
@@ -48,14 +47,14 @@ _IMAGES_AT_ONCE = 16  # the same, where images are small
 class Opened:
     """A pipeline that loads its models when they are needed."""
 
-    pipeline: FluxPipeline
+    pipeline: Sampler
     # of the components that follow recipes; one that is quantized while it loads has none before
     reports: dict[str, Report]
 
     @property
     def report(self) -> Report:
-        """The transformer's."""
-        return self.reports[TRANSFORMER]
+        """The main component's."""
+        return self.reports[self.pipeline.family.main]
 
 
 def load_pipeline(
@@ -64,7 +63,7 @@ def load_pipeline(
     loras: Sequence[tuple[Path, float]] = (),
     expand: bool = False,
     keep_loaded: bool = True,
-) -> FluxPipeline:
+) -> Sampler:
     """Return the pipeline of a quantized checkpoint, ready for this device's kernels.
 
     Args:
@@ -96,45 +95,52 @@ def compute_dtype() -> jnp.dtype:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def check_components(recipes: Mapping[str, Recipe]) -> None:
-    """Raise ValueError for recipes of components that no model has."""
-    if unknown := set(recipes) - set(COMPONENTS):
+def by_component(recipes: Mapping[str, Recipe], family: Family) -> dict[str, Recipe]:
+    """Return recipes by component's name, that of `MAIN` by the family's.
+
+    Raises:
+      ValueError: one is for a component that the family hasn't.
+    """
+    if unknown := set(recipes) - {MAIN, *family.components}:
         raise ValueError(
-            f"recipe for {', '.join(sorted(unknown))}: components are {', '.join(COMPONENTS)}"
+            f"recipe for {', '.join(sorted(unknown))}: components are "
+            f"{', '.join(family.components)}"
         )
+    return {name or family.main: recipe for name, recipe in recipes.items()}
 
 
 def apply_recipe(
-    pipeline: FluxPipeline,
+    pipeline: Sampler,
     recipe: Recipe,
     seen: Mapping[str, Seen] | None = None,
     *,
-    component: str = TRANSFORMER,
-) -> tuple[FluxPipeline, Report]:
+    component: str = MAIN,
+) -> tuple[Sampler, Report]:
     """Return a copy of a loaded 16-bit pipeline with one model quantized, and the report.
 
     Args:
       pipeline: is untouched.
       recipe: for the model.
       seen: statistics of its linears' inputs, for calibrated recipes.
-      component: the model's name.
+      component: the model's name; `MAIN` for the family's main one.
     """
-    check_components({component: recipe})
-    module = getattr(pipeline, component)
+    ((component, _),) = by_component({component: recipe}, pipeline.family).items()
+    module = pipeline.models[component]
     module, report = quantize_model(module, recipe, seen, progress=bool(recipe.rules))
-    return dataclasses.replace(pipeline, **{component: module}), report
+    return pipeline.replace(**{component: module}), report
 
 
 def placed(
-    pipeline: FluxPipeline, *, component: str = TRANSFORMER, simulate: bool = False
-) -> tuple[FluxPipeline, Placement]:
+    pipeline: Sampler, *, component: str = MAIN, simulate: bool = False
+) -> tuple[Sampler, Placement]:
     """Return a copy with one loaded model ready for this device's kernels, and how it runs.
 
     See `engine.place` for `simulate`.
     """
-    model = getattr(pipeline, component)
+    component = component or pipeline.family.main
+    model = pipeline.models[component]
     module, placement = place(model, dtype=compute_dtype(), simulate=simulate)
-    return dataclasses.replace(pipeline, **{component: module}), placement
+    return pipeline.replace(**{component: module}), placement
 
 
 def open_checkpoint(
@@ -149,6 +155,7 @@ def open_checkpoint(
     """
     manifest = checkpoint.read_manifest(folder)
     checkpoint.check_carried(folder, manifest)
+    files = models.find_model(folder)
     components = manifest.components
     build = functools.partial(build_component, dtype=compute_dtype())
     given = {
@@ -159,11 +166,10 @@ def open_checkpoint(
         for name, component in components.items()
     }
     reports = {name: component.report for name, component in components.items()}
-    if TRANSFORMER not in given:
-        files = models.find_model(folder)
-        given[TRANSFORMER] = _quantized(files, TRANSFORMER, get_recipe("bf16"), reports)
-    given = _prepared(given, loras, expand)
-    return Opened(pipeline=_open_pipeline(folder, given), reports=reports)
+    if (main := files.family.main) not in given:
+        given[main] = _quantized(files, main, get_recipe("bf16"), reports)
+    given = _prepared(files.family, given, loras, expand)
+    return Opened(pipeline=_open_pipeline(files, folder, given), reports=reports)
 
 
 def _load_quantized(
@@ -172,20 +178,22 @@ def _load_quantized(
     return checkpoint.load(folder, build, component)[0]
 
 
-def load_16_bit(model: Path) -> FluxPipeline:
+def load_16_bit(model: Path) -> Sampler:
     """Return the pipeline of a 16-bit model with all its models loaded."""
     return models.load_pipeline(model, dtype=compute_dtype())
 
 
-def loaded_transformer(pipeline: FluxPipeline) -> FluxTransformer:
-    """Return the transformer of a pipeline that keeps its models loaded."""
-    assert not isinstance(pipeline.transformer, Deferred)
-    return pipeline.transformer
+def loaded_main(pipeline: Sampler) -> nnx.Module:
+    """Return the main component of a pipeline that keeps its models loaded."""
+    module = pipeline.models[pipeline.family.main]
+    assert not isinstance(module, Deferred)
+    return module
 
 
-def abstract_transformer(model: Path) -> Any:
-    """Return a 16-bit model's transformer with shapes in place of arrays."""
-    return models.find_model(model).open(TRANSFORMER).abstract
+def abstract_main(model: Path) -> Any:
+    """Return a 16-bit model's main component with shapes in place of arrays."""
+    files = models.find_model(model)
+    return files.open(files.family.main).abstract
 
 
 def open_16_bit(
@@ -201,7 +209,7 @@ def open_16_bit(
 
     Args:
       model: a diffusers folder or a file in Black Forest Labs' naming.
-      recipes: by component; without one for the transformer it stays 16-bit.
+      recipes: by component; without one for the main component it stays 16-bit.
       text_encoders: gives what `model` lacks.
       schedule: "dev", "schnell" or "folder", as `models.find_model` takes it.
       loras: files and scales of adapters.
@@ -210,8 +218,6 @@ def open_16_bit(
     Raises:
       ValueError: a recipe is calibrated, or for a component that there is none of.
     """
-    recipes = {TRANSFORMER: get_recipe("bf16"), **recipes}
-    check_components(recipes)
     for recipe in recipes.values():
         if recipe.calibrated:
             raise ValueError(
@@ -219,10 +225,11 @@ def open_16_bit(
                 "give that as --model"
             )
     files = models.find_model(model, text_encoders, schedule)
+    recipes = {files.family.main: get_recipe("bf16")} | by_component(recipes, files.family)
     reports: dict[str, Report] = {}
     given = {name: _quantized(files, name, recipe, reports) for name, recipe in recipes.items()}
-    given = _prepared(given, loras, expand)
-    pipeline = _open_pipeline(model, given, text_encoders, schedule)
+    given = _prepared(files.family, given, loras, expand)
+    pipeline = _open_pipeline(files, model, given, text_encoders, schedule)
     return Opened(pipeline=pipeline, reports=reports)
 
 
@@ -241,17 +248,20 @@ def _quantized(
 
 
 def _prepared(
-    given: Mapping[str, Deferred], loras: Sequence[tuple[Path, float]], expand: bool
+    family: Family,
+    given: Mapping[str, Deferred],
+    loras: Sequence[tuple[Path, float]],
+    expand: bool,
 ) -> dict[str, Deferred]:
     """Read and check adapters; return models that load ready for the device, and with them."""
-    config = given[TRANSFORMER].config
-    adapters = [read_lora(path, config) for path, _ in loras]
+    config = given[family.main].config
+    adapters = [read_lora(path, family, config) for path, _ in loras]
     scales = [scale for _, scale in loras]
 
     def load(name: str, deferred: Deferred) -> Any:
         module: Any = deferred.load()  # of whatever class the component is
         loaded, _ = place(module, expand=expand, dtype=compute_dtype(), in_place=True)
-        if name == TRANSFORMER and adapters:
+        if name == family.main and adapters:
             return add_lora(loaded, adapters, scales, compute_dtype())
         return loaded
 
@@ -262,16 +272,17 @@ def _prepared(
 
 
 def _open_pipeline(
+    files: models.ModelFiles,
     model: Path,
     given: Mapping[str, Deferred],
     text_encoders: Path | None = None,
     schedule: str | None = None,
-) -> FluxPipeline:
+) -> Sampler:
     """Return the pipeline; what isn't given loads in 16 bits, its tensors are checked already."""
     dtype = compute_dtype()
-    files = models.find_model(model, text_encoders, schedule)
     deferred: dict[str, Any] = dict(given)  # they stand where modules would
-    for name in (name for name in COMPONENTS if name not in given and files.paths[name].exists()):
+    others = (name for name in files.family.components if name not in given)
+    for name in (name for name in others if files.paths[name].exists()):
         stored = files.open(name, dtype)
         config = models.component_config(stored.config)
         deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
@@ -281,7 +292,7 @@ def _open_pipeline(
 
 
 def calibrate(
-    pipeline: FluxPipeline,  # of the 16-bit model
+    pipeline: Sampler,  # of the 16-bit model
     prompts: Sequence[str],
     *,
     seed: int = 0,
@@ -302,7 +313,7 @@ def calibrate(
     options, count = SamplingOptions.of(pipeline, size), len(prompts)
     total = options.num_inference_steps
     taken = sorted({int(step) for step in np.linspace(0, total - 1, min(steps, total)).round()})
-    tokens = options.height * options.width // pipeline.token_pixels**2
+    tokens = pipeline.canvas(options.height, options.width).tokens
     most = min(_IMAGES_AT_ONCE, max(1, _TOKENS_AT_ONCE // tokens))
     batch = max(size for size in range(1, most + 1) if count % size == 0)  # all of one shape
 
@@ -337,19 +348,17 @@ def plan_conversion(
       recipes: by component.
       text_encoders: gives what `model` lacks.
       schedule: "dev", "schnell" or "folder", as `models.find_model` takes it.
-      calibration: of the transformer, see `calibrate`; None without a calibrated recipe.
+      calibration: of the main component, see `calibrate`; None without a calibrated recipe.
 
     Raises:
-      ValueError: a component is missing, can't be read, or isn't one of `COMPONENTS`.
+      ValueError: a component is missing, can't be read, or isn't one of the family's.
     """
-    check_components(recipes)
     files = models.find_model(model, text_encoders, schedule)
-    opened = {
-        name: files.open(name, check_values=True) for name in files.paths if name in COMPONENTS
-    }
+    recipes = by_component(recipes, files.family)
+    opened = {name: files.open(name, check_values=True) for name in files.family.components}
     files.load_scheduler()  # what is only carried must load too
     files.load_tokenizers()
-    given = {TRANSFORMER: calibration}
+    given = {files.family.main: calibration}
     sources = tuple(
         _source(name, recipe, opened[name], given.get(name)) for name, recipe in recipes.items()
     )
@@ -396,7 +405,7 @@ def _carry(name: str, path: Path, component: models.StoredModule | None) -> Carr
 def _texts(files: models.ModelFiles) -> list[Carried]:
     """Carry licences and the like of a model's folder; make what single files lack."""
     if files.scheduler is None:
-        folder = files.paths[TRANSFORMER].parent
+        folder = files.paths[files.family.main].parent
         found = {file for pattern in checkpoint.TEXTS for file in folder.glob(pattern)}
         return [Carried.copy(file) for file in sorted(found)]
     made = {

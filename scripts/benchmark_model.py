@@ -1,6 +1,6 @@
-"""Time one denoising step of a full-size FLUX.1-dev transformer in several recipes.
+"""Time one denoising step of a full-size transformer in several recipes.
 
-    python scripts/benchmark_model.py --recipes bf16 w8a8 w4a4 --out step.json
+    python scripts/benchmark_model.py --model flux1-dev --recipes bf16 w8a8 w4a4 --out step.json
 
 Weights are random (normal, deviation 1 / sqrt(inputs)) and made on the device; speed doesn't depend
 on them. Each recipe is quantized from the same weights. `queued` is the time a step when steps are
@@ -9,6 +9,7 @@ peak of memory is what the compiler plans for a step, weights included.
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,12 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models.flux import FluxConfig, FluxTransformer
-from models.pipeline import compiled, denoising_step, image_ids
+from models.compiled import compiled
+from models.denoiser import Configs
+from models.families import FAMILIES
+from models.family import Family
+from models.sampler import denoising_step
+from models.schedulers import scheduler_from_json
 from pallas_kernels import timing
 from quartz_jax import get_recipe, place
 from quartz_jax.cli import arguments as cli
@@ -33,6 +39,7 @@ from quartz_jax.conversion.model import quantize_shapes
 from quartz_jax.io import provenance
 from quartz_jax.io.files import check_output
 
+MODELS = {name: family for family in FAMILIES for name in family.sizes}
 # Part of a kernel's name to what it does; the first that matches counts.
 GROUPS = {
     "sdpa": "attention",
@@ -57,31 +64,32 @@ def main(argv: list[str] | None = None) -> None:
     width, height = cli.parse_size(args.size)
     print(f"seed {args.seed}", flush=True)
     weights_key, inputs_key = jax.random.split(jax.random.key(args.seed))
-    config = FluxConfig(guidance_embeds=True)
-    model = random_transformer(config, weights_key)
-    inputs = random_inputs(config, inputs_key, width // 16, height // 16, args.text_tokens)
+    family = MODELS[args.model]
+    model = random_model(family, family.sizes[args.model][family.main], weights_key)
+    step = Step.of(family, args.model, model, inputs_key, (height, width), args.text_tokens)
     results = {}
     if args.together:
         subjects = {name: in_recipe(model, name, args.expand, weights_key) for name in args.recipes}
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda subject: run_once(subject, inputs), subjects.values()))
+            list(pool.map(step.run_once, subjects.values()))
     for name in args.recipes:
         subject = (
             subjects.pop(name)
             if args.together
             else in_recipe(model, name, args.expand, weights_key)
         )
-        results[name] = measure(subject, inputs, args.steps)
+        results[name] = measure(subject, step, args.steps)
         if args.together:  # it was compiled among the others
             results[name]["first_call_s"] = None
         del subject
         show(name, results[name], results.get("bf16"))
     if args.out:
-        record = {"environment": provenance.environment(), "seed": args.seed, "results": results}
+        record = {"environment": provenance.environment(), "seed": args.seed}
+        record |= {"model": args.model, "results": results}
         provenance.write_results(args.out, record)
 
 
-def in_recipe(model: FluxTransformer, name: str, expand: bool, key: jax.Array) -> nnx.Module:
+def in_recipe(model: nnx.Module, name: str, expand: bool, key: jax.Array) -> nnx.Module:
     """Return a model as a recipe stores it, ready for this device's kernels; itself for bf16.
 
     Its arrays are random, not quantized from the model's: a step takes as long, and recipes that
@@ -124,12 +132,10 @@ def random_nibbles(key: jax.Array, shape: tuple[int, ...], name: str) -> jax.Arr
     return (jax.random.randint(key, (2, *shape), -7, 8) & 15).astype(jnp.uint8)
 
 
-def random_transformer(config: FluxConfig, key: jax.Array) -> FluxTransformer:
-    """Return a bfloat16 transformer with random weights, made on the device."""
-    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: FluxTransformer(config, rngs=nnx.Rngs(0), **dtypes))
-    )
+def random_model(family: Family, config: Any, key: jax.Array) -> nnx.Module:
+    """Return a family's main component in bfloat16 with random weights, made on the device."""
+    component = family.components[family.main]
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: component.build(config, jnp.bfloat16)))
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     made = []
     for i, (path, leaf) in enumerate(leaves):
@@ -147,25 +153,58 @@ def random_normal(key: jax.Array, shape: tuple[int, ...], deviation: float) -> j
     return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(deviation)
 
 
-def random_inputs(
-    config: FluxConfig, key: jax.Array, columns: int, rows: int, text_tokens: int
-) -> tuple:
-    """Return the arguments of a denoising step, for one image."""
-    keys = jax.random.split(key, 3)
-    latents = jax.random.normal(keys[0], (1, rows * columns, config.in_channels))
-    text = jax.random.normal(keys[1], (1, text_tokens, config.joint_attention_dim), jnp.bfloat16)
-    pooled = jax.random.normal(keys[2], (1, config.pooled_projection_dim), jnp.bfloat16)
-    ids = image_ids(rows, columns), np.zeros((text_tokens, 3), np.float32)
-    sigmas = np.float32(1.0), np.float32(0.9)
-    return latents, text, pooled, *ids, *sigmas, np.float32(3.5), None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """A denoising step of one image, and what it is called with."""
+
+    static: tuple  # the family's denoiser, and the scheduler
+    arguments: tuple  # arrays, as `denoising_step` takes them
+
+    @classmethod
+    def of(
+        cls,
+        family: Family,
+        name: str,
+        model: nnx.Module,
+        key: jax.Array,
+        size: tuple[int, int],  # height, width
+        text_tokens: int,
+    ) -> "Step":
+        """Return the first step of a published model in its family's first schedule."""
+        denoiser = family.denoiser(Configs(family.sizes[name]))
+        schedule, _ = family.schedule_of(family.sizes[name], family.index)
+        scheduler = scheduler_from_json(family.schedules[schedule].scheduler)
+        canvas, keys = denoiser.canvas(*size), jax.random.split(key)
+        texts = {
+            x: jax.random.normal(keys[0], shape.shape, jnp.bfloat16)
+            for x, shape in denoiser.shapes(1, text_tokens).items()
+        }
+        conditions = denoiser.prepare(model, texts, canvas)
+        latents = jax.random.normal(keys[1], (1, *canvas.shape))
+        level = denoiser.levels(scheduler, 4, canvas, 1.0)[0]
+        guidance = np.float32(3.5) if denoiser.guided else None
+        memory = scheduler.memory(latents)
+        noise = latents if scheduler.stochastic else None
+        arguments = (latents, memory, [conditions], level, guidance, None, noise)
+        return cls(static=(denoiser, scheduler), arguments=arguments)
+
+    def compiled(self, model: nnx.Module) -> Callable:
+        """Return the step of a model."""
+        return compiled(denoising_step, model, *self.static)
+
+    def run_once(self, model: nnx.Module) -> None:
+        """Compute a step, compiling if it is the first."""
+        latents, _ = self.compiled(model)(*self.arguments)
+        if not bool(jnp.isfinite(latents).all()):
+            raise ValueError("the step's result isn't finite")
 
 
-def measure(model: FluxTransformer, inputs: tuple, steps: int) -> dict:
+def measure(model: nnx.Module, subject: Step, steps: int) -> dict:
     """Compile, run and profile a step."""
     start = time.perf_counter()
-    step = compiled(denoising_step, model)
+    step, inputs = subject.compiled(model), subject.arguments
     memory = step.func.lower(*step.args, *inputs).compile().memory_analysis()
-    run_once(model, inputs)  # what was just compiled
+    subject.run_once(model)  # what was just compiled
     first = time.perf_counter() - start
     kernels = timing.kernel_times(functools.partial(step, *inputs), 3)
     groups: dict[str, float] = {}
@@ -184,18 +223,12 @@ def measure(model: FluxTransformer, inputs: tuple, steps: int) -> dict:
     }
 
 
-def run_once(model: FluxTransformer, inputs: tuple) -> None:
-    """Compute a step, compiling if it is the first."""
-    if not bool(jnp.isfinite(compiled(denoising_step, model)(*inputs)).all()):
-        raise ValueError("the step's result isn't finite")
-
-
 def queued(step: Callable, inputs: tuple, steps: int) -> float:
     """Return milliseconds a step of several that are enqueued at once."""
     start = time.perf_counter()
     for _ in range(steps):
-        latents = step(*inputs)
-    jax.block_until_ready(latents)
+        made = step(*inputs)
+    jax.block_until_ready(made)
     return (time.perf_counter() - start) / steps * 1e3
 
 
@@ -219,6 +252,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
+    add("--model", choices=MODELS, default="flux1-dev", help="whose sizes to take")
     add("--recipes", nargs="+", metavar="RECIPE", default=["bf16", "w8a8", "w4a8x", "w4a4"])
     add("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels, multiples of 16")
     add("--text-tokens", type=cli.positive, default=512)

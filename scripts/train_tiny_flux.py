@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.flux.params import export_flux_transformer
-from models.pipeline import pack
-from models.text_encoders.clip import export_clip_text_encoder
-from models.text_encoders.t5 import export_t5_encoder
+from models.flux.latents import pack
+from models.flux.params import TRANSFORMER
+from models.text_encoders.clip import CLIP_TEXT
+from models.text_encoders.t5 import T5_ENCODER
 from models.tiny_flux import architecture, dataset, training
-from models.vae.params import export_autoencoder_kl, load_autoencoder_kl
+from models.vae.params import AUTOENCODER_KL
 from quartz_jax import pipelines
 from quartz_jax.cli import arguments as cli
 from quartz_jax.cli import cache as compilation_cache
@@ -153,7 +153,7 @@ def train_vae(args: argparse.Namespace, stage: str) -> bool:
         scaling_factor=float(1 / latents.std()),
         shift_factor=float(latents.mean()),
     )
-    export_autoencoder_kl(vae, args.work / "model" / "vae")
+    AUTOENCODER_KL.export(vae, args.work / "model" / "vae")
     print(f"latents: mean {latents.mean():.4f}, deviation {latents.std():.4f}")
     return True
 
@@ -167,7 +167,7 @@ def compute_dtype() -> jnp.dtype:
 def conditioned_latents(path: Path, work: Path) -> tuple[dict, int]:
     """Return the training arrays, packed latents and both forms of every caption, and channels."""
     data = read_data(path)
-    vae = load_autoencoder_kl(work / "model" / "vae", dtype=compute_dtype())
+    vae = AUTOENCODER_KL.load(work / "model" / "vae", dtype=compute_dtype())
     tokenizers = make_tokenizers(path, data)
     if path.is_dir():
         data = with_mirrored(data)
@@ -237,14 +237,14 @@ def initialise(channels: int) -> tuple[nnx.GraphDef, nnx.State]:
 
 def export(args: argparse.Namespace) -> None:
     """Write the whole model folder: the last stage that saved a state, and the autoencoder."""
-    vae = load_autoencoder_kl(args.work / "model" / "vae", dtype=compute_dtype())
+    vae = AUTOENCODER_KL.load(args.work / "model" / "vae", dtype=compute_dtype())
     graphdef, params = initialise(vae.config.latent_channels)
     last = "distill" if training.has_state(args.work / "distill") else "flow"
     model = nnx.merge(graphdef, training.restore_ema(args.work / last, params))
-    export_flux_transformer(model.transformer, args.out / "transformer")
-    export_clip_text_encoder(model.clip, args.out / "text_encoder")
-    export_t5_encoder(model.t5, args.out / "text_encoder_2")
-    export_autoencoder_kl(vae, args.out / "vae")
+    TRANSFORMER.export(model.transformer, args.out / "transformer")
+    CLIP_TEXT.export(model.clip, args.out / "text_encoder")
+    T5_ENCODER.export(model.t5, args.out / "text_encoder_2")
+    AUTOENCODER_KL.export(vae, args.out / "vae")
     data = read_data(args.data)
     t5, clip = make_tokenizers(args.data, data)
     clip.save_pretrained(args.out / "tokenizer")
@@ -283,7 +283,7 @@ def measure(args: argparse.Namespace, images: int = 128) -> None:
     """Print the autoencoder's reconstruction PSNR and plot the losses of the other stages."""
     data = read_data(args.data)
     chosen = np.random.default_rng(0).choice(len(data.images), images, replace=False)
-    vae = load_autoencoder_kl(args.out / "vae", dtype=jnp.float32)
+    vae = AUTOENCODER_KL.load(args.out / "vae", dtype=jnp.float32)
     psnr = training.reconstruction_psnr(vae, data.images[np.sort(chosen)])
     print(f"reconstruction of {images} images: PSNR {psnr.mean():.1f} dB, worst {psnr.min():.1f}")
     plot_losses(args.out / "training")

@@ -40,6 +40,7 @@ QUICKLY_COMPILED = {
     "quartz_jax/test_methods.py",
     "quartz_jax/test_networks.py",
     "quartz_jax/test_placement.py",
+    "quartz_jax/test_quantized_decoder.py",
     "quartz_jax/test_quantized_lora.py",
     "quartz_jax/test_transforms.py",
 }

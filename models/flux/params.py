@@ -1,36 +1,21 @@
-"""Names of a FLUX transformer's tensors, diffusers' and Black Forest Labs'; loading and export."""
+"""Names of a FLUX transformer's tensors, diffusers' and Black Forest Labs'."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from models.checkpoint_io import (
-    Rule,
-    StoredModule,
-    TracingRngs,
-    count_blocks,
-    match_params,
-    save_params,
-)
+from models.checkpoint_io import Rule, count_blocks
+from models.component import Component, Naming
 from models.flux.config import FluxConfig
 from models.flux.modeling import FluxTransformer
-from models.stored_files import (
-    Checkpoint,
-    CheckpointError,
-    find_prefix,
-    open_checkpoint,
-    open_folder,
-)
+from models.stored_files import CheckpointError
 
-# A tensor of Black Forest Labs' naming that every checkpoint has.
+# A tensor of Black Forest Labs' naming that every checkpoint has, those of FLUX.2 too.
 TELLING = "double_blocks.0.img_attn.qkv.weight"
-# What names of other models begin with in files that hold several.
-_BESIDE = r"(vae|first_stage_model|text_encoders?|text_encoder_2|cond_stage_model|conditioner)\."
 
 
-def _swap_halves(value: np.ndarray) -> np.ndarray:
+def swap_halves(value: np.ndarray) -> np.ndarray:
     """Exchange shift (ours first) and scale (diffusers' first) along the rows."""
     return np.concatenate(np.split(value, 2)[::-1])
 
@@ -87,7 +72,7 @@ def diffusers_rules(config: FluxConfig) -> list[Rule]:
             Rule(pattern=pattern, sources=tuple(prefix + name for name in names), rows=rows)
             for pattern, (prefix, names, rows) in joined.items()
         ),
-        Rule(pattern=r"final_layer\.modulation", sources="norm_out.linear", transform=_swap_halves),
+        Rule(pattern=r"final_layer\.modulation", sources="norm_out.linear", transform=swap_halves),
     ]
 
 
@@ -112,24 +97,6 @@ def bfl_rules() -> list[Rule]:
         Rule(pattern=r"(double_blocks\.\d+\.(?:img|txt)_mlp)\.down", sources=r"\1.2"),
         Rule(pattern=r"final_layer\.modulation", sources="final_layer.adaLN_modulation.1"),
     ]
-
-
-def is_bfl_transformer(names: Mapping[str, object]) -> bool:
-    """Return whether names hold those of a FLUX transformer in Black Forest Labs' naming.
-
-    They may have a prefix, and other models' names may stand beside them.
-    """
-    return find_prefix(names, TELLING) is not None
-
-
-def select_bfl_transformer(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the tensors of the FLUX transformer in a file, under Black Forest Labs' names.
-
-    Raises:
-      CheckpointError: it holds several.
-    """
-    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
-    return checkpoint.under(prefix) if prefix else checkpoint.without(_BESIDE)
 
 
 def config_from_bfl(shapes: Mapping[str, tuple[int, ...]], path: Path | str = "") -> FluxConfig:
@@ -177,47 +144,12 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
     )
 
 
-def open_flux_transformer(path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> StoredModule:
-    """Open the transformer of a FLUX.1 model without reading its parameters.
-
-    Args:
-      path: the `transformer` folder of a diffusers model; or a file in Black Forest Labs' naming or
-        an index of such files, with any prefix or none, and perhaps with other models beside it.
-      dtype: of the parameters and the computation.
-
-    Raises:
-      CheckpointError: a file, its config or a tensor can't be used; the message names it.
-    """
-    path = Path(path)
-    if path.is_file():
-        checkpoint = select_bfl_transformer(open_checkpoint(path))
-        config, rules = config_from_bfl(checkpoint.shapes, path), bfl_rules()
-    else:
-        values, checkpoint = open_folder(path, "x_embedder.weight")
-        config = FluxConfig.from_json(values)
-        rules = diffusers_rules(config)
-    return match_params(
-        lambda: FluxTransformer(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
-        checkpoint,
-        rules,
-        config=config.to_json(),
-    )
-
-
-def load_flux_transformer(path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> FluxTransformer:
-    """Load what `open_flux_transformer` opens; computes and stores in `dtype`."""
-    return open_flux_transformer(path, dtype).load(dtype)
-
-
-def export_flux_transformer(
-    module: FluxTransformer, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
-) -> None:
-    """Write a folder that diffusers' FluxTransformer2DModel and `load_flux_transformer` read."""
-    save_params(
-        module,
-        folder,
-        diffusers_rules(module.config),
-        config=module.config.to_json(),
-        filename="diffusion_pytorch_model.safetensors",
-        dtype=dtype,
-    )
+TRANSFORMER = Component(
+    name="FLUX.1 transformer",
+    classes=("FluxTransformer2DModel",),
+    library="diffusers",
+    config=FluxConfig,
+    module=FluxTransformer,
+    folder=Naming(telling="x_embedder.weight", rules=lambda config, names: diffusers_rules(config)),
+    file=Naming(telling=TELLING, rules=lambda config, names: bfl_rules(), config=config_from_bfl),
+)

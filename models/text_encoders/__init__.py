@@ -1,20 +1,26 @@
-"""Text encoders: T5 and CLIP."""
+"""Text encoders: T5, CLIP and causal decoders."""
 
 from models.text_encoders.clip import (
+    CLIP_TEXT,
+    CLIP_TEXT_PROJECTED,
     CLIPTextConfig,
     CLIPTextEncoder,
-    export_clip_text_encoder,
-    load_clip_text_encoder,
+    ProjectedCLIPTextConfig,
 )
-from models.text_encoders.t5 import T5Config, T5Encoder, export_t5_encoder, load_t5_encoder
+from models.text_encoders.decoder import DECODER, Decoder, DecoderConfig, decoder_component
+from models.text_encoders.t5 import T5_ENCODER, T5Config, T5Encoder
 
 __all__ = [
+    "CLIP_TEXT",
+    "CLIP_TEXT_PROJECTED",
+    "DECODER",
+    "T5_ENCODER",
     "CLIPTextConfig",
     "CLIPTextEncoder",
+    "Decoder",
+    "DecoderConfig",
+    "ProjectedCLIPTextConfig",
     "T5Config",
     "T5Encoder",
-    "export_clip_text_encoder",
-    "export_t5_encoder",
-    "load_clip_text_encoder",
-    "load_t5_encoder",
+    "decoder_component",
 ]

@@ -1,9 +1,9 @@
 """The text encoder of CLIP (arXiv 2103.00020)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,12 @@ from models.checkpoint_io import (
     WIDTHS,
     CheckpointError,
     Rule,
-    StoredModule,
-    TracingRngs,
     check_bounds,
     config_from_json,
     count_blocks,
-    match_params,
-    save_params,
 )
+from models.component import Component, Naming
 from models.linear import Linear
-from models.stored_files import Checkpoint, find_prefix, open_checkpoint, open_folder, unwrap
 
 TELLING = "text_model.final_layer_norm.weight"  # a tensor that every checkpoint has
 
@@ -42,11 +38,17 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"  # "quick_gelu" or "gelu" (exact)
     layer_norm_eps: float = 1e-5  # added to the variance before its root
     eos_token_id: int = 49407  # token whose state is the pooled output; 2 has a meaning of its own
+    # Which of transformers' `hidden_states` the call returns, such as -2 for what goes into the
+    # last block; None for the last, behind the final norm. Our own key.
+    hidden_state: int | None = None
+    projection_dim: int | None = None  # channels of the projected pooled state; None: none is there
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
         check_bounds(self, **dict.fromkeys((*sizes, "max_position_embeddings"), WIDTHS))
         check_bounds(self, num_hidden_layers=BLOCKS, layer_norm_eps=(0, 1), eos_token_id=(0, 2**31))
+        blocks = self.num_hidden_layers
+        check_bounds(self, hidden_state=(-blocks - 1, blocks), projection_dim=WIDTHS)
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 f"CLIPTextConfig: hidden_size = {self.hidden_size} must be a multiple of "
@@ -55,14 +57,41 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "CLIPTextConfig":
-        """Build from a parsed config.json; raises CheckpointError on what isn't supported."""
+        """Build from a parsed config.json; raises CheckpointError on what isn't supported.
+
+        A projection behind the model is left alone, unless the config is one of ours: transformers
+        writes its size, be it there or not.
+        """
+        ours = "hidden_state" in values
+        return cls._from_json(values if ours else {**values, "projection_dim": None})
+
+    @classmethod
+    def _from_json(cls, values: Mapping[str, Any]) -> Self:
         supported = {"model_type": ("clip_text_model",), "hidden_act": tuple(_ACTIVATIONS)}
         return config_from_json(cls, values, supported)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the config.json that transformers' CLIPTextModel reads."""
-        names = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-        return {**names, **dataclasses.asdict(self)}
+        """Return the config.json that transformers' class reads."""
+        kind = "CLIPTextModel" if self.projection_dim is None else "CLIPTextModelWithProjection"
+        names = {"architectures": [kind], "model_type": "clip_text_model"}
+        values = dataclasses.asdict(self).items()
+        return {**names, **{key: value for key, value in values if value is not None}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectedCLIPTextConfig(CLIPTextConfig):
+    """A CLIP text encoder as SD3 and SDXL take it: what goes into its last block, and a projection.
+
+    Both are CLIP-L (SD3) and CLIP-G (arXiv 2307.01952, section 2.1).
+    """
+
+    hidden_state: int | None = -2
+    projection_dim: int | None = 512
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ProjectedCLIPTextConfig":
+        """Build from a parsed config.json; raises CheckpointError on what isn't supported."""
+        return cls._from_json(values)
 
 
 class CLIPTextEncoder(nnx.Module):
@@ -93,6 +122,8 @@ class CLIPTextEncoder(nnx.Module):
         self.position_embedding = nnx.Embed(config.max_position_embeddings, width, **lookup)
         self.layers = nnx.List([_Layer(config, **options) for _ in range(config.num_hidden_layers)])
         self.final_layer_norm = _norm(config, **options)
+        outputs, options = config.projection_dim, options | {"use_bias": False, "role": "head"}
+        self.text_projection = outputs and _linear(width, outputs, width**-0.5, **options)
 
     def __call__(
         self,
@@ -100,6 +131,9 @@ class CLIPTextEncoder(nnx.Module):
         attention_mask: jax.Array | None = None,  # [batch, tokens], 0 for padding; None: no padding
     ) -> tuple[jax.Array, jax.Array]:
         """Return hidden states, [batch, tokens, hidden_size], and pooled, [batch, hidden_size].
+
+        The states are those that the config names; the pooled one is projected, to
+        [batch, projection_dim], where it names a projection.
 
         Raises:
           ValueError: more tokens than the model has positions.
@@ -113,10 +147,15 @@ class CLIPTextEncoder(nnx.Module):
         mask = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None]
         if attention_mask is not None:
             mask &= attention_mask.astype(bool)[:, None, None, :]
+        states = [x]
         for layer in self.layers:
-            x = layer(x, mask)
-        x = self.final_layer_norm(x)
-        return x, x[jnp.arange(x.shape[0]), self._eos_position(input_ids)]
+            states.append(layer(states[-1], mask))
+        last = self.final_layer_norm(states[-1])
+        pooled = last[jnp.arange(last.shape[0]), self._eos_position(input_ids)]
+        if self.text_projection is not None:
+            pooled = self.text_projection(pooled)
+        wanted = self.config.hidden_state
+        return last if wanted is None else states[wanted], pooled
 
     def _eos_position(self, input_ids: jax.Array) -> jax.Array:
         """Return the index of the first end token of each row, int [batch].
@@ -202,10 +241,18 @@ def checkpoint_rules(prefix: str = "text_model.") -> list[Rule]:
     ]
 
 
-def select_clip(checkpoint: Checkpoint) -> Checkpoint | None:
-    """Return the tensors of the CLIP text encoder among those of a file; None if there is none."""
-    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
-    return None if prefix is None else checkpoint.under(prefix)
+class _Published(NamedTuple):
+    """What the shapes of a published encoder don't tell."""
+
+    name: str
+    heads: int
+    hidden_act: str
+
+
+_PUBLISHED = {  # by width
+    768: _Published("CLIP-L", heads=12, hidden_act="quick_gelu"),
+    1280: _Published("CLIP-G", heads=20, hidden_act="gelu"),
+}
 
 
 def config_from_shapes(
@@ -216,73 +263,71 @@ def config_from_shapes(
     Heads and activation aren't in the shapes; those of CLIP-L are in its published config.json.
 
     Args:
-      shapes: its tensors', as `select_clip` gives them.
+      shapes: its tensors', without a prefix.
       path: of the file, for errors.
 
     Raises:
       CheckpointError: it is another model, or not whole.
     """
+    return CLIPTextConfig(**_sizes(shapes, path, (768,)))
+
+
+def projected_config_from_shapes(
+    shapes: Mapping[str, tuple[int, ...]], path: Path | str = ""
+) -> ProjectedCLIPTextConfig:
+    """Return the same of a file with a projection, if it is CLIP-L's or CLIP-G's."""
+    projection = shapes.get("text_projection.weight", ())
+    if len(projection) != 2:
+        raise CheckpointError(f"{path} holds a text encoder without text_projection.weight")
+    sizes = _sizes(shapes, path, tuple(_PUBLISHED))
+    return ProjectedCLIPTextConfig(**sizes, projection_dim=projection[0])
+
+
+def _sizes(
+    shapes: Mapping[str, tuple[int, ...]], path: Path | str, widths: tuple[int, ...]
+) -> dict[str, Any]:
+    """Return the fields of a published encoder of one of some widths."""
     telling = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight")
     telling = (*telling, "encoder.layers.0.mlp.fc1.weight")
     token, position, hidden = (shapes.get(f"text_model.{name}", ()) for name in telling)
-    if (token[1:], position[1:], hidden[1:]) != ((768,),) * 3:
+    width = token[1:]
+    if {width, position[1:], hidden[1:]} != {width} or width not in {(x,) for x in widths}:
+        names = " or ".join(_PUBLISHED[x].name for x in widths)
         raise CheckpointError(
-            f"{path} holds a text encoder that isn't CLIP-L, or only a part of it"
+            f"{path} holds a text encoder that isn't {names}, or only a part of it"
         )
-    return CLIPTextConfig(
-        vocab_size=token[0],
-        hidden_size=768,
-        intermediate_size=hidden[0],
-        num_hidden_layers=count_blocks(r"text_model\.encoder\.layers", shapes),
-        num_attention_heads=12,
-        max_position_embeddings=position[0],
-        eos_token_id=2,
-    )
+    return {
+        "vocab_size": token[0],
+        "hidden_size": token[1],
+        "intermediate_size": hidden[0],
+        "num_hidden_layers": count_blocks(r"text_model\.encoder\.layers", shapes),
+        "num_attention_heads": _PUBLISHED[token[1]].heads,
+        "max_position_embeddings": position[0],
+        "hidden_act": _PUBLISHED[token[1]].hidden_act,
+        "eos_token_id": 2,
+    }
 
 
-def open_clip_text_encoder(path: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
-    """Open a CLIP text encoder without reading its parameters.
-
-    A projection behind the model (CLIPTextModelWithProjection) is left alone.
-
-    Args:
-      path: a transformers CLIPTextModel folder, with config.json and safetensors; or a file that
-        holds CLIP-L under the same names, with any prefix, and perhaps other models.
-      dtype: of the parameters and the computation.
-
-    Raises:
-      CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
-    """
-    path = Path(path)
-    if path.is_file():
-        checkpoint = select_clip(open_checkpoint(path))
-        if checkpoint is None:
-            raise CheckpointError(f"{path} holds no CLIP text encoder")
-        config = config_from_shapes(checkpoint.shapes, path)
-    else:
-        values, checkpoint = open_folder(path, TELLING)
-        config = CLIPTextConfig.from_json(values)
-    prefixed = any(name.startswith("text_model.") for name in checkpoint.shapes)
-    checkpoint = checkpoint if prefixed else unwrap(checkpoint, "final_layer_norm.weight")
-    return match_params(
-        lambda: CLIPTextEncoder(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
-        checkpoint,
-        checkpoint_rules("text_model." if prefixed else ""),
-        config=config.to_json(),
-        ignore=(r".*position_ids", r"text_projection\.weight", "logit_scale"),
-    )
+def _rules(config: CLIPTextConfig, names: Collection[str]) -> list[Rule]:
+    bare = bool(names) and not any(name.startswith("text_model.") for name in names)
+    return checkpoint_rules("" if bare else "text_model.")
 
 
-def load_clip_text_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> CLIPTextEncoder:
-    """Load what `open_clip_text_encoder` opens; computes and stores in `dtype`."""
-    return open_clip_text_encoder(folder, dtype).load(dtype)
-
-
-def export_clip_text_encoder(
-    module: CLIPTextEncoder, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
-) -> None:
-    """Write a folder that transformers' CLIPTextModel and `load_clip_text_encoder` read."""
-    config = {**module.config.to_json(), "dtype": jnp.dtype(dtype).name}
-    save_params(
-        module, folder, checkpoint_rules(), config=config, filename="model.safetensors", dtype=dtype
-    )
+# A projection behind the model is left alone where the config names none.
+_IGNORE = (r".*position_ids", r"text_projection\.weight", "logit_scale")
+CLIP_TEXT = Component(
+    name="CLIP text encoder",
+    classes=("CLIPTextModel", "CLIPTextModelWithProjection"),
+    library="transformers",
+    config=CLIPTextConfig,
+    module=CLIPTextEncoder,
+    folder=Naming(telling=(TELLING, "final_layer_norm.weight"), rules=_rules, ignore=_IGNORE),
+    file=Naming(telling=TELLING, rules=_rules, ignore=_IGNORE, config=config_from_shapes),
+)
+# SD3's and SDXL's.
+CLIP_TEXT_PROJECTED = dataclasses.replace(
+    CLIP_TEXT,
+    classes=("CLIPTextModelWithProjection",),
+    config=ProjectedCLIPTextConfig,
+    file=Naming(telling=TELLING, rules=_rules, ignore=_IGNORE, config=projected_config_from_shapes),
+)

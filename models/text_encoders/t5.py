@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,12 @@ from models.checkpoint_io import (
     WIDTHS,
     CheckpointError,
     Rule,
-    StoredModule,
-    TracingRngs,
     check_bounds,
     config_from_json,
     count_blocks,
-    match_params,
-    save_params,
 )
+from models.component import Component, Naming
 from models.linear import Linear
-from models.stored_files import Checkpoint, find_prefix, open_checkpoint, open_folder
 
 TELLING = "encoder.final_layer_norm.weight"  # a tensor that every checkpoint has
 
@@ -243,17 +239,11 @@ def checkpoint_rules(embedding: str = "shared") -> list[Rule]:
     ]
 
 
-def select_t5(checkpoint: Checkpoint) -> Checkpoint | None:
-    """Return the tensors of the T5 encoder among those of a file; None if there is none."""
-    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
-    return None if prefix is None else checkpoint.under(prefix)
-
-
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path | str = "") -> T5Config:
     """Return the sizes that a file without config.json has.
 
     Args:
-      shapes: its tensors', as `select_t5` gives them.
+      shapes: its tensors', without a prefix.
       path: of the file, for errors.
 
     Raises:
@@ -285,51 +275,24 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path | str =
     )
 
 
-def open_t5_encoder(path: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
-    """Open a T5 encoder, or a whole T5, whose decoder is left alone; nothing is read.
-
-    Args:
-      path: a transformers folder, with config.json and safetensors; or a file with the same names,
-        with any prefix, and perhaps other models.
-      dtype: of the parameters and the computation.
-
-    Raises:
-      CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
-    """
-    path = Path(path)
-    if path.is_file():
-        checkpoint = select_t5(open_checkpoint(path))
-        if checkpoint is None:
-            raise CheckpointError(f"{path} holds no T5 encoder")
-        config = config_from_shapes(checkpoint.shapes, path)
-    else:
-        values, checkpoint = open_folder(path, TELLING)
-        config = T5Config.from_json(values)
-    shared = "shared.weight" in checkpoint.shapes
-    return match_params(
-        lambda: T5Encoder(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
-        checkpoint,
-        checkpoint_rules("shared" if shared else "encoder.embed_tokens"),
-        config=config.to_json(),
-        ignore=(
-            r"(encoder|decoder)\.embed_tokens\.weight",
-            r"decoder\..+",
-            r"lm_head\.weight",
-            "logit_scale",
-        ),
-    )
+def _rules(config: T5Config, names: Collection[str]) -> list[Rule]:
+    shared = not names or "shared.weight" in names
+    return checkpoint_rules("shared" if shared else "encoder.embed_tokens")
 
 
-def load_t5_encoder(folder: Path | str, dtype: jnp.dtype = jnp.float32) -> T5Encoder:
-    """Load what `open_t5_encoder` opens; computes and stores in `dtype`."""
-    return open_t5_encoder(folder, dtype).load(dtype)
-
-
-def export_t5_encoder(
-    module: T5Encoder, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
-) -> None:
-    """Write a folder that transformers' T5EncoderModel and `load_t5_encoder` read."""
-    config = {**module.config.to_json(), "dtype": jnp.dtype(dtype).name}
-    save_params(
-        module, folder, checkpoint_rules(), config=config, filename="model.safetensors", dtype=dtype
-    )
+# A whole T5's decoder is left alone.
+_IGNORE = (
+    r"(encoder|decoder)\.embed_tokens\.weight",
+    r"decoder\..+",
+    r"lm_head\.weight",
+    "logit_scale",
+)
+T5_ENCODER = Component(
+    name="T5 encoder",
+    classes=("T5EncoderModel",),
+    library="transformers",
+    config=T5Config,
+    module=T5Encoder,
+    folder=Naming(telling=TELLING, rules=_rules, ignore=_IGNORE),
+    file=Naming(telling=TELLING, rules=_rules, ignore=_IGNORE, config=config_from_shapes),
+)

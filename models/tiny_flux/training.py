@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from models.flux.config import FluxConfig
-from models.pipeline import image_ids
+from models.flux.latents import image_ids
 from models.tiny_flux.architecture import TextToImage
 
 State = dict[str, Any]  # params, ema, optimizer, key: all arrays, saved as they are

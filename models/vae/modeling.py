@@ -1,4 +1,4 @@
-"""The convolutional autoencoder of latent diffusion (arXiv 2112.10752), as in SD and FLUX.
+"""The convolutional autoencoders of latent diffusion (arXiv 2112.10752), of SD and FLUX.
 
 Images and latents are [batch, height, width, channels]. Norms and softmax run in float32.
 """
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.attention import dot_product_attention
-from models.vae.config import AutoencoderKLConfig
+from models.vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
+from models.vae.packing import pack, unpack
 
 # The weight init of torch's convolutions: uniform within 1 / sqrt(fan_in).
 _KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -32,8 +33,8 @@ class DiagonalGaussian(NamedTuple):
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
 
-class AutoencoderKL(nnx.Module):
-    """Encoder and decoder. Scaling and shift of the latents are left to the caller.
+class _Autoencoder(nnx.Module):
+    """Encoder and decoder. What diffusion runs on is made of latents by `normalize`.
 
     Args:
       config: the shape.
@@ -44,7 +45,7 @@ class AutoencoderKL(nnx.Module):
 
     def __init__(
         self,
-        config: AutoencoderKLConfig,
+        config: AutoencoderKLConfig | AutoencoderKLFlux2Config,
         *,
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
@@ -94,8 +95,68 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(latents)
 
 
+class AutoencoderKL(_Autoencoder):
+    """SD's, SDXL's, SD3's and FLUX.1's, whose latents are shifted and scaled by two numbers."""
+
+    config: AutoencoderKLConfig
+
+    def normalize(self, latents: jax.Array) -> jax.Array:
+        """Return what diffusion runs on, of the same shape, any, and dtype."""
+        return (latents - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+
+    def denormalize(self, latents: jax.Array) -> jax.Array:
+        """Return what `decode` takes, of the same shape and dtype: the inverse of `normalize`."""
+        return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+
+
+class AutoencoderKLFlux2(_Autoencoder):
+    """FLUX.2's, whose latents are packed 2x2 and brought to mean 0 and variance 1 by channel."""
+
+    config: AutoencoderKLFlux2Config
+
+    def __init__(
+        self,
+        config: AutoencoderKLFlux2Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        super().__init__(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.bn = _Statistics(config.packed_channels, param_dtype)
+
+    def normalize(
+        self,
+        latents: jax.Array,  # float32 [batch, height, width, latent_channels], both sides even
+    ) -> jax.Array:
+        """Return what diffusion runs on, [batch, height / 2, width / 2, 4 latent_channels]."""
+        return (pack(latents) - self._mean()) / self._deviation()
+
+    def denormalize(
+        self,
+        latents: jax.Array,  # float32 [batch, rows, columns, 4 latent_channels]
+    ) -> jax.Array:
+        """Return what `decode` takes, [batch, 2 rows, 2 columns, latent_channels]."""
+        return unpack(latents * self._deviation() + self._mean())
+
+    def _mean(self) -> jax.Array:
+        return self.bn.running_mean[...].astype(jnp.float32)
+
+    def _deviation(self) -> jax.Array:
+        variance = self.bn.running_var[...].astype(jnp.float32)
+        return jnp.sqrt(variance + self.config.batch_norm_eps)
+
+
+class _Statistics(nnx.Module):
+    """Mean and variance of each packed channel over the training images, under torch's names."""
+
+    def __init__(self, channels: int, dtype: jnp.dtype):
+        self.running_mean = nnx.BatchStat(jnp.zeros(channels, dtype))
+        self.running_var = nnx.BatchStat(jnp.ones(channels, dtype))
+
+
 class _Encoder(nnx.Module):
-    def __init__(self, config: AutoencoderKLConfig, **options):
+    def __init__(self, config, **options):
         widths = config.block_out_channels
         self.conv_in = _conv(config.in_channels, widths[0], 3, **options)
         self.down_blocks = nnx.List(
@@ -104,7 +165,7 @@ class _Encoder(nnx.Module):
                 for level, (inputs, outputs) in enumerate(pairwise((widths[0], *widths)))
             ]
         )
-        self.mid_block = _MidBlock(config, **options)
+        self.mid_block = _MidBlock(config, widths[-1], **options)
         self.conv_norm_out = _norm(config, widths[-1], **options)
         self.conv_out = _conv(widths[-1], 2 * config.latent_channels, 3, **options)
 
@@ -117,10 +178,10 @@ class _Encoder(nnx.Module):
 
 
 class _Decoder(nnx.Module):
-    def __init__(self, config: AutoencoderKLConfig, **options):
-        widths = config.block_out_channels[::-1]
+    def __init__(self, config, **options):
+        widths = config.decoder_widths[::-1]
         self.conv_in = _conv(config.latent_channels, widths[0], 3, **options)
-        self.mid_block = _MidBlock(config, **options)
+        self.mid_block = _MidBlock(config, widths[0], **options)
         self.up_blocks = nnx.List(
             [
                 _UpBlock(config, inputs, outputs, upsample=level < len(widths) - 1, **options)
@@ -168,8 +229,7 @@ class _UpBlock(nnx.Module):
 
 
 class _MidBlock(nnx.Module):
-    def __init__(self, config: AutoencoderKLConfig, **options):
-        width = config.block_out_channels[-1]
+    def __init__(self, config, width: int, **options):
         self.resnets = _resnets(config, width, width, 2, **options)
         self.attention = (
             _Attention(config, width, **options) if config.mid_block_add_attention else None
@@ -198,7 +258,7 @@ class _ResnetBlock(nnx.Module):
 class _Attention(nnx.Module):
     """Single-head attention over all pixels, a slice of the queries at a time."""
 
-    def __init__(self, config: AutoencoderKLConfig, width: int, **options):
+    def __init__(self, config, width: int, **options):
         self.group_norm = _norm(config, width, **options)
         self.to_q = nnx.Linear(width, width, kernel_init=_KERNEL_INIT, **options)
         self.to_k = nnx.Linear(width, width, kernel_init=_KERNEL_INIT, **options)
@@ -242,7 +302,7 @@ def _conv(
     )
 
 
-def _norm(config: AutoencoderKLConfig, channels: int, **options) -> nnx.GroupNorm:
+def _norm(config, channels: int, **options) -> nnx.GroupNorm:
     return nnx.GroupNorm(
         channels, num_groups=config.norm_num_groups, use_fast_variance=False, **options
     )

@@ -1,26 +1,14 @@
-"""Checkpoint names of the autoencoder, diffusers' and Black Forest Labs'; loading and export."""
+"""Checkpoint names of the autoencoder, diffusers' and Black Forest Labs'."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
-
-from models.checkpoint_io import (
-    Rule,
-    StoredModule,
-    TracingRngs,
-    match_params,
-    save_params,
-)
-from models.stored_files import (
-    Checkpoint,
-    CheckpointError,
-    find_prefix,
-    open_checkpoint,
-    open_folder,
-)
-from models.vae.config import AutoencoderKLConfig
+from models.checkpoint_io import Rule
+from models.component import Component, Naming
+from models.stored_files import CheckpointError
+from models.vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
 from models.vae.modeling import AutoencoderKL
 
 # A tensor of Black Forest Labs' naming that every checkpoint has.
@@ -49,12 +37,13 @@ _OLD_RULES = (
 )
 
 
-def bfl_rules(config: AutoencoderKLConfig) -> list[Rule]:
+def bfl_rules(config: AutoencoderKLConfig | AutoencoderKLFlux2Config) -> list[Rule]:
     """Return the rules to the names of Black Forest Labs' ae.safetensors.
 
     They are those of latent diffusion (`src/flux/modules/autoencoder.py` of
     github.com/black-forest-labs/flux): the decoder's levels count from the finest, and attention's
-    projections are 1x1 convolutions.
+    projections are 1x1 convolutions. FLUX.2's have the quant convolutions inside of encoder and
+    decoder (`src/flux2/autoencoder.py` of github.com/black-forest-labs/flux2).
     """
     last = len(config.block_out_channels) - 1
     down, up, mid = r"encoder\.down_blocks\.(\d+)\.", r"decoder\.up_blocks\.", r"(.+)\.mid_block\."
@@ -74,6 +63,9 @@ def bfl_rules(config: AutoencoderKLConfig) -> list[Rule]:
         (mid + r"attention\.group_norm", r"\1.mid.attn_1.norm"),
         (r"(.+)\.conv_norm_out", r"\1.norm_out"),
     ]
+    if isinstance(config, AutoencoderKLFlux2Config):
+        table += [("quant_conv", "encoder.quant_conv")]
+        table += [("post_quant_conv", "decoder.post_quant_conv")]
     attention = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
     return [
         *(Rule(pattern=pattern, sources=source) for pattern, source in table),
@@ -86,21 +78,6 @@ def bfl_rules(config: AutoencoderKLConfig) -> list[Rule]:
             for ours, theirs in attention.items()
         ),
     ]
-
-
-def is_bfl_autoencoder(names: Mapping[str, object]) -> bool:
-    """Return whether names hold those of an autoencoder in Black Forest Labs' naming."""
-    return find_prefix(names, TELLING) is not None
-
-
-def select_bfl_autoencoder(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the tensors of the autoencoder in a file, under Black Forest Labs' names.
-
-    Raises:
-      CheckpointError: it holds several.
-    """
-    prefix = find_prefix(checkpoint.shapes, TELLING, checkpoint.path)
-    return checkpoint.under(prefix) if prefix else checkpoint
 
 
 def config_from_bfl(
@@ -117,73 +94,61 @@ def config_from_bfl(
     Raises:
       CheckpointError: a tensor that tells a size is missing.
     """
-    telling = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
-    if missing := [name for name in telling if name not in shapes]:
-        raise CheckpointError(
-            f"{path}: no FLUX.1 autoencoder: missing {'; missing '.join(missing)}"
-        )
-    if misshapen := [name for name in telling if len(shapes[name]) != 4]:
-        raise CheckpointError(f"{path}: no FLUX.1 autoencoder: misshapen {', '.join(misshapen)}")
-    first = re.compile(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
-    levels = sorted((int(m[1]), shapes[m[0]][:1]) for m in map(first.fullmatch, shapes) if m)
-    block = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
-    image, latent, out = (shapes[name] for name in telling)
     return AutoencoderKLConfig(
-        in_channels=image[1],
-        out_channels=out[0],
-        block_out_channels=tuple(size for _, width in levels for size in width),
-        layers_per_block=sum(bool(block.fullmatch(name)) for name in shapes),
-        latent_channels=latent[1],
+        **bfl_sizes(shapes, path, "FLUX.1"),
+        block_out_channels=level_widths("encoder.down", shapes),
         scaling_factor=0.3611,
         shift_factor=0.1159,
         use_quant_conv="quant_conv.weight" in shapes,
         use_post_quant_conv="post_quant_conv.weight" in shapes,
-        mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
     )
 
 
-def open_autoencoder_kl(path: Path | str, dtype: jnp.dtype = jnp.float32) -> StoredModule:
-    """Open an autoencoder without reading its parameters.
-
-    Args:
-      path: a diffusers AutoencoderKL folder, or a file in Black Forest Labs' naming.
-      dtype: of the parameters and the computation.
-
-    Raises:
-      CheckpointError: a file or tensor is missing or malformed, or the config isn't supported.
-    """
-    path = Path(path)
-    if path.is_file():
-        checkpoint = select_bfl_autoencoder(open_checkpoint(path))
-        config = config_from_bfl(checkpoint.shapes, path)
-        rules = bfl_rules(config)
-    else:
-        values, checkpoint = open_folder(path, "decoder.conv_in.weight")
-        config = AutoencoderKLConfig.from_json(values)
-        old = any(name.endswith(".proj_attn.weight") for name in checkpoint.shapes)
-        rules = _OLD_RULES if old else RULES
-    return match_params(
-        lambda: AutoencoderKL(config, rngs=TracingRngs(), dtype=dtype, param_dtype=dtype),
-        checkpoint,
-        rules,
-        config=config.to_json(),
-    )
+def bfl_sizes(
+    shapes: Mapping[str, tuple[int, ...]], path: Path | str, family: str
+) -> dict[str, Any]:
+    """Return the sizes that any autoencoder in this naming tells in the same way."""
+    telling = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
+    if missing := [name for name in telling if name not in shapes]:
+        raise CheckpointError(
+            f"{path}: no {family} autoencoder: missing {'; missing '.join(missing)}"
+        )
+    if misshapen := [name for name in telling if len(shapes[name]) != 4]:
+        raise CheckpointError(f"{path}: no {family} autoencoder: misshapen {', '.join(misshapen)}")
+    block = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
+    image, latent, out = (shapes[name] for name in telling)
+    return {
+        "in_channels": image[1],
+        "out_channels": out[0],
+        "layers_per_block": sum(bool(block.fullmatch(name)) for name in shapes),
+        "latent_channels": latent[1],
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+    }
 
 
-def load_autoencoder_kl(path: Path | str, dtype: jnp.dtype = jnp.float32) -> AutoencoderKL:
-    """Load what `open_autoencoder_kl` opens; computes and stores in `dtype`."""
-    return open_autoencoder_kl(path, dtype).load(dtype)
+def level_widths(half: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the width of each level of one half, finest first."""
+    first = re.compile(rf"{re.escape(half)}\.(\d+)\.block\.0\.conv1\.weight")
+    levels = sorted((int(m[1]), shapes[m[0]][:1]) for m in map(first.fullmatch, shapes) if m)
+    return tuple(size for _, width in levels for size in width)
 
 
-def export_autoencoder_kl(
-    module: AutoencoderKL, folder: Path | str, dtype: jnp.dtype = jnp.bfloat16
-) -> None:
-    """Write a folder that diffusers' AutoencoderKL and `load_autoencoder_kl` read."""
-    save_params(
-        module,
-        folder,
-        RULES,
-        config=module.config.to_json(),
-        filename="diffusion_pytorch_model.safetensors",
-        dtype=dtype,
-    )
+def _diffusers_rules(config: AutoencoderKLConfig, names: Collection[str]) -> Sequence[Rule]:
+    old = any(name.endswith(".proj_attn.weight") for name in names)
+    return _OLD_RULES if old else RULES
+
+
+AUTOENCODER_KL = Component(
+    name="autoencoder",
+    classes=("AutoencoderKL",),
+    library="diffusers",
+    config=AutoencoderKLConfig,
+    module=AutoencoderKL,
+    folder=Naming(telling="decoder.conv_in.weight", rules=_diffusers_rules),
+    file=Naming(
+        telling=TELLING,
+        rules=lambda config, names: bfl_rules(config),
+        config=config_from_bfl,
+        dtype="F32",
+    ),
+)

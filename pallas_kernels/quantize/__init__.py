@@ -54,15 +54,16 @@ def quantize(
 
     Args:
       x: the activations; or parts of them, which a kernel reads from where they are. Their
-        activation is computed in float32 and rounded to their dtype, which they must share.
+        activation and product is computed in float32 and rounded once to their dtype, which they
+        must share.
       bits: 8 for stage 1 of the format alone, 4 for both stages.
       group_size: elements that share a shift, for 4 bits.
       range: "absmax" or "minmax".
       step: "power" or "integer", for 4 bits.
       levels: "uniform" or "stretched", for 4 bits with an integer step.
       rounding: "nearest" or "truncate", for 4 bits.
-      norm: take layer_norm(x) * norm.scale + norm.shift, which is `functions.modulate`: computed
-        in float32 and rounded to the dtype of x. Backends sum a row in orders of their own, so
+      norm: take norm(x) * norm.scale + norm.shift, which is `functions.modulate`: computed in
+        float32 and rounded to the dtype of x. Backends sum a row in orders of their own, so
         that values at a rounding boundary may differ.
       multiplier: of each channel, in float32 and not rounded: `channels.scale_channels`.
       rotation: rotate blocks of 16, 64 or 256 channels by a regular Hadamard matrix, not rounded:
@@ -140,12 +141,13 @@ def _check_parts(parts: tuple[Part, ...]) -> None:
     check_tuple("x", parts, Part, otherwise="an array, or ")
     for part in parts:
         check_array("a part of x", part.array, ("m", "k"), jnp.floating)
-        check_choices(activation=part.activation)
-        if part.start < 0 or part.size < 1 or part.start + part.size > part.array.shape[1]:
-            raise ValueError(
-                f"x has a part of columns {part.start} to {part.start + part.size} of an array of "
-                f"{part.array.shape[1]}; they must lie inside"
-            )
+        check_choices(**{"activation of a part": part.activation})
+        for start in (part.start, *([] if part.times is None else [part.times])):
+            if start < 0 or part.size < 1 or start + part.size > part.array.shape[1]:
+                raise ValueError(
+                    f"x has a part of columns {start} to {start + part.size} of an array of "
+                    f"{part.array.shape[1]}; they must lie inside"
+                )
     if len({(part.array.shape[0], part.dtype) for part in parts}) != 1:
         kinds = ", ".join(f"{part.dtype}{list(part.array.shape)}" for part in parts)
         raise ValueError(f"x has parts {kinds}; they must have the same rows and dtype")
@@ -158,7 +160,9 @@ def _check_channels(
     if norm is not None:
         if not isinstance(norm, Norm):
             raise ValueError(f"norm is a {type(norm).__name__}; it must be a Norm or None")
-        check_array("norm.shift", norm.shift, (k,), jnp.floating)
+        check_choices(**{"norm.kind": norm.kind})
+        if norm.shift is not None:
+            check_array("norm.shift", norm.shift, (k,), jnp.floating)
         check_array("norm.scale", norm.scale, (k,), jnp.floating)
     if multiplier is not None:
         check_array("multiplier", multiplier, (k,), jnp.floating)

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import codec, compat, device
-from pallas_kernels.functions import Norm
+from pallas_kernels.functions import Norm, Part, plain_why_not
 from pallas_kernels.quantize import channels
 
 _LANES = 128
@@ -102,11 +102,16 @@ def quantize(
     return codes[:, : groups * group_size // 2], shifts[:, : -(-groups // 2)], scale, lo
 
 
-def why_not(target: device.Device, x: jax.Array, **kwargs) -> str | None:
+def why_not(
+    target: device.Device, x: jax.Array | tuple[Part, ...], norm: Norm | None = None, **kwargs
+) -> str | None:
     """Say why the device can't run the kernel, or return None."""
     if target.platform != "tpu":
         return f"needs a TPU, not {target.platform}"
-    return None if 0 not in x.shape else "needs at least one element"
+    shapes = [part.array.shape for part in x] if isinstance(x, tuple) else [x.shape]
+    if any(0 in shape for shape in shapes):
+        return "needs at least one element"
+    return plain_why_not(norm)
 
 
 def _inputs(
@@ -118,7 +123,7 @@ def _inputs(
 ) -> dict[str, jax.Array]:
     """Return the kernel's arrays by name: x, those of its channels, and constant matrices."""
     vectors: dict[str, jax.Array] = {}
-    if norm is not None:
+    if norm is not None and norm.shift is not None:
         vectors |= {"norm_shift": norm.shift, "norm_scale": norm.scale}
     if multiplier is not None:
         vectors["multiplier"] = multiplier

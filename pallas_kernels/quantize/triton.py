@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
-from pallas_kernels.functions import SQRT_2_PI, Norm, Part, join
+from pallas_kernels.functions import SQRT_2_PI, Norm, Part, join, plain_why_not
 from pallas_kernels.quantize import channels
 
 MAX_K = 32768  # elements of a row that registers hold
@@ -71,9 +71,10 @@ def quantize(
 ) -> tuple[jax.Array | None, ...]:
     """Quantize each row; see `reference.quantize`."""
     parts = x if isinstance(x, tuple) else (Part(array=x, start=0, size=x.shape[1]),)
-    # Columns that are no whole groups, or start where no wide load can, are copied first.
+    # Columns that are no whole groups, or start where no wide load can, are copied first; so are
+    # products of columns.
     whole = max(_ALIGNED, rotation or 0)
-    if any(part.start % _ALIGNED or part.size % whole for part in parts):
+    if any(part.start % _ALIGNED or part.size % whole or not part.plain for part in parts):
         joined = join(parts)
         parts = (Part(array=joined, start=0, size=joined.shape[1]),)
     arrays = tuple(part.array for part in parts)
@@ -161,9 +162,14 @@ def _quantize(
     return stored[0][:, : groups * group_size // 2], codec.pack(stored[1][:, :groups]), scale, lo
 
 
-def why_not(target: device.Device, x: jax.Array | tuple[Part, ...], **kwargs) -> str | None:
+def why_not(
+    target: device.Device,
+    x: jax.Array | tuple[Part, ...],
+    norm: Norm | None = None,
+    **kwargs,
+) -> str | None:
     """Say why the device can't run this kernel with these arguments, or return None."""
-    if reason := device.triton_why_not(target):
+    if reason := device.triton_why_not(target) or plain_why_not(norm):
         return reason
     if isinstance(x, tuple):
         rows, k = x[0].array.shape[0], sum(part.size for part in x)

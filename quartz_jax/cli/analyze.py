@@ -63,7 +63,7 @@ def recorded(args: argparse.Namespace) -> dict[str, np.ndarray]:
     Raises:
       ValueError: it holds none.
     """
-    chosen = quantized_inputs(pipelines.abstract_transformer(args.model))
+    chosen = quantized_inputs(pipelines.abstract_main(args.model))
     seen = load_statistics(args.recorded)
     rows = {name: _flat(seen[name].rows) for name in chosen if name in seen}
     if not rows:
@@ -82,7 +82,7 @@ def sampled(
     options = paired.SamplingOptions.of(base, size, args.steps, args.guidance, args.true_cfg)
     noise = base.initial_noise(jax.random.key(0), len(prompts), options.height, options.width)
     samples = paired.calibration_samples(base, prompts, noise, options, args.batch)
-    transformer = pipelines.loaded_transformer(base)
+    transformer = pipelines.loaded_main(base)
     rows: frozenset[Need] = frozenset({"rows"})
     needs = dict.fromkeys(quantized_inputs(transformer), rows)
     seen = observe(transformer, samples, needs, rows=args.rows * len(samples))

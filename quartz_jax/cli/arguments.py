@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from quartz_jax.recipes import Recipe, get_recipe
+from quartz_jax.recipes import MAIN, Recipe, get_recipe
 
 COMPONENT_RECIPES = (
     "built-in recipe or .json file for the transformer; or several by component, such as "
@@ -110,7 +110,7 @@ def component_recipes(text: str) -> dict[str, Recipe]:
       ValueError: an unknown recipe, a component without one, or one that is named twice.
     """
     if not re.match(r"\w+=", text):
-        return {"transformer": get_recipe(text)}
+        return {MAIN: get_recipe(text)}
     pairs = [part.strip().partition("=") for part in text.split(",")]
     for name, equals, recipe in pairs:
         if not (name and equals and recipe):

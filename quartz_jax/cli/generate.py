@@ -18,6 +18,7 @@ from quartz_jax.evaluation.metrics import psnr, ssim
 from quartz_jax.evaluation.prompts import check_prompts
 from quartz_jax.io import images
 from quartz_jax.io.files import check_output
+from quartz_jax.recipes import MAIN
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,10 +81,11 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
     """Raise ValueError for arguments that don't go with a checkpoint."""
     manifest = checkpoint.read_manifest(args.model)
     own = {name: component.recipe for name, component in manifest.components.items()}
+    own[MAIN] = manifest.recipe
     if args.recipe and any(
         own.get(name) != recipe for name, recipe in cli.component_recipes(args.recipe).items()
     ):
-        names = " and ".join(repr(recipe.name) for recipe in own.values())
+        names = " and ".join(repr(x.recipe.name) for x in manifest.components.values())
         raise ValueError(f"{args.model} is quantized as {names}; leave out --recipe")
     if args.compare:
         raise ValueError(f"--compare needs a 16-bit model, and {args.model} is quantized")

@@ -1,9 +1,9 @@
-"""Quantize a FLUX.1 model while it is read, into a folder that `quartz generate` can use.
+"""Quantize a model while it is read, into a folder that `quartz generate` can use.
 
-The model is a diffusers folder, or flux1-dev.safetensors or flux1-schnell.safetensors in Black
-Forest Labs' naming with --text-encoders. Calibrated recipes see what the 16-bit transformer is
-given while it draws the calibration prompts. Run the same command again after an interruption and
-it goes on where it was.
+The model is a diffusers folder, or a single file such as flux1-dev.safetensors in its makers'
+naming with --text-encoders. Calibrated recipes see what the 16-bit transformer is given while it
+draws the calibration prompts. Run the same command again after an interruption and it goes on where
+it was.
 """
 
 import argparse
@@ -20,7 +20,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Quantize, save and print the reports; or print what would be done."""
     args = parse(argv)
     recipes = cli.component_recipes(args.recipe)
-    pipelines.check_components(recipes)
     checkpoint.check_target(args.out, overwrite=args.overwrite)
     if checkpoint.is_checkpoint(args.model):
         raise ValueError(f"{args.model} is quantized already; give the 16-bit model as --model")

@@ -25,17 +25,21 @@ from quartz_jax.conversion.model import (
     quantize_shapes,
     stored_arrays,
 )
-from quartz_jax.engine.observe import ROWS, statistics, watch
+from quartz_jax.engine.observe import ROWS, Statistic, statistics, watch
 from quartz_jax.io.files import atomic_file
 from quartz_jax.recipes.recipe import Recipe
 from quartz_jax.transforms import Seen
+from quartz_jax.transforms.base import Need
 
 Sample = Mapping[str, np.ndarray]  # keyword arguments of the model's call
 
 
 @runtime_checkable
 class Blockwise(Protocol):
-    """What a model has, besides its call, to be run block by block."""
+    """What a model has, besides its call, to be run block by block.
+
+    With `starts`, paths of linears outside of blocks that `start` calls, those are calibrated too.
+    """
 
     def start(self, *, hidden_states: Any) -> Any:
         """Return what goes into the first block."""
@@ -95,10 +99,11 @@ def check(
     names = {name for name, _ in model.blocks()}
     for part in parts:
         outside = [path for path, layer in part.layers.items() if layer.needs]
+        outside = [path for path in outside if path not in getattr(model, "starts", ())]
         if part.name not in names and outside:
             raise ValueError(
                 f"recipe {recipe.name!r} would calibrate {outside[0]}, which lies in none of the "
-                "model's blocks; leave it out, or give it a plain format"
+                "model's blocks, nor before them; leave it out, or give it a plain format"
             )
         if part.name not in {OTHER, *names}:
             raise ValueError(
@@ -129,13 +134,15 @@ class BlockRun:
         self.samples = samples
         self.carries: list[Any] = []
         if OTHER not in map(part_of, stored_arrays(nnx.state(model))):
-            self.carries = _start(model, {}, samples)
+            self.carries = _start(model, {}, samples)[0]
 
     def observe(self, part: Part, params: Mapping[str, np.ndarray]) -> dict[str, Seen]:
-        """Return what the layers of a block are given, by path; nothing for what isn't a block."""
+        """Return what the layers of a block, or before the first, are given, by path."""
         needs = {path: layer.needs for path, layer in part.layers.items() if layer.needs}
-        if part.name not in self.blocks or not needs:
+        if not needs:
             return {}
+        if part.name not in self.blocks:
+            return _start(self.model, params, self.samples, needs)[1]
         inside = {path.removeprefix(f"{part.name}."): need for path, need in needs.items()}
         block = _filled(self.blocks[part.name], part.name, params)
         watched = watch(block, inside, len(self.carries), ROWS)
@@ -162,7 +169,7 @@ class BlockRun:
           quantized: reads its arrays as stored; the block then runs quantized.
         """
         if part.name not in self.blocks:
-            self.carries = _start(self.model, params, self.samples)
+            self.carries = _start(self.model, params, self.samples)[0]
             return
         if quantized is None:
             block = _filled(self.blocks[part.name], part.name, params)
@@ -173,26 +180,55 @@ class BlockRun:
         self.carries = [run(block, carry) for carry in self.carries]
 
 
-def _start(model: Any, params: Mapping[str, np.ndarray], samples: Sequence[Sample]) -> list[Any]:
-    """Return what goes into the first block for each sample, from what lies outside of blocks."""
+def _start(
+    model: Any,
+    params: Mapping[str, np.ndarray],
+    samples: Sequence[Sample],
+    needs: Mapping[str, frozenset[Need]] | None = None,
+) -> tuple[list[Any], dict[str, Seen]]:
+    """Return what goes into the first block for each sample, from what lies outside of blocks.
+
+    Beside it statistics of linears outside of blocks, by path, as far as they are needed.
+    """
+    model = _filled_where_given(model, params)
+    if needs:
+        model = watch(model, needs, len(samples), ROWS)
     graphdef, state = nnx.split(model)
-    flat = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
-    given = {leaf_name(path): x.dtype for path, x in flat if leaf_name(path) in params}
-    arrays = {name: jnp.asarray(params[name].astype(dtype)) for name, dtype in given.items()}
+    leaves, tree = jax.tree.flatten(state)
+    missing = [isinstance(x, jax.ShapeDtypeStruct) for x in leaves]
 
     @jax.jit
-    def start(arrays, sample):
+    def start(given, sample):
         # The blocks' weights are never read: zeros that no program holds.
-        filled = jax.tree_util.tree_map_with_path(
-            lambda path, x: arrays.get(leaf_name(path), jnp.zeros(x.shape, x.dtype)),
-            nnx.to_pure_dict(state),
-        )
-        whole = nnx.eval_shape(lambda: nnx.merge(graphdef, state))
-        _, now = nnx.split(whole)
-        nnx.replace_by_pure_dict(now, filled)
-        return nnx.merge(graphdef, now).start(**sample)
+        arrays = [
+            jnp.zeros(x.shape, x.dtype) if absent else next_given
+            for x, absent, next_given in zip(leaves, missing, given, strict=True)
+        ]
+        whole = nnx.merge(graphdef, jax.tree.unflatten(tree, arrays))
+        carry = whole.start(**sample)
+        return carry, nnx.state(whole, Statistic)
 
-    return [start(arrays, dict(sample)) for sample in samples]
+    carries = []
+    for sample in samples:
+        given = [None if absent else x for x, absent in zip(leaves, missing, strict=True)]
+        carry, gathered = start(given, dict(sample))
+        carries.append(carry)
+        nnx.update(model, gathered)
+        leaves = jax.tree.leaves(nnx.state(model))
+    return carries, statistics(model)
+
+
+def _filled_where_given(model: Any, params: Mapping[str, np.ndarray]) -> Any:
+    """Return a copy of a model of shapes with the arrays that are given, by path."""
+    graphdef, state = nnx.split(model)
+    filled = jax.tree_util.tree_map_with_path(
+        lambda path, x: (
+            jnp.asarray(params[name].astype(x.dtype)) if (name := leaf_name(path)) in params else x
+        ),
+        nnx.to_pure_dict(state),
+    )
+    nnx.replace_by_pure_dict(state, filled)
+    return nnx.merge(graphdef, state)
 
 
 def _filled(block: nnx.Module, name: str, params: Mapping[str, Any]) -> nnx.Module:

@@ -125,14 +125,19 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     @property
+    def main(self) -> str:
+        """The component that is told of first: the transformer, or what there is."""
+        return TRANSFORMER if TRANSFORMER in self.components else next(iter(self.components))
+
+    @property
     def recipe(self) -> Recipe:
-        """The transformer's recipe."""
-        return self.components[TRANSFORMER].recipe
+        """The main component's recipe."""
+        return self.components[self.main].recipe
 
     @property
     def report(self) -> Report:
-        """The transformer's report."""
-        return self.components[TRANSFORMER].report
+        """The main component's report."""
+        return self.components[self.main].report
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object with a hash of itself."""
@@ -159,8 +164,8 @@ class Manifest:
         if set(value) != names:
             odd = ", ".join(sorted(names ^ set(value)))
             raise ValueError(f"missing or unknown fields: {odd}")
-        if not isinstance(value["components"], dict) or TRANSFORMER not in value["components"]:
-            raise ValueError("components must be a JSON object with a transformer")
+        if not isinstance(value["components"], dict) or not value["components"]:
+            raise ValueError("components must be a JSON object with at least one model")
         components = {
             name: Component.from_json(component) for name, component in value["components"].items()
         }

@@ -51,7 +51,6 @@ class Fitted:
             self.ops,
             dtype=linear.dtype,
             role=getattr(linear, "role", None),
-            **{name: getattr(linear, name) for name in ("norm_epsilon",) if hasattr(linear, name)},
         )
 
 

@@ -50,7 +50,7 @@ def _attend_int8_fp8(streams: tuple[Any, ...], rope: jax.Array, *, heads: int) -
 
 
 def _streams(
-    streams: tuple[Any, ...],  # `models.flux.modeling.Stream`: qkv, query_norm and key_norm
+    streams: tuple[Any, ...],  # `models.attention.Stream`: qkv, query_norm and key_norm
 ) -> tuple[Stream, ...]:
     return tuple(
         Stream(

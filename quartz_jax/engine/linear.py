@@ -46,7 +46,6 @@ class QuantizedLinear(nnx.Module):
         activation: Format | None,  # of the input; None makes the layer weight-only
         ops: tuple[Op, ...] = (),
         *,
-        norm_epsilon: float = functions.NORM_EPSILON,  # of the norm before the modulation
         dtype: Any = None,  # that the input is brought to; None leaves it
         role: str | None = None,  # of the linear that it replaces
         simulated: bool = False,  # compute in float32 what kernels would, decoded; for comparisons
@@ -55,7 +54,6 @@ class QuantizedLinear(nnx.Module):
         self.bias = bias
         self.activation = activation
         self.ops = LayerOps(ops) if ops else None
-        self.norm_epsilon = norm_epsilon
         self.dtype = dtype
         self.role = role
         self.simulated = simulated
@@ -74,17 +72,17 @@ class QuantizedLinear(nnx.Module):
         self,
         x: jax.Array | tuple,  # [..., k], floating; or parts, as `models.linear.Part` has them
         *,
-        modulation: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [b, 1, k]
+        norm: Any = None,  # as `models.linear.Norm` has it, of [k] or [b, 1, k]
         activation: str | None = None,  # "gelu": its tanh form
         gate: jax.Array | None = None,  # [b, 1, n]
         residual: jax.Array | None = None,  # [..., n]
     ) -> jax.Array:
         """Return [..., n] in the dtype of x: what `models.linear.Linear` does, quantized.
 
-        One batch element does all of it in the kernels; of several, each has a modulation and a
+        One batch element does all of it in the kernels; of several, each has a norm and a
         gate of its own, which are left to XLA.
         """
-        given, leading = self._given(x, modulation)
+        given, leading = self._given(x, norm)
         n, dtype = self.out_features, given.dtype
         outside = gate is not None and gate.size != n  # of several images: left to XLA
         epilogue = Epilogue(
@@ -106,17 +104,16 @@ class QuantizedLinear(nnx.Module):
         y = gate * y if outside and gate is not None else y
         return residual + y if outside and residual is not None else y
 
-    def _given(self, x: jax.Array | tuple, modulation: tuple | None) -> tuple["Given", tuple]:
+    def _given(self, x: jax.Array | tuple, given_norm: Any) -> tuple["Given", tuple]:
         """Return the input as rows, and its leading axes."""
         if self.dtype is not None:
             x = _cast(x, self.dtype)
         rows, leading = _rows(x)
-        if modulation is None:
+        if given_norm is None:
             return Given(rows=rows, leading=leading), leading
-        shift, scale = (part.astype(jnp.float32) for part in modulation)
-        norm = Norm(shift=shift, scale=1 + scale, epsilon=self.norm_epsilon)
-        if shift.size == self.in_features:
-            norm = dataclasses.replace(norm, shift=shift.reshape(-1), scale=norm.scale.reshape(-1))
+        norm = functions.as_norm(given_norm)
+        if norm.scale.size == self.in_features:
+            norm = jax.tree.map(lambda vector: vector.reshape(-1), norm)
             return Given(rows=rows, leading=leading, norm=norm), leading
         whole = functions.modulate(functions.join(rows).reshape(*leading, -1), norm)
         return Given(rows=whole.reshape(-1, whole.shape[-1]), leading=leading), leading
@@ -185,9 +182,7 @@ class Given:
             return dataclasses.replace(self, multiplier=self.multiplier * factor)
         if self.norm is None:
             return dataclasses.replace(self, multiplier=factor)
-        norm = dataclasses.replace(
-            self.norm, shift=self.norm.shift * factor, scale=self.norm.scale * factor
-        )
+        norm = jax.tree.map(lambda vector: vector * factor, self.norm)
         return dataclasses.replace(self, norm=norm)
 
     def rotated(self, size: int) -> "Given":
@@ -316,6 +311,7 @@ def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int
             start=part.start,
             size=part.size,
             activation=part.activation,
+            times=part.times,
         )
         for part in x
     )

@@ -46,11 +46,11 @@ class Observed(nnx.Module):
         self.absmax, self.mean = zeros("absmax", k), zeros("mean", k)
         self.gram, self.rows = zeros("gram", k, k), zeros("rows", calls, rows, k)
 
-    def __call__(self, x: jax.Array | tuple, *, modulation=None, **rest) -> jax.Array:
+    def __call__(self, x: jax.Array | tuple, *, norm: Any = None, **rest) -> jax.Array:
         """Do what the linear does, and take note of its input."""
-        self._see(whole_input(x, modulation, getattr(self.linear, "norm_epsilon", 1e-6)))
-        if modulation is not None:
-            rest["modulation"] = modulation
+        self._see(whole_input(x, norm))
+        if norm is not None:
+            rest["norm"] = norm
         linear: Callable[..., jax.Array] = self.linear  # subclasses take more than nnx.Linear
         return linear(x, **rest)
 
@@ -96,16 +96,12 @@ class Observed(nnx.Module):
 
 def whole_input(
     x: jax.Array | tuple,  # [..., k], or parts of it, as `models.linear.Part` has them
-    modulation: tuple[jax.Array, jax.Array] | None,  # shift and scale, [b, 1, k]
-    epsilon: float,  # of the norm before the modulation
+    norm: Any = None,  # as `models.linear.Norm` has it, of [k] or [b, 1, k]
 ) -> jax.Array:
-    """Return what a linear multiplies, [..., k]: parts joined, and normed if there's modulation."""
+    """Return what a linear multiplies, [..., k]: parts joined, and normed if there's a norm."""
     if isinstance(x, tuple):
         x = jnp.concatenate([part.value() for part in x], axis=-1)
-    if modulation is None:
-        return x
-    shift, scale = (part.astype(jnp.float32) for part in modulation)
-    return functions.modulate(x, functions.Norm(shift=shift, scale=1 + scale, epsilon=epsilon))
+    return x if norm is None else functions.modulate(x, functions.as_norm(norm))
 
 
 def watch(

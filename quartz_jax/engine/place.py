@@ -49,10 +49,10 @@ def place(
     A model works without it too, but then every call reorders them. The copy can't be saved: save
     the given model, which is untouched. Weight-only layers read the packed order.
 
-    Modules that say by `attention_of = "qk_norm_rope"` what their `attend` computes, as the
-    attention of `models.flux` does, get norm and rotation in a single pass where the device has a
-    kernel, and attention in 8 bits where the recipe asks for that and the device has it. Neither
-    has a gradient.
+    Modules that say by `attention_of = "qk_norm_rope"` what their `attend` computes, as that of
+    `models.attention` does, get norm and rotation in a single pass where the device has a kernel,
+    and attention in 8 bits where the recipe asks for that and the device has it. Neither has a
+    gradient.
 
     Args:
       model: as `quantize_model` or `checkpoint.load` returns it.

@@ -238,9 +238,9 @@ class Bench:
         """Add the errors by step and by layer to an entry; return their means."""
         path = self.trajectory
         entry["velocity"] = paired.velocity_errors(pipeline, path, self.sampling)
-        entry["sigmas"] = path.sigmas[:-1].tolist()
-        exact = pipelines.loaded_transformer(self.rounded)
-        entry["sqnr"] = results.layer_sqnr(exact, pipeline.transformer, self.inputs)
+        entry["sigmas"] = [float(level["time"]) for level in path.levels]
+        exact = pipelines.loaded_main(self.rounded)
+        entry["sqnr"] = results.layer_sqnr(exact, pipelines.loaded_main(pipeline), self.inputs)
         return {
             "velocity": vars(bootstrap_interval(np.mean(entry["velocity"], axis=0))),
             "sqnr": float(np.mean(list(entry["sqnr"].values()))),
@@ -284,7 +284,7 @@ class Bench:
 
     @functools.cached_property
     def _sites(self) -> list[Site]:
-        return sites(pipelines.loaded_transformer(self.original))
+        return sites(pipelines.loaded_main(self.original))
 
     @functools.cached_property
     def inputs(self) -> dict[str, Seen]:
@@ -319,7 +319,7 @@ class Bench:
                 self.base, prompts, noise, self.sampling, self.options.batch
             )
             rows = self.options.calibration_rows * len(samples)
-            transformer = pipelines.loaded_transformer(self.rounded)
+            transformer = pipelines.loaded_main(self.rounded)
             known = observe(transformer, samples, needs, rows=rows)
             save_statistics(path, known)
         return known

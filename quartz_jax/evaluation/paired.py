@@ -1,8 +1,8 @@
 """Runs of two transformers from the same noise: images, and the velocity at each noise level."""
 
+import contextlib
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from models.pipeline import FluxPipeline, image_ids
-from models.stages import Deferred
+from models.sampler import Sampler, Steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class SamplingOptions:
     @classmethod
     def of(
         cls,
-        pipeline: FluxPipeline,
+        pipeline: Sampler,
         size: tuple[int, int] | tuple[None, None] = (None, None),  # width, height
         steps: int | None = None,
         guidance: float | None = None,
@@ -35,7 +34,7 @@ class SamplingOptions:
     ) -> "SamplingOptions":
         """Fill what is None from the model's own defaults."""
         own = pipeline.defaults
-        if guidance is None and pipeline.transformer.config.guidance_embeds:
+        if guidance is None and pipeline.denoiser.guided:
             guidance = own.guidance_scale
         return cls(
             width=size[0] or own.width,
@@ -48,29 +47,16 @@ class SamplingOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """Latents of the 16-bit model on its way from noise to images, and its velocities there."""
+    """Latents of the 16-bit model on its way from noise to images, and its predictions there."""
 
-    embeds: jax.Array  # [batch, text tokens, channels]
-    pooled: jax.Array  # [batch, channels]
-    sigmas: np.ndarray  # float32 [steps + 1]
-    latents: np.ndarray  # float32 [steps, batch, tokens, channels]
+    conditions: dict[str, Any]  # of the prompts, as `Sampler.encode_prompts` gives them
+    levels: list[dict[str, Any]]  # of the scheduler, one a step
+    latents: np.ndarray  # float32 [steps, batch, ...]
     velocities: np.ndarray  # the same shape
 
 
-@dataclasses.dataclass(frozen=True)
-class _OneStep:
-    """A scheduler of one given step, so that the pipeline's own compiled step is used."""
-
-    levels: tuple[float, float]
-
-    def sigmas(
-        self, num_inference_steps: int, image_tokens: int, strength: float = 1.0
-    ) -> np.ndarray:
-        return np.asarray(self.levels, np.float32)
-
-
 def make_images(
-    pipeline: FluxPipeline, prompts: list[str], noise: jax.Array, options: SamplingOptions
+    pipeline: Sampler, prompts: list[str], noise: jax.Array, options: SamplingOptions
 ) -> np.ndarray:
     """Return images, float32 [prompts, height, width, 3] in 0..1."""
     return np.asarray(
@@ -81,36 +67,47 @@ def make_images(
 
 
 def trajectory(
-    pipeline: FluxPipeline, prompts: list[str], noise: jax.Array, options: SamplingOptions
+    pipeline: Sampler, prompts: list[str], noise: jax.Array, options: SamplingOptions
 ) -> Trajectory:
     """Sample step by step with the 16-bit model, without true classifier-free guidance."""
-    return _walk(pipeline, pipeline.encode_prompts(prompts), noise, options)
+    conditions = pipeline.encode_prompts(prompts)
+    levels, visited, velocities = [], [], []
+    with _steps(pipeline, conditions, options) as steps:
+        for level, latents in _walk(steps, noise, _levels(pipeline, options)):
+            levels.append(level)
+            visited.append(np.asarray(latents))
+            velocities.append(np.asarray(steps.predict(latents, level)))
+    return Trajectory(
+        conditions=conditions,
+        levels=levels,
+        latents=np.stack(visited),
+        velocities=np.stack(velocities),
+    )
 
 
 def velocity_errors(
-    pipeline: FluxPipeline, path: Trajectory, options: SamplingOptions
+    pipeline: Sampler, path: Trajectory, options: SamplingOptions
 ) -> list[list[float]]:
     """Return |v - v16| / |v16| at the 16-bit model's own latents, a list of prompts a step."""
     errors = []
-    levels = list(itertools.pairwise(path.sigmas.tolist()))
-    for pair, latents, exact in zip(levels, path.latents, path.velocities, strict=True):
-        after = _step(pipeline, latents, path.embeds, path.pooled, pair, options)
-        difference = _velocity(latents, after, pair) - exact
-        norms = (np.linalg.norm(x.reshape(len(x), -1), axis=1) for x in (difference, exact))
-        wrong, right = norms
-        errors.append((wrong / right).tolist())
+    with _steps(pipeline, path.conditions, options) as steps:
+        for level, latents, exact in zip(path.levels, path.latents, path.velocities, strict=True):
+            difference = np.asarray(steps.predict(jnp.asarray(latents), level)) - exact
+            norms = (np.linalg.norm(x.reshape(len(x), -1), axis=1) for x in (difference, exact))
+            wrong, right = norms
+            errors.append((wrong / right).tolist())
     return errors
 
 
 def calibration_samples(
-    pipeline: FluxPipeline,
+    pipeline: Sampler,
     prompts: list[str],
-    noise: jax.Array,  # [prompts, tokens, channels], as `initial_noise` gives it
+    noise: jax.Array,  # [prompts, ...], as `initial_noise` gives it
     options: SamplingOptions,
     batch: int,
-    steps: Sequence[int] | None = None,
+    taken: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return what the transformer is called with on its way from noise to images.
+    """Return what the main model is called with on its way from noise to images.
 
     These are keyword arguments, on the host, one entry a batch and step, for
     `engine.observe.observe`. Deferred models are loaded once each, the encoders first. True
@@ -122,92 +119,46 @@ def calibration_samples(
       noise: to start from.
       options: of sampling.
       batch: images at a time.
-      steps: those of which entries are returned, from 0 up; None for all.
+      taken: the steps of which entries are returned, from 0 up; None for all.
     """
     parts = [slice(start, start + batch) for start in range(0, len(prompts), batch)]
-    encoders = _kept(pipeline, "text_encoder", "text_encoder_2")
+    encoders = pipeline.keep(*pipeline.family.encoders)
     encoded = [encoders.encode_prompts(prompts[part]) for part in parts]
-    del encoders  # before the transformer comes
-    sampler, samples = _kept(pipeline, "transformer"), []
-    for part, texts in zip(tqdm(parts, "sampling", unit="batch"), encoded, strict=True):
-        path = _walk(sampler, texts, noise[part], options)
-        entries = _arguments(sampler, path, options)
-        samples += entries if steps is None else [entries[step] for step in steps]
+    del encoders  # before the main model comes
+    sampler, samples = pipeline.keep(pipeline.family.main), []
+    for part, conditions in zip(tqdm(parts, "sampling", unit="batch"), encoded, strict=True):
+        with _steps(sampler, conditions, options) as steps:
+            walk = enumerate(_walk(steps, noise[part], _levels(sampler, options)))
+            for number, (level, latents) in walk:
+                if taken is None or number in taken:
+                    samples.append(_on_host(steps.arguments(latents, level)))
     return samples
 
 
-def _arguments(
-    pipeline: FluxPipeline, path: Trajectory, options: SamplingOptions
-) -> list[dict[str, Any]]:
-    """Return the transformer's keyword arguments at each step, as `denoising_step` gives them."""
-    embeds, batch, side = np.asarray(path.embeds), len(path.embeds), pipeline.token_pixels
-    guidance = options.guidance_scale
-    fixed = {
-        "encoder_hidden_states": embeds,
-        "pooled_projections": np.asarray(path.pooled),
-        "img_ids": image_ids(options.height // side, options.width // side),
-        "txt_ids": np.zeros((embeds.shape[1], 3), np.float32),
-        "guidance": None if guidance is None else np.full(batch, guidance, np.float32),
-    }
-    return [
-        fixed | {"hidden_states": latents, "timestep": np.full(batch, sigma, np.float32)}
-        for latents, sigma in zip(path.latents, path.sigmas[:-1], strict=True)
-    ]
+def _on_host(arguments: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(np.asarray, arguments)
 
 
-def _kept(pipeline: FluxPipeline, *names: str) -> FluxPipeline:
-    """Return a copy that keeps some models loaded."""
-    found = {name: getattr(pipeline, name) for name in names}
-    loaded: dict[str, Any] = {
-        name: x.load() for name, x in found.items() if isinstance(x, Deferred)
-    }
-    return dataclasses.replace(pipeline, **loaded)
+def _steps(
+    pipeline: Sampler, conditions: dict[str, Any], options: SamplingOptions
+) -> contextlib.AbstractContextManager[Steps]:
+    """Load the main model for single steps, without true classifier-free guidance."""
+    canvas = pipeline.canvas(options.height, options.width)
+    return pipeline.steps(conditions, canvas, options.guidance_scale)
+
+
+def _levels(pipeline: Sampler, options: SamplingOptions) -> list[dict[str, Any]]:
+    canvas = pipeline.canvas(options.height, options.width)
+    return pipeline.denoiser.levels(pipeline.scheduler, options.num_inference_steps, canvas, 1.0)
 
 
 def _walk(
-    pipeline: FluxPipeline,
-    encoded: tuple[jax.Array, jax.Array],  # of `encode_prompts`
-    noise: jax.Array,  # [batch, tokens, channels]
-    options: SamplingOptions,
-) -> Trajectory:
-    embeds, pooled = encoded
-    sigmas = pipeline.scheduler.sigmas(options.num_inference_steps, noise.shape[1])
-    latents, visited, velocities = noise, [], []
-    for levels in itertools.pairwise(sigmas.tolist()):
-        after = _step(pipeline, latents, embeds, pooled, levels, options)
-        visited.append(np.asarray(latents))
-        velocities.append(_velocity(latents, after, levels))
-        latents = after
-    return Trajectory(
-        embeds=embeds,
-        pooled=pooled,
-        sigmas=sigmas,
-        latents=np.stack(visited),
-        velocities=np.stack(velocities),
-    )
-
-
-def _step(
-    pipeline: FluxPipeline,
-    latents: jax.Array | np.ndarray,
-    embeds: jax.Array,
-    pooled: jax.Array,
-    levels: tuple[float, float],
-    options: SamplingOptions,
-) -> jax.Array:
-    """One Euler step between two noise levels."""
-    scheduler: Any = _OneStep(levels)  # stands where the model's own would
-    return dataclasses.replace(pipeline, scheduler=scheduler).denoise(
-        jnp.asarray(latents),
-        embeds,
-        pooled,
-        height=options.height,
-        width=options.width,
-        num_inference_steps=1,
-        guidance_scale=options.guidance_scale,
-        progress=False,
-    )
-
-
-def _velocity(before, after, levels) -> np.ndarray:
-    return (np.asarray(after) - np.asarray(before)) / np.float32(levels[1] - levels[0])
+    steps: Steps, noise: jax.Array, levels: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], jax.Array]]:
+    """Yield each step's level, and the latents before it."""
+    scheduler = steps.scheduler
+    latents = scheduler.start(jnp.asarray(noise), levels[0])
+    latents, memory = steps.put((latents, scheduler.memory(latents)))
+    for level in levels:
+        yield level, latents
+        latents, memory = steps(latents, memory, level)

@@ -22,6 +22,9 @@ from quartz_jax.transforms import Layer, Transform
 from quartz_jax.transforms.base import HIGHEST, Need
 
 FORMAT_VERSION = 3  # of a recipe's JSON
+MAIN = (
+    ""  # among recipes by component, that of the one sampled with, where its name isn't known yet
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from models import load_pipeline
-from models.synthetic import write_random_flux
+from models.flux.family import FLUX
+from models.synthetic import write_random_model
 from models.tiny_flux.architecture import FOLDER
 from quartz_jax import get_recipe, quantize_model
 from quartz_jax.conversion import checkpoint
@@ -19,13 +20,13 @@ sys.path.append(str(ROOT / "tests" / "models"))
 from small_flux import SIZES  # noqa: E402 (its folder is added above)
 
 # One of each block: what is tested is that the examples run.
-ONE = dataclasses.replace(
-    SIZES,
-    transformer=dataclasses.replace(SIZES.transformer, num_layers=1, num_single_layers=1),
-    clip=dataclasses.replace(SIZES.clip, num_hidden_layers=1),
-    t5=dataclasses.replace(SIZES.t5, num_layers=1),
-    vae=dataclasses.replace(SIZES.vae, layers_per_block=1),
-)
+ONE = {
+    "transformer": dataclasses.replace(SIZES["transformer"], num_layers=1, num_single_layers=1),
+    "text_encoder": dataclasses.replace(SIZES["text_encoder"], num_hidden_layers=1),
+    "text_encoder_2": dataclasses.replace(SIZES["text_encoder_2"], num_layers=1),
+    "vae": dataclasses.replace(SIZES["vae"], layers_per_block=1),
+}
+
 EXAMPLE = re.compile(r"^<!-- run -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"^<!-- file: (\S+) -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -63,7 +64,7 @@ def test_links_of_a_page_lead_somewhere(page):
 def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
     """In a folder where its MODEL and QUANTIZED are small models of FLUX.1's architecture."""
     model = tmp_path / "models" / "tiny_flux"
-    write_random_flux(model, ONE, tokenizers=FOLDER)
+    write_random_model(model, FLUX, ONE, tokenizers=FOLDER)
     index = json.loads((model / "model_index.json").read_text())
     index["_generation_defaults"] = {"height": 32, "width": 32, "num_inference_steps": 1}
     (model / "model_index.json").write_text(json.dumps(index))

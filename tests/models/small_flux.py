@@ -5,14 +5,13 @@ from random_weights import random_module
 from safetensors.numpy import save_file
 
 from models.checkpoint_io import TracingRngs, export_params
-from models.flux import FluxConfig, FluxTransformer, export_flux_transformer
+from models.flux import TRANSFORMER, FluxConfig, FluxTransformer
 from models.flux.params import bfl_rules as transformer_rules
-from models.synthetic import ModelSizes
 from models.text_encoders import CLIPTextConfig, T5Config
 from models.vae import AutoencoderKL, AutoencoderKLConfig
 from models.vae.params import bfl_rules as vae_rules
 
-SIZES = ModelSizes(
+SIZES = dict(  # noqa: C408
     transformer=FluxConfig(
         in_channels=16,
         num_layers=2,
@@ -24,7 +23,7 @@ SIZES = ModelSizes(
         guidance_embeds=True,
         axes_dims_rope=(4, 14, 14),
     ),
-    clip=CLIPTextConfig(
+    text_encoder=CLIPTextConfig(
         vocab_size=2560,
         hidden_size=20,
         intermediate_size=32,
@@ -32,7 +31,7 @@ SIZES = ModelSizes(
         num_attention_heads=2,
         eos_token_id=2,
     ),
-    t5=T5Config(
+    text_encoder_2=T5Config(
         vocab_size=2048,
         d_model=24,
         d_kv=8,
@@ -53,11 +52,11 @@ SIZES = ModelSizes(
 )
 
 
-def random_transformer(config=SIZES.transformer):
+def random_transformer(config=SIZES["transformer"]):
     return random_module(lambda: FluxTransformer(config, rngs=TracingRngs()))
 
 
-def random_vae(config=SIZES.vae):
+def random_vae(config=SIZES["vae"]):
     return random_module(lambda: AutoencoderKL(config, rngs=TracingRngs()))
 
 
@@ -71,4 +70,4 @@ def save_bfl_vae(module, file):
 
 
 def save_diffusers_transformer(module, folder):
-    export_flux_transformer(module, folder, dtype=jnp.float32)
+    TRANSFORMER.export(module, folder, dtype=jnp.float32)

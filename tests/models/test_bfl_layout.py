@@ -26,20 +26,21 @@ from models.checkpoint_io import (
     stored_tensors,
 )
 from models.flux import FluxTransformer
+from models.flux.family import FLUX
 from models.flux.params import (
+    TRANSFORMER,
     bfl_rules,
     config_from_bfl,
     diffusers_rules,
-    open_flux_transformer,
 )
 from models.loading import find_model
-from models.synthetic import FLUX_DEV
-from models.vae import AutoencoderKL, export_autoencoder_kl, load_autoencoder_kl
+from models.vae import AUTOENCODER_KL, AutoencoderKL
 from models.vae.params import bfl_rules as vae_bfl_rules
 from models.vae.params import config_from_bfl as vae_config_from_bfl
-from models.vae.params import open_autoencoder_kl
 
-SCHNELL = dataclasses.replace(SIZES.transformer, guidance_embeds=False)
+FLUX_DEV = FLUX.sizes["flux1-dev"]
+
+SCHNELL = dataclasses.replace(SIZES["transformer"], guidance_embeds=False)
 
 
 def assert_equal(one, other):
@@ -55,7 +56,7 @@ def file(tmp_path):
     return tmp_path / "flux1-dev.safetensors"
 
 
-@pytest.mark.parametrize("config", [SIZES.transformer, SCHNELL], ids=["dev", "schnell"])
+@pytest.mark.parametrize("config", [SIZES["transformer"], SCHNELL], ids=["dev", "schnell"])
 def test_both_layouts_load_the_same_transformer(tmp_path, config):
     module = random_transformer(config)
     save_bfl_transformer(module, tmp_path / "flux1.safetensors")
@@ -71,8 +72,10 @@ def test_both_layouts_load_the_same_transformer(tmp_path, config):
 def test_both_layouts_load_the_same_autoencoder(tmp_path):
     module = random_vae()
     save_bfl_vae(module, tmp_path / "ae.safetensors")
-    export_autoencoder_kl(module, tmp_path / "vae", dtype=jnp.float32)
-    loaded = [load_autoencoder_kl(tmp_path / name) for name in ("ae.safetensors", "vae")]
+    AUTOENCODER_KL.export(module, tmp_path / "vae", dtype=jnp.float32)
+    loaded = [
+        AUTOENCODER_KL.load(tmp_path / name, jnp.float32) for name in ("ae.safetensors", "vae")
+    ]
     assert_equal(*loaded)
     assert loaded[0].config == loaded[1].config
 
@@ -89,10 +92,10 @@ def test_the_sizes_of_the_published_files_are_found():
         tensors = stored_tensors(lambda: module(config, rngs=TracingRngs()), rules)
         return {name: shape for name, (_, shape) in tensors.items()}
 
-    transformer = shapes(FluxTransformer, FLUX_DEV.transformer, bfl_rules())
-    assert config_from_bfl(transformer) == FLUX_DEV.transformer
-    vae = shapes(AutoencoderKL, FLUX_DEV.vae, vae_bfl_rules(FLUX_DEV.vae))
-    assert vae_config_from_bfl(vae) == FLUX_DEV.vae
+    transformer = shapes(FluxTransformer, FLUX_DEV["transformer"], bfl_rules())
+    assert config_from_bfl(transformer) == FLUX_DEV["transformer"]
+    vae = shapes(AutoencoderKL, FLUX_DEV["vae"], vae_bfl_rules(FLUX_DEV["vae"]))
+    assert vae_config_from_bfl(vae) == FLUX_DEV["vae"]
 
 
 def test_rows_go_where_diffusers_puts_them_at_full_size():
@@ -100,7 +103,7 @@ def test_rows_go_where_diffusers_puts_them_at_full_size():
     torch = pytest.importorskip("torch")
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
 
-    config = dataclasses.replace(FLUX_DEV.transformer, num_layers=2, num_single_layers=2)
+    config = dataclasses.replace(FLUX_DEV["transformer"], num_layers=2, num_single_layers=2)
 
     def build():
         return FluxTransformer(config, rngs=TracingRngs())
@@ -139,7 +142,7 @@ def test_the_autoencoder_is_what_diffusers_makes_of_the_file(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     module = random_vae()
     save_bfl_vae(module, tmp_path / "ae.safetensors")
-    export_autoencoder_kl(module, tmp_path / "vae", dtype=jnp.float32)
+    AUTOENCODER_KL.export(module, tmp_path / "vae", dtype=jnp.float32)
     peer = diffusers.AutoencoderKL.from_single_file(
         str(tmp_path / "ae.safetensors"), config=str(tmp_path / "vae"), local_files_only=True
     )
@@ -231,7 +234,7 @@ def test_a_folder_with_two_transformers_is_ambiguous(tmp_path, file):
 def test_the_scheduler_of_a_file_follows_from_its_guidance(tmp_path):
     for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"):
         (tmp_path / "encoders" / name).mkdir(parents=True)
-    for name, config in {"dev": SIZES.transformer, "schnell": SCHNELL}.items():
+    for name, config in {"dev": SIZES["transformer"], "schnell": SCHNELL}.items():
         save_bfl_transformer(random_transformer(config), tmp_path / f"{name}.safetensors")
         scheduler = find_model(tmp_path / f"{name}.safetensors", tmp_path / "encoders").scheduler
         assert scheduler["use_dynamic_shifting"] == (name == "dev")
@@ -239,7 +242,7 @@ def test_the_scheduler_of_a_file_follows_from_its_guidance(tmp_path):
 
 
 def test_reading_is_in_our_layout_and_contiguous_in_the_file_s(file):
-    stored = open_flux_transformer(file)
+    stored = TRANSFORMER.open(file)
     kernel = stored.read("double_blocks.0.img_mlp.up.kernel")
     assert kernel.shape == (64, 256)
     assert kernel.T.flags.c_contiguous
@@ -247,10 +250,10 @@ def test_reading_is_in_our_layout_and_contiguous_in_the_file_s(file):
 
 
 def test_nothing_of_an_opened_model_is_in_memory(file):
-    leaves = jax.tree.leaves(nnx.state(open_flux_transformer(file).abstract))
+    leaves = jax.tree.leaves(nnx.state(TRANSFORMER.open(file).abstract))
     assert {type(leaf) for leaf in leaves} == {jax.ShapeDtypeStruct}
 
 
 def test_a_file_of_another_kind_is_no_autoencoder(file):
-    with pytest.raises(CheckpointError, match=r"no FLUX\.1 autoencoder: missing encoder\.conv_in"):
-        open_autoencoder_kl(file)
+    with pytest.raises(CheckpointError, match=r"no autoencoder: missing decoder\.up\.0"):
+        AUTOENCODER_KL.open(file)

@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 
 from models.flux import (
+    TRANSFORMER,
     FluxConfig,
     FluxTransformer,
-    export_flux_transformer,
-    load_flux_transformer,
 )
 from models.stored_files import CheckpointError
 
@@ -70,15 +69,15 @@ def test_output_matches_diffusers(tmp_path, guidance):
     with torch.no_grad():
         tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
         expected = peer(**tensors).sample.numpy()
-    found = nnx.jit(load_flux_transformer(tmp_path, dtype=jnp.float32))(**inputs)
+    found = nnx.jit(TRANSFORMER.load(tmp_path, dtype=jnp.float32))(**inputs)
     assert relative_error(found, expected) <= 1e-4
 
 
 def test_exported_folder_is_what_diffusers_saved(tmp_path):
     peer = diffusers_transformer(guidance_embeds=True)
     peer.save_pretrained(tmp_path / "theirs")
-    ours = load_flux_transformer(tmp_path / "theirs", dtype=jnp.float32)
-    export_flux_transformer(ours, tmp_path / "ours", dtype=jnp.float32)
+    ours = TRANSFORMER.load(tmp_path / "theirs", dtype=jnp.float32)
+    TRANSFORMER.export(ours, tmp_path / "ours", dtype=jnp.float32)
     again = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "ours")
     expected = peer.state_dict()
     assert again.state_dict().keys() == expected.keys()
@@ -91,7 +90,7 @@ def test_sharded_checkpoint_loads_the_same(tmp_path):
     peer.save_pretrained(tmp_path / "one")
     peer.save_pretrained(tmp_path / "many", max_shard_size="40KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
-    one, many = (nnx.state(load_flux_transformer(tmp_path / name)) for name in ("one", "many"))
+    one, many = (nnx.state(TRANSFORMER.load(tmp_path / name)) for name in ("one", "many"))
     jax.tree.map(np.testing.assert_array_equal, one, many)
 
 

@@ -22,10 +22,11 @@ from small_flux import (
 
 import models
 from models.checkpoint_io import StoredModule, TracingRngs, stored_tensors
-from models.loading import find_model, generation_defaults, model_name
+from models.flux.family import FLUX
+from models.loading import find_model, model_name
 from models.schedulers import FlowMatchEulerScheduler
 from models.stored_files import CheckpointError
-from models.synthetic import write_random_flux
+from models.synthetic import write_random_model
 from models.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Encoder, clip, t5
 from models.tiny_flux.architecture import FOLDER
 from models.tokenizers import load_tokenizer
@@ -34,7 +35,7 @@ from models.tokenizers import load_tokenizer
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("loading") / "dev"
-    write_random_flux(path, SIZES, tokenizers=FOLDER)
+    write_random_model(path, FLUX, SIZES, tokenizers=FOLDER)
     return path
 
 
@@ -50,7 +51,7 @@ def transformer():
 
 def changed(**sizes):
     """Return a transformer of other sizes."""
-    return random_transformer(type(SIZES.transformer)(**{**vars(SIZES.transformer), **sizes}))
+    return random_transformer(type(SIZES["transformer"])(**{**vars(SIZES["transformer"]), **sizes}))
 
 
 def edit(file, **fields):
@@ -128,7 +129,7 @@ def test_whole_models_beside_a_transformer_are_taken(folder, tmp_path):
     )
     encoders = {
         "text_encoder": random_tensors(CLIPTextEncoder, clip_config, clip.checkpoint_rules()),
-        "text_encoder_2": random_tensors(T5Encoder, SIZES.t5, t5.checkpoint_rules()),
+        "text_encoder_2": random_tensors(T5Encoder, SIZES["text_encoder_2"], t5.checkpoint_rules()),
     }
     prefixes = {
         "text_encoder": "text_encoders.clip_l.transformer.",
@@ -150,7 +151,7 @@ def test_whole_models_beside_a_transformer_are_taken(folder, tmp_path):
     same(files.open("transformer", jnp.float32), other)
     same(files.open("vae", jnp.float32), vae)
     assert files.open("text_encoder").config["num_attention_heads"] == 12
-    assert models.component_config(files.open("text_encoder_2").config) == SIZES.t5
+    assert models.component_config(files.open("text_encoder_2").config) == SIZES["text_encoder_2"]
     for name, tensors in encoders.items():
         opened = files.open(name, jnp.float32)
         for key in (key for keys, _ in opened.sources.values() for key in keys):
@@ -208,7 +209,7 @@ def test_a_file_without_guidance_says_which_schedule_it_takes(folder, tmp_path):
     with pytest.warns(UserWarning, match=r"flux1-de-distilled.* FLUX\.1-schnell"):
         files = find_model(file, folder)
     assert files.schedule == "FLUX.1-schnell's"
-    assert generation_defaults(files.index, False).num_inference_steps == 4
+    assert files.defaults(files.configs()).num_inference_steps == 4
     assert not files.load_scheduler().use_dynamic_shifting
 
 
@@ -236,7 +237,7 @@ def test_a_folder_s_schedule_can_be_replaced(copy):
     assert find_model(copy, schedule="folder").load_scheduler().use_dynamic_shifting
     files = find_model(copy, schedule="schnell")
     assert files.load_scheduler().shift == 1 and "scheduler" not in files.paths
-    assert generation_defaults(files.index, True).num_inference_steps == 4
+    assert files.defaults(files.configs()).num_inference_steps == 4
     with pytest.raises(ValueError, match="schedule is 'turbo'; use one of dev, schnell, folder"):
         find_model(copy, schedule="turbo")
 

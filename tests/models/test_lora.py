@@ -11,8 +11,9 @@ from flax import nnx
 
 import models
 from models.flux import FluxConfig
-from models.flux.lora import LoRALinear, add_lora, read_lora
-from models.linear import Linear, Part
+from models.flux.family import FLUX
+from models.linear import Linear, Part, modulation
+from models.lora import LoRALinear, add_lora, read_lora
 from models.stored_files import CheckpointError
 
 torch = pytest.importorskip("torch")
@@ -84,7 +85,7 @@ def run_both(tiny, files, scales):
     finally:
         peer.unload_lora_weights()
     assert relative_error(expected, plain) > 0.05  # the adapter does something
-    adapters = [read_lora(file, ours.config) for file in files]
+    adapters = [read_lora(file, FLUX, ours.config) for file in files]
     return evaluate(add_lora(ours, adapters, scales, jnp.float32)), expected
 
 
@@ -157,7 +158,7 @@ def test_kohya_adapter_at_full_width_is_what_diffusers_converts_it_to(tmp_path):
     )
     converted = {name: x.numpy() for name, x in peer.items()}
     converted = lora_files.save(tmp_path / "converted.safetensors", converted)
-    branches, expected = (read_lora(path, config).branches for path in (file, converted))
+    branches, expected = (read_lora(path, FLUX, config).branches for path in (file, converted))
     assert branches.keys() == expected.keys()
     assert "single_blocks.0.linear1" in branches
     for path, branch in branches.items():
@@ -175,7 +176,7 @@ def test_the_final_layers_halves_are_swapped_between_the_namings(tmp_path):
         {"final_layer.adaLN_modulation.1": (down, np.concatenate([up[hidden:], up[:hidden]]))}
     )
     one, other = (
-        read_lora(lora_files.save(tmp_path / "x.safetensors", tensors), TINY).branches
+        read_lora(lora_files.save(tmp_path / "x.safetensors", tensors), FLUX, TINY).branches
         for tensors in (scale_first, shift_first)
     )
     assert one.keys() == other.keys() == {"final_layer.modulation"}
@@ -205,7 +206,7 @@ def test_every_naming_reaches_every_linear_of_the_blocks(tmp_path, kind, prefix,
     for name, pair in lora_files.random_factors(modules(TINY)).items():
         module = prefix.replace("{_}", name.replace(".", "_")).replace("{}", name)
         tensors |= {f"{module}.{part}": x for part, x in zip(parts, pair, strict=True)}
-    branches = read_lora(lora_files.save(tmp_path / "x.safetensors", tensors), TINY).branches
+    branches = read_lora(lora_files.save(tmp_path / "x.safetensors", tensors), FLUX, TINY).branches
     build = nnx.eval_shape(lambda: models.flux.FluxTransformer(TINY, rngs=nnx.Rngs(0)))
     linears = {
         ".".join(map(str, path)): linear
@@ -230,7 +231,7 @@ def test_the_branch_comes_before_activation_gate_and_residual():
     merged.kernel[...] = merged.kernel[...] + down @ up
     shift, scale = (random.normal(size=(2, 1, 8)).astype(np.float32) for _ in range(2))
     around = {
-        "modulation": (shift, scale),
+        "norm": modulation(shift, scale),
         "activation": "gelu",
         "gate": random.normal(size=(2, 1, 6)).astype(np.float32),
         "residual": random.normal(size=(2, 3, 6)).astype(np.float32),
@@ -250,7 +251,7 @@ def test_the_given_transformer_is_untouched_and_its_weights_are_shared(tiny, tmp
     before = evaluate(ours)
     factors = lora_files.random_factors(lora_files.diffusers_modules(ours.config))
     file = lora_files.save(tmp_path / "a.safetensors", lora_files.diffusers_tensors(factors))
-    adapted = add_lora(ours, [read_lora(file, ours.config)], dtype=jnp.float32)
+    adapted = add_lora(ours, [read_lora(file, FLUX, ours.config)], dtype=jnp.float32)
     np.testing.assert_array_equal(evaluate(ours), before)
     kept = adapted.single_blocks[0].linear1.base.kernel
     assert kept.get_value() is ours.single_blocks[0].linear1.kernel.get_value()
@@ -259,7 +260,7 @@ def test_the_given_transformer_is_untouched_and_its_weights_are_shared(tiny, tmp
 def test_branches_are_16_bit_by_default(tiny, tmp_path):
     factors = lora_files.random_factors(lora_files.diffusers_modules(tiny[1].config))
     file = lora_files.save(tmp_path / "a.safetensors", lora_files.diffusers_tensors(factors))
-    adapted = add_lora(tiny[1], [read_lora(file, tiny[1].config)])
+    adapted = add_lora(tiny[1], [read_lora(file, FLUX, tiny[1].config)])
     branch = adapted.single_blocks[0].linear1
     assert (branch.down.dtype, branch.up.dtype) == (jnp.bfloat16, jnp.bfloat16)
 
@@ -268,7 +269,7 @@ def test_a_bfloat16_adapter_is_read(tmp_path):
     factors = lora_files.random_factors({"proj_out": (64, 16)})
     tensors = lora_files.diffusers_tensors(factors)
     rounded = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
-    branch = read_lora(lora_files.save(tmp_path / "a.safetensors", rounded), TINY).branches
+    branch = read_lora(lora_files.save(tmp_path / "a.safetensors", rounded), FLUX, TINY).branches
     np.testing.assert_array_equal(
         branch["final_layer.linear"].down, factors["proj_out"][0].astype(jnp.bfloat16).T
     )
@@ -277,7 +278,7 @@ def test_a_bfloat16_adapter_is_read(tmp_path):
 def refused(tmp_path, tensors, match):
     file = lora_files.save(tmp_path / "bad.safetensors", tensors)
     with pytest.raises(CheckpointError, match=match) as error:
-        read_lora(file, TINY)
+        read_lora(file, FLUX, TINY)
     assert str(file) in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
@@ -345,7 +346,7 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"pickle")
     for path in (tmp_path / "x", tmp_path / "absent"):
         with pytest.raises(CheckpointError, match="can't be read as safetensors") as error:
-            read_lora(path, TINY)
+            read_lora(path, FLUX, TINY)
         assert len(str(error.value).splitlines()) == 1
 
 
@@ -356,7 +357,7 @@ def test_an_empty_file_is_refused(tmp_path):
 def test_the_compiled_transformer_with_adapters_gives_the_same(tiny, tmp_path):
     factors = lora_files.random_factors(lora_files.diffusers_modules(tiny[1].config))
     file = lora_files.save(tmp_path / "a.safetensors", lora_files.diffusers_tensors(factors))
-    adapted = add_lora(tiny[1], [read_lora(file, tiny[1].config)], dtype=jnp.float32)
+    adapted = add_lora(tiny[1], [read_lora(file, FLUX, tiny[1].config)], dtype=jnp.float32)
     graphdef, state = nnx.split(adapted)
     compiled = jax.jit(lambda state, x: nnx.merge(graphdef, state)(**x))
     found = np.asarray(compiled(state, inputs(adapted.config)))

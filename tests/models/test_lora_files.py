@@ -13,10 +13,12 @@ from flax import nnx
 from safetensors.numpy import save_file
 from small_flux import SIZES
 
-from models.flux import FluxTransformer, add_lora, read_lora
+from models.flux import FluxTransformer
+from models.flux.family import FLUX
+from models.lora import add_lora, read_lora
 from models.stored_files import CheckpointError
 
-CONFIG = SIZES.transformer
+CONFIG = SIZES["transformer"]
 HIDDEN = CONFIG.hidden_size
 Q, K, DOWN = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "ff.net.2"
 QKV = "double_blocks.0.img_attn.qkv"
@@ -71,9 +73,9 @@ def write_peft(folder, pairs, config, name="adapter_model.safetensors"):
 def test_the_scale_in_peft_s_config(tmp_path, config, wanted):
     pairs = factors(Q)
     file = write_peft(tmp_path, pairs, config)
-    assert scale_of(read_lora(file, CONFIG), pairs[Q]) == pytest.approx(wanted, rel=1e-5)
+    assert scale_of(read_lora(file, FLUX, CONFIG), pairs[Q]) == pytest.approx(wanted, rel=1e-5)
     moved = file.rename(tmp_path / "my_adapter.safetensors")  # its keys are PEFT's still
-    assert scale_of(read_lora(moved, CONFIG), pairs[Q]) == pytest.approx(wanted, rel=1e-5)
+    assert scale_of(read_lora(moved, FLUX, CONFIG), pairs[Q]) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_deltas_are_those_of_peft_itself(tmp_path):
@@ -93,7 +95,7 @@ def test_deltas_are_those_of_peft_itself(tmp_path):
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(model, config)
     wrapped.save_pretrained(tmp_path)
-    adapter = read_lora(tmp_path / "adapter_model.safetensors", CONFIG)
+    adapter = read_lora(tmp_path / "adapter_model.safetensors", FLUX, CONFIG)
     for i in range(CONFIG.num_layers):
         attn = wrapped.base_model.model.transformer_blocks[i].attn
         with torch.no_grad():
@@ -109,7 +111,7 @@ def test_the_scale_in_the_metadata_with_the_prefix_of_the_keys_or_none(tmp_path,
     config = {f"{prefix}r": 4, f"{prefix}lora_alpha": 32, "text_encoder.lora_alpha": 3}
     metadata = {"lora_adapter_metadata": json.dumps(config)}
     file = lora_files.save(tmp_path / "a.safetensors", tensors(pairs, prefix), metadata)
-    assert scale_of(read_lora(file, CONFIG), pairs[Q]) == pytest.approx(8, rel=1e-5)
+    assert scale_of(read_lora(file, FLUX, CONFIG), pairs[Q]) == pytest.approx(8, rel=1e-5)
 
 
 def test_an_alpha_beside_the_factors_comes_first(tmp_path):
@@ -117,7 +119,7 @@ def test_an_alpha_beside_the_factors_comes_first(tmp_path):
     alpha = {f"base_model.model.{Q}.alpha": np.float32(2)}
     lora_files.save(tmp_path / "a.safetensors", tensors(pairs, "base_model.model.") | alpha)
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 32}')
-    adapter = read_lora(tmp_path / "a.safetensors", CONFIG)
+    adapter = read_lora(tmp_path / "a.safetensors", FLUX, CONFIG)
     assert scale_of(adapter, pairs[Q]) == pytest.approx(0.5, rel=1e-5)
 
 
@@ -125,17 +127,17 @@ def test_another_file_s_config_is_left_alone(tmp_path):
     pairs = factors(Q)
     write_peft(tmp_path, pairs, {"r": 4, "lora_alpha": 32})
     other = lora_files.save(tmp_path / "other.safetensors", tensors(pairs))
-    assert scale_of(read_lora(other, CONFIG), pairs[Q]) == pytest.approx(1, rel=1e-5)
+    assert scale_of(read_lora(other, FLUX, CONFIG), pairs[Q]) == pytest.approx(1, rel=1e-5)
 
 
 def test_a_config_that_is_nowhere_is_missed_aloud(tmp_path):
     file = lora_files.save(tmp_path / "a.safetensors", tensors(factors(Q), "base_model.model."))
     with pytest.warns(UserWarning, match=r"adapter_config\.json.*taken as 1"):
-        read_lora(file, CONFIG)
+        read_lora(file, FLUX, CONFIG)
     plain = lora_files.save(tmp_path / "b.safetensors", tensors(factors(Q)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_lora(plain, CONFIG)
+        read_lora(plain, FLUX, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_a_config_that_can_t_be_used_is_refused(tmp_path, config, told, place):
         metadata = {"lora_adapter_metadata": json.dumps(config)}
         file = lora_files.save(tmp_path / "a.safetensors", tensors(factors(Q)), metadata)
     with pytest.raises(CheckpointError, match=told):
-        read_lora(file, CONFIG)
+        read_lora(file, FLUX, CONFIG)
 
 
 @pytest.mark.parametrize("text", ["[1]", '"x"', "null", "{", "[" * 10**5, "1" * 5000])
@@ -175,11 +177,11 @@ def test_metadata_that_is_no_object_is_refused(tmp_path, text):
     metadata = {"lora_adapter_metadata": text}
     file = lora_files.save(tmp_path / "a.safetensors", tensors(factors(Q)), metadata)
     with pytest.raises(CheckpointError, match="lora_adapter_metadata"):
-        read_lora(file, CONFIG)
+        read_lora(file, FLUX, CONFIG)
     (tmp_path / "adapter_config.json").write_text(text)
     file = lora_files.save(tmp_path / "a.safetensors", tensors(factors(Q)))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
-        read_lora(file, CONFIG)
+        read_lora(file, FLUX, CONFIG)
 
 
 @pytest.mark.parametrize("alpha", [{}, {f"transformer.{Q}.alpha": np.float32(4)}])
@@ -187,7 +189,7 @@ def test_a_module_of_rank_0_adds_nothing(tmp_path, alpha):
     pairs = {Q: (np.zeros((0, HIDDEN), np.float32), np.zeros((HIDDEN, 0), np.float32))}
     pairs |= factors(K)
     file = lora_files.save(tmp_path / "a.safetensors", tensors(pairs) | alpha)
-    adapter = read_lora(file, CONFIG)
+    adapter = read_lora(file, FLUX, CONFIG)
     assert delta(adapter)[:HIDDEN].any() == np.False_
     assert scale_of(adapter, pairs[K], slice(HIDDEN, 2 * HIDDEN)) == pytest.approx(1)
 
@@ -210,7 +212,7 @@ def test_factors_in_float8(tmp_path):
     named = {x: y.astype(ml_dtypes.float8_e4m3fn) for x, y in tensors(pairs).items()}
     narrow = write_raw(tmp_path / "a", {x: ("F8_E4M3", y) for x, y in named.items()})
     save_file({x: y.astype(np.float32) for x, y in named.items()}, tmp_path / "b")
-    found, wanted = (delta(read_lora(file, CONFIG)) for file in (narrow, tmp_path / "b"))
+    found, wanted = (delta(read_lora(file, FLUX, CONFIG)) for file in (narrow, tmp_path / "b"))
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -219,7 +221,7 @@ def test_factors_that_are_no_floats_are_refused(tmp_path, stored, dtype):
     named = {x: (stored, y.astype(dtype)) for x, y in tensors(factors(Q)).items()}
     file = write_raw(tmp_path / "a.safetensors", named)
     with pytest.raises(CheckpointError, match=f"to_q.lora_A.weight is stored as {stored}"):
-        read_lora(file, CONFIG)
+        read_lora(file, FLUX, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -237,18 +239,18 @@ def test_factors_that_are_no_floats_are_refused(tmp_path, stored, dtype):
 def test_a_linear_that_is_given_twice_is_refused(tmp_path, other):
     file = lora_files.save(tmp_path / "a.safetensors", tensors(factors(Q)) | other)
     with pytest.raises(CheckpointError, match=r"same (factor|linear)"):
-        read_lora(file, CONFIG)
+        read_lora(file, FLUX, CONFIG)
 
 
 def test_keys_of_text_encoders_are_left_out_when_asked(tmp_path):
     pairs = factors(Q)
     text = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": np.float32(1)}
     file = lora_files.save(tmp_path / "a.safetensors", tensors(pairs) | text)
-    adapter = read_lora(file, CONFIG, transformer_only=True)
+    adapter = read_lora(file, FLUX, CONFIG, transformer_only=True)
     assert scale_of(adapter, pairs[Q]) == pytest.approx(1)
     file = lora_files.save(tmp_path / "b.safetensors", text)
     with pytest.raises(CheckpointError, match="no tensors for the transformer"):
-        read_lora(file, CONFIG, transformer_only=True)
+        read_lora(file, FLUX, CONFIG, transformer_only=True)
 
 
 @pytest.mark.parametrize("alpha", [3e38, float("inf"), float("nan")])
@@ -257,7 +259,7 @@ def test_an_alpha_that_makes_a_factor_infinite_is_refused(tmp_path, alpha):
     alphas = {f"transformer.{Q}.alpha": np.float32(alpha)}
     file = lora_files.save(tmp_path / "a.safetensors", tensors({Q: pair}) | alphas)
     with pytest.raises(CheckpointError, match="its alpha makes it infinite"):
-        read_lora(file, CONFIG)
+        read_lora(file, FLUX, CONFIG)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39, 3e38])
@@ -266,4 +268,4 @@ def test_a_scale_that_overflows_is_refused(tmp_path, scale):
     file = lora_files.save(tmp_path / "a.safetensors", tensors({Q: pair}))
     with pytest.raises(ValueError, match="scales holds"):
         model = nnx.eval_shape(lambda: FluxTransformer(CONFIG, rngs=nnx.Rngs(0)))
-        add_lora(model, [read_lora(file, CONFIG)], [scale], jnp.float32)
+        add_lora(model, [read_lora(file, FLUX, CONFIG)], [scale], jnp.float32)

@@ -1,7 +1,5 @@
 """The whole pipeline against diffusers in float32: models, layouts, sizes, adapters, images."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import lora_files
@@ -12,9 +10,11 @@ from safetensors.numpy import save_file
 
 import models
 from models.checkpoint_io import export_params
-from models.flux import add_lora, read_lora
+from models.flux.family import FLUX
+from models.flux.latents import pack
 from models.flux.params import bfl_rules as bfl_transformer_rules
-from models.pipeline import pack, to_pixels
+from models.lora import add_lora, read_lora
+from models.pictures import to_pixels
 from models.vae.params import bfl_rules as bfl_vae_rules
 
 torch = pytest.importorskip("torch")
@@ -105,13 +105,13 @@ def test_final_latents_match_diffusers(peer, ours, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_final_latents_match_diffusers_with_an_adapter(peer, ours, size, adapter):
     pytest.importorskip("peft")
-    branches = read_lora(adapter, ours.transformer.config)
+    branches = read_lora(adapter, FLUX, ours.transformer.config)
     transformer = add_lora(ours.transformer, [branches], [0.8], jnp.float32)
     plain, _ = run_both(peer, ours, size)
     try:
         peer.load_lora_weights(str(adapter), adapter_name="a")
         peer.set_adapters(["a"], [0.8])
-        adapted = dataclasses.replace(ours, transformer=transformer)
+        adapted = ours.replace(transformer=transformer)
         found, expected = run_both(peer, adapted, size)
     finally:
         peer.unload_lora_weights()
@@ -163,7 +163,7 @@ def test_image_to_image_matches_diffusers(peer, ours, size, strength):
     shared.setdefault("guidance_scale", None)
     found = ours.denoise(
         noise,
-        *ours.encode_prompts(PROMPTS),
+        ours.encode_prompts(PROMPTS),
         image_latents=ours.encode_images(pixels, encoder_noise),
         strength=strength,
         progress=False,

@@ -1,6 +1,5 @@
 """The FLUX pipeline's parts, repeatability, laziness and refusals; parity is in test_parity."""
 
-import dataclasses
 import gc
 import json
 import shutil
@@ -14,8 +13,9 @@ from flax import nnx
 from PIL import Image
 
 import models
-import models.pipeline
-from models.pipeline import image_ids, pack, to_pixels, unpack
+import models.sampler
+from models.flux.latents import image_ids, pack, unpack
+from models.pictures import to_pixels
 from models.stages import Deferred
 from models.stored_files import CheckpointError
 
@@ -76,8 +76,10 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(pipeline):
 def test_all_steps_are_one_program_where_weights_are_committed_to_a_device(schnell):
     pipeline = models.load_pipeline(schnell, dtype=jnp.float32)
     graphdef, state = nnx.split(pipeline.transformer)
-    pipeline.transformer = nnx.merge(graphdef, jax.device_put(state, jax.devices()[1]))
-    step = models.pipeline.compiled(models.pipeline.denoising_step, pipeline.transformer).func
+    moved = nnx.merge(graphdef, jax.device_put(state, jax.devices()[1]))
+    pipeline = pipeline.replace(transformer=moved)
+    static = pipeline.denoiser, pipeline.scheduler
+    step = models.sampler.compiled(models.sampler.denoising_step, moved, *static).func
     step.clear_cache()
     pipeline("a cat", **SIZE, num_inference_steps=3, progress=False, output_type="latent")
     assert step._cache_size() == 1
@@ -97,11 +99,11 @@ def test_the_call_does_the_stages_in_turn(pipeline):
     options = {**SIZE, "num_inference_steps": 4, "progress": False}
     key, shape = jax.random.key(5), pipeline.initial_noise(jax.random.key(5), 2, **SIZE).shape
     found = pipeline(PROMPTS, image=PHOTO, strength=0.5, seed=5, output_type="latent", **options)
-    encoder_noise = pipeline._noise(jax.random.fold_in(key, np.uint32(2**31)), shape)
+    encoder_noise = models.sampler._noise(jax.random.fold_in(key, np.uint32(2**31)), shape)
     pixels = np.stack([to_pixels(PHOTO, **SIZE)] * 2)
     expected = pipeline.denoise(
         pipeline.initial_noise(key, 2, **SIZE),
-        *pipeline.encode_prompts(PROMPTS),
+        pipeline.encode_prompts(PROMPTS),
         image_latents=pipeline.encode_images(pixels, encoder_noise),
         strength=0.5,
         **options,
@@ -123,13 +125,13 @@ def test_a_second_call_of_the_same_shapes_traces_nothing(pipeline, monkeypatch):
     """Neither other weights of the same kind nor another scale, seed or image trace again."""
     traced = []
     for name in ("denoising_step", "_apply", "_encode", "_decode"):
-        function = getattr(models.pipeline, name)
+        function = getattr(models.sampler, name)
 
         def counted(*args, name=name, function=function):
             traced.append(name)
             return function(*args)
 
-        monkeypatch.setattr(models.pipeline, name, counted)
+        monkeypatch.setattr(models.sampler, name, counted)
     options = {**SIZE, "num_inference_steps": 2, "progress": False, "true_cfg_scale": 2.0}
     pipeline(PROMPTS, image=PHOTO, seed=0, **options)
     assert sorted(traced) == ["_apply", "_apply", "_decode", "_encode", "denoising_step"]
@@ -260,15 +262,15 @@ def _steps(path):
     ],
 )
 def test_a_stage_whose_result_is_not_finite_is_named(pipeline, component, path, value, told):
-    broken = set_value(getattr(pipeline, component), path, value)
-    pipeline = dataclasses.replace(pipeline, **{component: broken})
+    broken = set_value(pipeline.models[component], path, value)
+    pipeline = pipeline.replace(**{component: broken})
     with pytest.raises(ValueError, match=told):
         pipeline("a cat", **SIZE, num_inference_steps=2, progress=False)
 
 
 def test_an_image_whose_latents_are_not_finite_is_named(pipeline):
     broken = set_value(pipeline.vae, "encoder.conv_in.bias", np.nan)
-    pipeline = dataclasses.replace(pipeline, vae=broken)
+    pipeline = pipeline.replace(vae=broken)
     with pytest.raises(ValueError, match="encode images: the latents hold"):
         pipeline("a cat", image=PHOTO, **SIZE, num_inference_steps=2, progress=False)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from models.flux2.schedule import empirical_mu
 from models.schedulers import FlowMatchEulerScheduler, euler_step
 from models.stored_files import CheckpointError
 
@@ -93,3 +94,30 @@ def test_strength_keeps_the_steps_that_diffusers_keeps(steps, strength):
     whole, kept = (scheduler.sigmas(steps, 300, x) for x in (1.0, strength))
     np.testing.assert_array_equal(kept, whole[skipped:])
     assert len(kept) >= 2
+
+
+@pytest.mark.parametrize("tokens", [64, 1024, 4096, 4300, 4301, 16384])
+@pytest.mark.parametrize("steps", [1, 4, 50, 200])
+def test_flux2_s_shift_is_diffusers(tokens, steps):
+    klein = pytest.importorskip("diffusers.pipelines.flux2.pipeline_flux2_klein")
+    mu = empirical_mu(tokens, steps)
+    assert mu == pytest.approx(klein.compute_empirical_mu(tokens, steps), rel=1e-6)
+    options = {"use_dynamic_shifting": True, "shift": 3.0}
+    peer = klein.FlowMatchEulerDiscreteScheduler(**options)
+    peer.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    ours = FlowMatchEulerScheduler(**options).sigmas(steps, tokens, mu=mu)
+    np.testing.assert_allclose(ours, peer.sigmas.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [8, 50])
+@pytest.mark.parametrize("shift", [3.0, 6.0])
+def test_zimage_s_levels_are_diffusers(steps, shift):
+    """A constant shift; what its pipeline works out of the image's size goes unused."""
+    zimage = pytest.importorskip("diffusers.pipelines.z_image.pipeline_z_image")
+    peer = zimage.FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
+    sigmas = zimage.get_default_z_image_sigmas(steps)
+    zimage.retrieve_timesteps(peer, steps, sigmas=sigmas, mu=0.9)
+    ours = FlowMatchEulerScheduler.from_json(peer.config)
+    np.testing.assert_allclose(ours.sigmas(steps, 4096), peer.sigmas.numpy(), atol=1e-6)
+    told = [1000 * level["time"] for level in ours.levels(steps, 4096)]
+    np.testing.assert_allclose(told, peer.timesteps.numpy(), rtol=1e-5)

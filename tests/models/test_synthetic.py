@@ -11,40 +11,56 @@ from safetensors.numpy import load_file
 from small_flux import SIZES
 
 import models
-from models import synthetic
-from models.checkpoint_io import CheckpointError, TracingRngs, stored_tensors
-from models.flux import FluxTransformer
-from models.flux.params import bfl_rules, diffusers_rules
-from models.synthetic import FLUX_DEV, write_random_flux, write_safetensors
-from models.text_encoders import clip, t5
+from models import component, synthetic
+from models.checkpoint_io import CheckpointError
+from models.families import FAMILIES
+from models.family import Tokenizer
+from models.flux.family import FLUX
+from models.synthetic import write_random_model, write_safetensors
 from models.tiny_flux.architecture import FOLDER
-from models.vae.modeling import AutoencoderKL
-from models.vae.params import RULES
+from models.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("synthetic") / "dev"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "_SHARD_BYTES", 300_000)
-        write_random_flux(path, SIZES, tokenizers=FOLDER)
+        patch.setattr(component, "_SHARD_BYTES", {"diffusers": 300_000, "transformers": 150_000})
+        write_random_model(path, FLUX, SIZES, tokenizers=FOLDER)
     return path
 
 
 @pytest.mark.parametrize(
-    ("module", "config", "rules", "parameters"),
+    ("name", "layout", "parameters"),
     [
         # total_size of the published safetensors indexes, and files' sizes, over 2
-        (FluxTransformer, FLUX_DEV.transformer, diffusers_rules(FLUX_DEV.transformer), 11901408320),
-        (FluxTransformer, FLUX_DEV.transformer, bfl_rules(), 11901408320),
-        (t5.T5Encoder, FLUX_DEV.t5, t5.checkpoint_rules(), 4762310656),
-        (clip.CLIPTextEncoder, FLUX_DEV.clip, clip.checkpoint_rules(), 123060480),
-        (AutoencoderKL, FLUX_DEV.vae, RULES, 83819683),
+        ("transformer", "folder", 11901408320),
+        ("transformer", "file", 11901408320),
+        ("text_encoder_2", "folder", 4762310656),
+        ("text_encoder", "folder", 123060480),
+        ("vae", "folder", 83819683),
     ],
 )
-def test_parameters_are_as_many_as_published(module, config, rules, parameters):
-    tensors = stored_tensors(lambda: module(config, rngs=TracingRngs()), rules)
+def test_parameters_are_as_many_as_published(name, layout, parameters):
+    kind = FLUX.components[name]
+    tensors = kind.tensors(FLUX.sizes["flux1-dev"][name], getattr(kind, layout))
     assert sum(math.prod(shape) for _, shape in tensors.values()) == parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_published_sizes_fit_each_other(family):
+    for sizes in family.sizes.values():
+        assert sizes.keys() == family.components.keys()
+        assert not list(family.misfits(sizes, {}))
+
+
+def test_a_tokenizer_of_bytes_is_made_where_none_is_copied(tmp_path):
+    made = Tokenizer(kind="Qwen2Tokenizer", length=9, specials=("<pad>", "<end>"))
+    synthetic._write_tokenizer(tmp_path / "tokenizer", made, None)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    ids = tokenizer(["é<end>"], padding="max_length", max_length=9)["input_ids"][0]
+    assert tokenizer.decode(ids) == "é<end>" + 6 * "<pad>"
+    assert tokenizer.model_max_length == 9 and max(ids) == 257
 
 
 def test_the_folder_loads_and_makes_finite_images(folder):
@@ -82,7 +98,9 @@ def test_weights_have_the_deviation_that_keeps_activations_of_order_one(folder):
 
 def test_a_seed_gives_the_same_bytes_and_another_others(tmp_path):
     for name, seed in {"one": 0, "same": 0, "other": 1}.items():
-        write_random_flux(tmp_path / name, SIZES, tokenizers=FOLDER, layout="bfl", seed=seed)
+        write_random_model(
+            tmp_path / name, FLUX, SIZES, tokenizers=FOLDER, layout="file", seed=seed
+        )
     one, same, other = (
         (tmp_path / name / "ae.safetensors").read_bytes() for name in ("one", "same", "other")
     )
@@ -91,15 +109,15 @@ def test_a_seed_gives_the_same_bytes_and_another_others(tmp_path):
 
 
 def test_single_files_load_with_the_folder_s_text_encoders(tmp_path, folder):
-    write_random_flux(tmp_path / "bfl", SIZES, tokenizers=FOLDER, layout="bfl")
+    write_random_model(tmp_path / "bfl", FLUX, SIZES, tokenizers=FOLDER, layout="file")
     assert sorted(x.name for x in (tmp_path / "bfl").glob("[!.]*")) == [
         "ae.safetensors",
         "flux1-dev.safetensors",
     ]
     for path in (tmp_path / "bfl", tmp_path / "bfl" / "flux1-dev.safetensors"):
         pipeline = models.load_pipeline(path, text_encoders=folder)
-        assert pipeline.transformer.config == SIZES.transformer
-        assert pipeline.vae.config == SIZES.vae
+        assert pipeline.transformer.config == SIZES["transformer"]
+        assert pipeline.vae.config == SIZES["vae"]
         leaves = nnx.to_flat_state(nnx.state(pipeline.vae))
         assert {leaf[...].dtype.name for _, leaf in leaves} == {"bfloat16"}
 
@@ -115,15 +133,15 @@ def test_an_interrupted_file_has_no_name_yet(tmp_path):
 
 def test_an_existing_folder_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
-        write_random_flux(tmp_path, SIZES, tokenizers=FOLDER)
+        write_random_model(tmp_path, FLUX, SIZES, tokenizers=FOLDER)
 
 
 def test_missing_tokenizers_are_refused_before_any_work(tmp_path):
     with pytest.raises(CheckpointError, match="tokenizer_config"):
-        write_random_flux(tmp_path / "out", SIZES, tokenizers=tmp_path)
+        write_random_model(tmp_path / "out", FLUX, SIZES, tokenizers=tmp_path)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_layout_is_refused(tmp_path):
     with pytest.raises(ValueError, match="layout is 'onnx'"):
-        write_random_flux(tmp_path / "out", SIZES, tokenizers=FOLDER, layout="onnx")
+        write_random_model(tmp_path / "out", FLUX, SIZES, tokenizers=FOLDER, layout="onnx")

@@ -9,7 +9,7 @@ from random_weights import random_module
 from safetensors.numpy import load_file, save_file
 
 from models.stored_files import CheckpointError
-from models.text_encoders import T5Config, T5Encoder, export_t5_encoder, load_t5_encoder
+from models.text_encoders import T5_ENCODER, T5Config, T5Encoder
 from models.text_encoders.t5 import relative_position_buckets
 
 TINY = {"vocab_size": 50, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
@@ -57,14 +57,17 @@ def peer_states(model, ids, mask=None):
 def test_states_equal_the_peer(peer, tmp_path):
     peer.save_pretrained(tmp_path)
     ids = token_ids()
-    assert relative_error(run(load_t5_encoder(tmp_path), ids), peer_states(peer, ids)) < 1e-4
+    assert (
+        relative_error(run(T5_ENCODER.load(tmp_path, jnp.float32), ids), peer_states(peer, ids))
+        < 1e-4
+    )
 
 
 def test_masked_states_equal_the_peer(peer, tmp_path):
     peer.save_pretrained(tmp_path)
     ids, mask = token_ids(), np.ones((2, 21), int)
     mask[1, 9:] = 0
-    ours = run(load_t5_encoder(tmp_path), ids, jnp.asarray(mask))
+    ours = run(T5_ENCODER.load(tmp_path, jnp.float32), ids, jnp.asarray(mask))
     assert relative_error(ours, peer_states(peer, ids, mask)) < 1e-4
 
 
@@ -79,14 +82,20 @@ def test_masked_tokens_leave_the_others_alone():
 def test_long_prompts_equal_the_peer(peer, tmp_path):
     peer.save_pretrained(tmp_path)
     ids = token_ids(tokens=300, batch=1)
-    assert relative_error(run(load_t5_encoder(tmp_path), ids), peer_states(peer, ids)) < 1e-4
+    assert (
+        relative_error(run(T5_ENCODER.load(tmp_path, jnp.float32), ids), peer_states(peer, ids))
+        < 1e-4
+    )
 
 
 def test_sharded_files_load(peer, tmp_path):
     peer.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = token_ids()
-    assert relative_error(run(load_t5_encoder(tmp_path), ids), peer_states(peer, ids)) < 1e-4
+    assert (
+        relative_error(run(T5_ENCODER.load(tmp_path, jnp.float32), ids), peer_states(peer, ids))
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("buckets,distance", [(32, 128), (16, 64), (8, 20), (32, 100)])
@@ -110,7 +119,7 @@ def renamed(folder, rename):
 @pytest.mark.parametrize("names", [("shared",), ("encoder.embed_tokens",), None])
 def test_either_name_of_the_token_embedding_loads(names, tmp_path):
     encoder = tiny_encoder()
-    export_t5_encoder(encoder, tmp_path, dtype=jnp.float32)
+    T5_ENCODER.export(encoder, tmp_path, dtype=jnp.float32)
     names = names or ("shared", "encoder.embed_tokens")
 
     def rename(tensors):
@@ -119,21 +128,23 @@ def test_either_name_of_the_token_embedding_loads(names, tmp_path):
 
     renamed(tmp_path, rename)
     ids = token_ids()
-    np.testing.assert_array_equal(run(load_t5_encoder(tmp_path), ids), run(encoder, ids))
+    np.testing.assert_array_equal(
+        run(T5_ENCODER.load(tmp_path, jnp.float32), ids), run(encoder, ids)
+    )
 
 
 def test_decoder_tensors_are_left_alone(tmp_path):
-    export_t5_encoder(tiny_encoder(), tmp_path)
+    T5_ENCODER.export(tiny_encoder(), tmp_path)
     extra = {"decoder.block.0.layer.0.layer_norm.weight": np.ones(24, np.float32)}
     renamed(tmp_path, lambda tensors: {**tensors, **extra})
-    load_t5_encoder(tmp_path)
+    T5_ENCODER.load(tmp_path, jnp.float32)
 
 
 @pytest.mark.parametrize("feed_forward_proj", ["relu", "gated-gelu"])
 def test_export_then_load_keeps_every_bit(feed_forward_proj, tmp_path):
     encoder = tiny_encoder(feed_forward_proj)
-    export_t5_encoder(encoder, tmp_path, dtype=jnp.float32)
-    loaded = load_t5_encoder(tmp_path)
+    T5_ENCODER.export(encoder, tmp_path, dtype=jnp.float32)
+    loaded = T5_ENCODER.load(tmp_path, jnp.float32)
     assert loaded.config == encoder.config
     jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(encoder))
 
@@ -144,17 +155,17 @@ def test_the_peer_reads_an_export(feed_forward_proj, tmp_path):
     from transformers import T5EncoderModel
 
     encoder = tiny_encoder(feed_forward_proj)
-    export_t5_encoder(encoder, tmp_path, dtype=jnp.float32)
+    T5_ENCODER.export(encoder, tmp_path, dtype=jnp.float32)
     ids = token_ids()
     theirs = peer_states(T5EncoderModel.from_pretrained(tmp_path), ids)
     assert relative_error(run(encoder, ids), theirs) < 1e-4
 
 
 def test_export_stores_bfloat16_by_default(tmp_path):
-    export_t5_encoder(tiny_encoder(), tmp_path)
+    T5_ENCODER.export(tiny_encoder(), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert {value.dtype for value in tensors.values()} == {jnp.dtype(jnp.bfloat16)}
-    assert run(load_t5_encoder(tmp_path, jnp.bfloat16), token_ids()).dtype == jnp.bfloat16
+    assert run(T5_ENCODER.load(tmp_path, jnp.bfloat16), token_ids()).dtype == jnp.bfloat16
 
 
 def test_bfloat16_computation_is_close_to_float32():

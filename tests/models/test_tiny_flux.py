@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models import load_pipeline
-from models.pipeline import pack
+from models.flux.latents import pack
 from models.tiny_flux import architecture, dataset, training
 
 PHOTO_FOLDER = architecture.FOLDER.parent / "tiny_flux_photo"

@@ -11,10 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from models.stored_files import CheckpointError
 from models.vae import (
+    AUTOENCODER_KL,
     AutoencoderKL,
     AutoencoderKLConfig,
-    export_autoencoder_kl,
-    load_autoencoder_kl,
 )
 from models.vae import modeling as vae_modeling
 
@@ -103,26 +102,26 @@ def assert_equal_autoencoders(ours, peer, height=24, width=16):
 def test_moments_and_images_equal_the_peer(changes, tmp_path):
     peer = build_peer(**changes)
     peer.save_pretrained(tmp_path)
-    assert_equal_autoencoders(load_autoencoder_kl(tmp_path), peer)
+    assert_equal_autoencoders(AUTOENCODER_KL.load(tmp_path, jnp.float32), peer)
 
 
 @pytest.mark.parametrize("height,width", [(4, 4), (8, 40)])
 def test_any_size_equals_the_peer(height, width, tmp_path):
     peer = build_peer()
     peer.save_pretrained(tmp_path)
-    assert_equal_autoencoders(load_autoencoder_kl(tmp_path), peer, height, width)
+    assert_equal_autoencoders(AUTOENCODER_KL.load(tmp_path, jnp.float32), peer, height, width)
 
 
 def test_sharded_files_load(tmp_path):
     peer = build_peer()
     peer.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert_equal_autoencoders(load_autoencoder_kl(tmp_path), peer)
+    assert_equal_autoencoders(AUTOENCODER_KL.load(tmp_path, jnp.float32), peer)
 
 
 def test_old_attention_names_load(tmp_path):
     autoencoder = tiny_autoencoder()
-    export_autoencoder_kl(autoencoder, tmp_path, dtype=jnp.float32)
+    AUTOENCODER_KL.export(autoencoder, tmp_path, dtype=jnp.float32)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -134,15 +133,15 @@ def test_old_attention_names_load(tmp_path):
     save_file({old_name(name): value for name, value in load_file(file).items()}, file)
     latents = random_image(3, 2, 4)
     np.testing.assert_array_equal(
-        decode(load_autoencoder_kl(tmp_path), latents), decode(autoencoder, latents)
+        decode(AUTOENCODER_KL.load(tmp_path, jnp.float32), latents), decode(autoencoder, latents)
     )
 
 
 @pytest.mark.parametrize("changes", [{}, FLUX_LIKE], ids=str)
 def test_export_then_load_keeps_every_bit(changes, tmp_path):
     autoencoder = tiny_autoencoder(**changes)
-    export_autoencoder_kl(autoencoder, tmp_path, dtype=jnp.float32)
-    loaded = load_autoencoder_kl(tmp_path)
+    AUTOENCODER_KL.export(autoencoder, tmp_path, dtype=jnp.float32)
+    loaded = AUTOENCODER_KL.load(tmp_path, jnp.float32)
     assert loaded.config == autoencoder.config
     jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(autoencoder))
 
@@ -153,7 +152,7 @@ def test_the_peer_reads_an_export(changes, tmp_path):
     from diffusers import AutoencoderKL as Peer
 
     autoencoder = tiny_autoencoder(**changes)
-    export_autoencoder_kl(autoencoder, tmp_path, dtype=jnp.float32)
+    AUTOENCODER_KL.export(autoencoder, tmp_path, dtype=jnp.float32)
     assert_equal_autoencoders(autoencoder, Peer.from_pretrained(tmp_path))
 
 

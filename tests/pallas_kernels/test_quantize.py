@@ -1,5 +1,6 @@
 """Every backend of the activation quantization against the reference, and after a norm float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -348,6 +349,7 @@ PART = quantize.Part(array=np.ones((3, 8), np.float32), start=0, size=8)
         ({"bits": 8, "packed": True}, "packed is True with bits=8"),
         ({"norm": (np.ones(37), np.ones(37))}, "norm is a tuple; it must be a Norm or None"),
         ({"norm": norm_of(3, 37)}, r"norm.shift has shape \[3\]; it must be \[37\]"),
+        ({"norm": dataclasses.replace(norm_of(37, 37), kind="batch")}, "norm.kind is 'batch'"),
         ({"norm": norm_of(37, 3)}, r"norm.scale has shape \[3\]; it must be \[37\]"),
         ({"multiplier": np.ones(3)}, r"multiplier has shape \[3\]; it must be \[37\]"),
         ({"multiplier": np.ones(37, int)}, "multiplier has dtype int64; it must be floating"),
@@ -376,6 +378,9 @@ PART = quantize.Part(array=np.ones((3, 8), np.float32), start=0, size=8)
         ({"x": ()}, r"x is a tuple of \(\); it must be an array, or a tuple of Part"),
         ({"x": (PART, 3)}, r"x is a tuple of \(Part, int\)"),
         ({"x": (quantize.Part(array=np.ones(8), start=0, size=8),)}, r"part of x has shape \[8\]"),
+        ({"x": (dataclasses.replace(PART, activation="relu"),)}, "activation of a part is 'relu'"),
+        ({"x": (dataclasses.replace(PART, times=1),)}, "part of columns 1 to 9 of an array of 8"),
+        ({"x": (dataclasses.replace(PART, times=-8),)}, "part of columns -8 to 0 of an array of 8"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import codec, quantize
+from pallas_kernels import codec, functions, quantize
 from pallas_kernels.operands import Int8Rows, PackedRows, int8_values
 
 X = np.random.default_rng(0).standard_normal((3, 37)).astype(np.float32)
@@ -93,3 +93,44 @@ def test_a_row_with_nan_has_scale_nan(bits, range_):
 def test_other_bits_are_refused():
     with pytest.raises(ValueError, match="bits is 6; it must be 4 or 8"):
         quantize.quantize(X, bits=6)
+
+
+ACTIVATIONS = {  # in float64
+    None: lambda y: y,
+    "gelu": lambda y: y / (1 + np.exp(-np.sqrt(8 / np.pi) * (y + 0.044715 * y**3))),
+    "silu": lambda y: y / (1 + np.exp(-y)),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("times", [None, 0, 17], ids=["alone", "gate last", "gate first"])
+def test_a_part_is_columns_through_an_activation_times_others(activation, times):
+    start = 17 if times == 0 else 3
+    part = quantize.Part(array=X, start=start, size=14, activation=activation, times=times)
+    wanted = ACTIVATIONS[activation](X[:, start : start + 14].astype(np.float64))
+    if times is not None:
+        wanted *= X[:, times : times + 14]
+    np.testing.assert_allclose(functions.join((part,)), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gated_part_is_rounded_once():
+    x = jnp.asarray(X, jnp.bfloat16)
+    part = quantize.Part(array=x, start=0, size=16, activation="silu", times=16)
+    wide = quantize.Part(**vars(part) | {"array": x.astype(jnp.float32)})
+    wanted = functions.join((wide,)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(functions.join((part,)), wanted)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_norms_of_both_kinds_with_and_without_a_shift(kind, shifted):
+    scale, shift = np.random.default_rng(1).standard_normal((2, 37)).astype(np.float32)
+    norm = functions.Norm(scale=scale, shift=shift if shifted else None, epsilon=0.3, kind=kind)
+    wide = X.astype(np.float64) + 1
+    found = functions.modulate(jnp.asarray(wide, jnp.float32), norm)
+    centred = wide - (wide.mean(axis=1, keepdims=True) if kind == "layer" else 0)
+    wanted = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 0.3) * scale
+    np.testing.assert_allclose(found, wanted + shift * shifted, rtol=1e-5, atol=1e-6)
+    rows = quantize.quantize(jnp.asarray(wide, jnp.float32), bits=8, norm=norm)
+    again = quantize.quantize(found, bits=8)
+    np.testing.assert_array_equal(rows.values, again.values)

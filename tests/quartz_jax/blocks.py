@@ -68,6 +68,8 @@ def poison(model):
 class Stepped(nnx.Module):
     """A model that can be run block by block, so that it can be calibrated while it's read."""
 
+    starts = ("embed",)
+
     def __init__(self, hidden, blocks, rngs):
         self.embed = nnx.Linear(hidden, hidden, rngs=rngs)
         self.layers = nnx.List(Block(hidden, rngs) for _ in range(blocks))

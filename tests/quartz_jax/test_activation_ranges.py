@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 from models import load_pipeline
+from models.flux.latents import image_ids
 from models.linear import Part
-from models.pipeline import image_ids
 from models.tiny_flux.architecture import FOLDER
 from pallas_kernels.quantize import quantize
 from quartz_jax import LayerRecipe, get_recipe

@@ -234,7 +234,16 @@ def test_a_model_that_cannot_be_run_block_by_block_is_refused(tmp_path):
 def test_a_calibrated_layer_outside_of_blocks_is_refused_by_name(tmp_path):
     recipe = Recipe(name="gptq", rules=(rule(".*", QUARTZ, rounding=Gptq()),))
     line = refused(tmp_path, recipe=recipe)
-    assert line.startswith("recipe 'gptq' would calibrate embed, which lies in none of the model's")
+    assert line.startswith("recipe 'gptq' would calibrate head, which lies in none of the model")
+
+
+@pytest.mark.parametrize("propagate", [False, True])
+def test_a_layer_before_the_blocks_is_calibrated_where_the_model_names_it(tmp_path, propagate):
+    layer = {"activation": QUARTZ, "transforms": (Smooth(),), "rounding": Gptq()}
+    recipe = Recipe(name="gptq", rules=(rule("embed", QUARTZ, **layer),))
+    convert(tmp_path, recipe=recipe, propagate=propagate).run(tmp_path / "out")
+    model, _ = in_memory(build_stepped(), recipe)
+    assert_equal(arrays(tmp_path / "out"), stored_arrays(nnx.state(model)))
 
 
 def test_a_list_of_layers_that_are_no_blocks_is_refused_by_name(tmp_path):

@@ -1,5 +1,6 @@
 """QuantizedLinear against the definition of a layer, and what surrounds its product."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from layers import layer_of
 from test_transforms import FORMS
 
-from models.linear import Linear, Part, modulate
+from models.linear import Linear, Part, modulation, normalize
 from pallas_kernels.operands import Epilogue
 from quartz_jax import (
     BlockRows,
@@ -157,7 +158,12 @@ def around(batch):
     shift, scale = (jnp.asarray(RNG.normal(size=(batch, 1, K)), jnp.float32) for _ in range(2))
     gate = jnp.asarray(RNG.normal(size=(batch, 1, N)), jnp.float32)
     residual = jnp.asarray(RNG.normal(size=(batch, 3, N)), jnp.float32)
-    return {"modulation": (shift, scale), "gate": gate, "residual": residual, "activation": "gelu"}
+    return {
+        "norm": modulation(shift, scale),
+        "gate": gate,
+        "residual": residual,
+        "activation": "gelu",
+    }
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -165,7 +171,7 @@ def around(batch):
 def test_what_surrounds_the_product_is_as_if_done_apart(activation, batch):
     given = around(batch)
     module = layer(QUARTZ, activation)
-    plain = module(modulate(X[:batch], *given["modulation"]))
+    plain = module(normalize(X[:batch], given["norm"]))
     expected = given["residual"] + given["gate"] * nnx.gelu(plain, approximate=True)
     assert relative_error(module(X[:batch], **given), expected) < 1e-4
 
@@ -175,7 +181,7 @@ def test_what_surrounds_the_product_is_as_if_done_apart(activation, batch):
 def test_ops_run_behind_the_modulation_and_what_they_add_before_gelu_and_gate(chain, batch):
     given = around(batch)
     module = layer(INT8, INT8, chain)
-    plain = definition(module, modulate(X[:batch], *given["modulation"]))
+    plain = definition(module, normalize(X[:batch], given["norm"]))
     expected = given["residual"] + given["gate"] * nnx.gelu(plain, approximate=True)
     # A factor goes into the norm's, so that float32 rounds elsewhere: an 8-bit input may fall to
     # the other side of a half, by a 127th of its row's maximum.
@@ -317,22 +323,51 @@ def test_every_op_is_run_here():
     assert run <= set(Op.__subclasses__())
 
 
-def test_defect_3_the_norm_before_a_modulation_has_the_model_s_epsilon():
+NORMS = {
+    "layer": {"epsilon": 1e-2},
+    "rms": {"kind": "rms", "epsilon": 1e-2},
+    "rms, scale only": {"kind": "rms", "shift": None},
+    "rms, weights only": {"kind": "rms", "shift": None, "scale": jnp.linspace(0.5, 2, K)},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", NORMS)
+def test_norms_of_every_form_keep_their_epsilon(form, batch):
     """Kernels fixed it at 1e-6: of small inputs with another, the output was wrong."""
-    linear = Linear(K, N, norm_epsilon=1e-2, rngs=nnx.Rngs(0))
+    linear = Linear(K, N, rngs=nnx.Rngs(0))
     recipe = LayerRecipe(weight=INT8, activation=INT8)
     fitted, _ = quantize_layer("x", linear.kernel.get_value().T, linear.bias, recipe)
-    modulation = around(2)["modulation"]
-    x = 0.01 * X
-    for batch in (1, 2):
-        given = {"modulation": tuple(m[:batch] for m in modulation)}
-        expected = linear(x[:batch], **given)
-        assert relative_error(fitted.module(linear, recipe)(x[:batch], **given), expected) < 0.03
-    other = Linear(K, N, rngs=nnx.Rngs(0))
-    assert relative_error(other(x, modulation=modulation), expected) > 0.3
+    norm = dataclasses.replace(around(batch)["norm"], **NORMS[form])
+    x = 0.01 * X[:batch]
+    expected = linear(x, norm=norm)
+    assert relative_error(fitted.module(linear, recipe)(x, norm=norm), expected) < 0.03
+    other = dataclasses.replace(norm, epsilon=1e-3)
+    assert relative_error(linear(x, norm=other), expected) > 0.2
+    found = whole_input(x, norm)
+    np.testing.assert_allclose(found, normalize(x, norm), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(linear(found), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_statistics_of_a_modulated_input_have_its_epsilon_too():
-    modulation = around(2)["modulation"]
-    found = whole_input(0.01 * X, modulation, 1e-2)
-    np.testing.assert_allclose(found, modulate(0.01 * X, *modulation, 1e-2), rtol=1e-5, atol=1e-6)
+@chains
+@pytest.mark.parametrize("batch", [1, 2])
+def test_ops_run_behind_an_rms_norm(chain, batch):
+    norm = dataclasses.replace(around(batch)["norm"], kind="rms", shift=None)
+    module = layer(INT8, INT8, chain)
+    expected = definition(module, normalize(X[:batch], norm))
+    assert relative_error(module(X[:batch], norm=norm), expected) < 3e-3  # as above
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("activation", [None, INT8, Quartz(range="minmax")], ids=str)
+def test_gated_parts_are_as_if_multiplied_before(activation, gate_first):
+    wide = jnp.asarray(RNG.normal(size=(2, 3, 60)), jnp.float32)
+    gated = {"activation": "silu", "times": 28} if gate_first else {"activation": "gelu"}
+    start = {"start": 4} if gate_first else {"start": 28, "times": 4}
+    parts = (Part(array=X, size=24), Part(array=wide, size=24, **gated, **start))
+    module = layer(QUARTZ, activation)
+    act = nnx.silu if gate_first else functools.partial(nnx.gelu, approximate=True)
+    first, second = wide[..., 4:28], wide[..., 28:52]
+    product = act(first) * second if gate_first else first * act(second)
+    joined = jnp.concatenate([X[..., :24], product], axis=-1)
+    assert relative_error(module(parts), module(joined)) < 1e-4

@@ -8,7 +8,7 @@ from blocks import X, build, rule
 from flax import nnx
 from layers import layer_of, rows_of, seen_of, weight_of
 
-from models.linear import Linear, Part
+from models.linear import Linear, Part, modulation
 from quartz_jax import Recipe, observe, quantize_model, sites
 from quartz_jax.conversion.model import quantize_layer
 from quartz_jax.engine.linear import Given
@@ -247,17 +247,16 @@ def test_defect_8_statistics_do_not_grow_with_the_number_of_calls():
 def test_a_modulated_input_and_parts_are_seen_as_they_are_multiplied():
     class Model(nnx.Module):
         def __init__(self):
-            self.a = Linear(8, 8, norm_epsilon=1e-2, rngs=nnx.Rngs(0))
+            self.a = Linear(8, 8, rngs=nnx.Rngs(0))
 
-        def __call__(self, x, modulation):
+        def __call__(self, x, shift, scale):
             parts = Part(array=x, size=4), Part(array=x, start=4, size=4, activation="gelu")
-            return self.a(parts, modulation=modulation)
+            return self.a(parts, norm=modulation(shift, scale, 1e-2))
 
     x = jax.random.normal(jax.random.key(0), (2, 3, 8))
-    modulation = tuple(jax.random.normal(jax.random.key(i), (2, 1, 8)) for i in (1, 2))
-    found = observe(Model(), [{"x": x, "modulation": modulation}], needs_of("a"), rows=6)["a"]
+    shift, scale = (jax.random.normal(jax.random.key(i), (2, 1, 8)) for i in (1, 2))
+    found = observe(Model(), [{"x": x, "shift": shift, "scale": scale}], needs_of("a"), rows=6)["a"]
     joined = jnp.concatenate([x[..., :4], nnx.gelu(x[..., 4:], approximate=True)], axis=-1)
-    shift, scale = modulation
     norm = (joined - joined.mean(-1, keepdims=True)) / jnp.sqrt(
         joined.var(-1, keepdims=True) + 1e-2
     )

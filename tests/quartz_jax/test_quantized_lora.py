@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.flux import FluxConfig, FluxTransformer, add_lora, read_lora
+from models.flux import FluxConfig, FluxTransformer
+from models.flux.family import FLUX
+from models.linear import modulation
+from models.lora import add_lora, read_lora
 from quartz_jax import QuantizedLinear, get_recipe, quantize_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
@@ -31,7 +34,7 @@ CONFIG = FluxConfig(
 def adapter(tmp_path_factory):
     factors = lora_files.random_factors(lora_files.diffusers_modules(CONFIG))
     path = tmp_path_factory.mktemp("lora") / "a.safetensors"
-    return read_lora(lora_files.save(path, lora_files.diffusers_tensors(factors)), CONFIG)
+    return read_lora(lora_files.save(path, lora_files.diffusers_tensors(factors)), FLUX, CONFIG)
 
 
 @pytest.fixture(scope="module", params=["w4a8x", "w4a16"])
@@ -55,14 +58,15 @@ def test_the_branch_is_added_before_activation_gate_and_residual(quantized, adap
     adapted = add_lora(quantized, [adapter], dtype=jnp.float32)
     layer = adapted.double_blocks[0].img_mlp.up
     k, n = layer.down.shape[0], layer.up.shape[1]
-    x, modulation = normal(batch, 3, k), (normal(batch, 1, k), normal(batch, 1, k))
+    x, shift, scale = normal(batch, 3, k), normal(batch, 1, k), normal(batch, 1, k)
+    norm = modulation(shift, scale)
     gate, residual = normal(batch, 1, n), normal(batch, 3, n)
-    found = layer(x, modulation=modulation, activation="gelu", gate=gate, residual=residual)
+    found = layer(x, norm=norm, activation="gelu", gate=gate, residual=residual)
 
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-    modulated = (x - mean) / np.sqrt(variance + 1e-6) * (1 + modulation[1]) + modulation[0]
+    modulated = (x - mean) / np.sqrt(variance + 1e-6) * (1 + scale) + shift
     branch = adapter.branches["double_blocks.0.img_mlp.up"]
-    inner = layer.base(x, modulation=modulation) + modulated @ branch.down @ branch.up
+    inner = layer.base(x, norm=norm) + modulated @ branch.down @ branch.up
     expected = residual + gate * nnx.gelu(inner, approximate=True)
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 

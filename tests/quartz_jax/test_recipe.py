@@ -14,6 +14,7 @@ from flax import nnx
 
 from models.flux import FluxTransformer
 from models.text_encoders import CLIPTextEncoder, T5Encoder
+from models.text_encoders.decoder import Decoder, DecoderConfig
 from quartz_jax import Int, LayerRecipe, Match, Quartz, Recipe, Rule, get_recipe, schema, sites
 from quartz_jax.engine.linear import how_it_runs
 from quartz_jax.formats import IF4, MXFP4, NVFP4, FittedTable
@@ -27,6 +28,14 @@ from small_flux import SIZES
 
 INT8, INT4, QUARTZ = Int(width=8), Int(width=4), Quartz()
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "recipes_v2.json").read_text())
+DECODER = DecoderConfig(
+    vocab_size=8,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
 QUANTIZING = [name for name in RECIPES if name != "bf16"]
 
 
@@ -46,9 +55,10 @@ def assign(rules, *paths):
 def models():
     """Sites of one model of each kind, without arrays."""
     build = {
-        "flux": lambda: FluxTransformer(SIZES.transformer, rngs=nnx.Rngs(0)),
-        "t5": lambda: T5Encoder(SIZES.t5, rngs=nnx.Rngs(0)),
-        "clip": lambda: CLIPTextEncoder(SIZES.clip, rngs=nnx.Rngs(0)),
+        "flux": lambda: FluxTransformer(SIZES["transformer"], rngs=nnx.Rngs(0)),
+        "t5": lambda: T5Encoder(SIZES["text_encoder_2"], rngs=nnx.Rngs(0)),
+        "clip": lambda: CLIPTextEncoder(SIZES["text_encoder"], rngs=nnx.Rngs(0)),
+        "decoder": lambda: Decoder(DECODER, rngs=nnx.Rngs(0)),
         "foreign": build_foreign,
     }
     return {name: sites(nnx.eval_shape(make)) for name, make in build.items()}
@@ -150,7 +160,7 @@ def test_presets_leave_the_overflowing_inputs_of_t5_alone(name):
         assert layer.activation == (None if role == "outlier_out" else plain.activation)
 
 
-@pytest.mark.parametrize("model", ["clip", "foreign"])
+@pytest.mark.parametrize("model", ["clip", "decoder", "foreign"])
 @pytest.mark.parametrize("name", QUANTIZING)
 def test_presets_serve_other_models(model, name):
     paths = {s.path for s in MODELS[model] if s.role not in ("embed", "head")}

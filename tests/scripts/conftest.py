@@ -26,13 +26,16 @@ def small(tmp_path_factory):
     """Folder of a small random FLUX model, its weights in several shards; needs no torch."""
     from small_flux import SIZES
 
-    from models import synthetic
+    from models import component, synthetic
+    from models.flux.family import FLUX
     from models.tiny_flux.architecture import FOLDER
 
     folder = tmp_path_factory.mktemp("models") / "small"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "_SHARD_BYTES", 200_000)
-        synthetic.write_random_flux(folder, SIZES, tokenizers=FOLDER)
+        patch.setattr(
+            component, "_SHARD_BYTES", dict.fromkeys(("diffusers", "transformers"), 200_000)
+        )
+        synthetic.write_random_model(folder, FLUX, SIZES, tokenizers=FOLDER)
     return folder
 
 

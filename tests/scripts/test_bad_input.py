@@ -3,7 +3,7 @@
 import json
 import shutil
 
-import make_synthetic_flux
+import make_synthetic
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -253,9 +253,9 @@ def test_an_output_folder_that_exists(refused, tmp_path):
     assert "exists already" in refused(quantize.main, "--out", tmp_path)
 
 
-@pytest.mark.parametrize("main", [quantize.main, make_synthetic_flux.main])
+@pytest.mark.parametrize("main", [quantize.main, make_synthetic.main])
 def test_overwriting_what_the_command_did_not_make(refused, broken, monkeypatch, main):
-    monkeypatch.delattr(make_synthetic_flux, "write_random_flux")  # tens of GB, were it called
+    monkeypatch.delattr(make_synthetic, "write_random_model")  # tens of GB, were it called
     assert "didn't make" in refused(main, "--out", broken, "--overwrite")
 
 
@@ -319,10 +319,10 @@ def test_a_scale_that_is_no_finite_number(refused, tmp_path, adapter):
 
 
 @pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999"])
-@pytest.mark.parametrize("script", [generate, make_synthetic_flux, evaluate])
+@pytest.mark.parametrize("script", [generate, make_synthetic, evaluate])
 def test_a_seed_that_has_no_noise_of_its_own(refused, tmp_path, script, seed):
     option = "--seed0" if script == evaluate else "--seed"
-    needed = {evaluate: ("--prompts", tmp_path), make_synthetic_flux: ("--out", __file__)}
+    needed = {evaluate: ("--prompts", tmp_path), make_synthetic: ("--out", __file__)}
     line = refused(script.main, f"{option}={seed}", *needed.get(script, ()))
     assert f"{option}: {seed} is outside 0 to 4294967295" in line
 

@@ -10,11 +10,12 @@ import benchmark
 import benchmark_model
 import jax
 import jax.numpy as jnp
-import make_synthetic_flux
+import make_synthetic
 import pytest
 import tune
 from small_flux import SIZES
 
+from models.flux.family import FLUX
 from pallas_kernels.matmul import MATMUL_INT8
 from pallas_kernels.matmul.shapes import Shape
 from pallas_kernels.quantize import QUANTIZE
@@ -26,7 +27,7 @@ MAINS = {
     "tune": tune.main,
     "benchmark_model": benchmark_model.main,
     "aot_report": aot_report.main,
-    "make_synthetic_flux": make_synthetic_flux.main,
+    "make_synthetic": make_synthetic.main,
 }
 
 
@@ -194,10 +195,11 @@ def test_a_search_without_a_result_writes_nothing(tunable, tmp_path):
 
 
 def test_a_step_s_figures_are_grouped_and_recorded(tmp_path, capsys, monkeypatch):
-    config = dataclasses.replace(SIZES.transformer, num_layers=0, num_single_layers=1)
+    config = dataclasses.replace(SIZES["transformer"], num_layers=0, num_single_layers=1)
     kernels = {"nvjet_x": 3e-3, "cudnn_sdpa": 2e-3, "my_gemm": 1e-3, "copy": 5e-4}
     kernels["jit_qk_norm_rope__1"] = 1e-3
-    monkeypatch.setattr(benchmark_model, "FluxConfig", lambda **_: config)
+    small = dataclasses.replace(FLUX, sizes={"flux1-dev": SIZES | {"transformer": config}})
+    monkeypatch.setattr(benchmark_model, "MODELS", {"flux1-dev": small})
     monkeypatch.setattr(benchmark_model.timing, "kernel_times", lambda *_: kernels)
     # Zeros are quick to compile.
     monkeypatch.setattr(benchmark_model, "random_normal", lambda _, shape, __: jnp.zeros(shape))
@@ -220,15 +222,16 @@ def test_a_step_s_figures_are_grouped_and_recorded(tmp_path, capsys, monkeypatch
 
 
 def test_a_synthetic_model_is_written_and_replaced_only_on_request(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(make_synthetic_flux, "FLUX_DEV", SIZES)
+    small = dataclasses.replace(FLUX, sizes={"flux1-dev": SIZES})
+    monkeypatch.setattr(make_synthetic, "MODELS", {"flux1-dev": small})
     argv = ["--out", str(tmp_path / "x"), "--variant", "schnell"]
-    make_synthetic_flux.main(argv)
+    make_synthetic.main(argv)
     config = json.loads((tmp_path / "x" / "transformer" / "config.json").read_text())
     assert config["guidance_embeds"] is False
     assert re.search(r"x: 0\.\d\d GB\n", capsys.readouterr().out)
-    assert cli.run(make_synthetic_flux.main, argv) == 2
+    assert cli.run(make_synthetic.main, argv) == 2
     assert "exists already" in capsys.readouterr().err
-    assert cli.run(make_synthetic_flux.main, [*argv, "--overwrite"]) == 0
+    assert cli.run(make_synthetic.main, [*argv, "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -251,7 +254,7 @@ def test_a_synthetic_model_is_written_and_replaced_only_on_request(tmp_path, cap
         ("benchmark_model", ["--size", "100x64"], "width is 100"),
         ("benchmark_model", ["--steps", "0"], "--steps: invalid positive value: '0'"),
         ("benchmark_model", ["--recipes", "x"], "unknown recipe 'x'"),
-        ("make_synthetic_flux", [], "arguments are required: --out"),
+        ("make_synthetic", [], "arguments are required: --out"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, script, argv, said):

@@ -1,10 +1,11 @@
-"""Low-rank adapters (LoRA: Hu et al. 2021, arXiv 2106.09685) for FLUX transformers.
+"""Low-rank adapters (LoRA: Hu et al. 2021, arXiv 2106.09685).
 
 An adapter adds `scale * alpha / rank * up(down(x))` to linears. It stays a 16-bit side branch, so
 the linear itself may be quantized. Namings, as diffusers' `loaders/lora_conversion_utils.py` reads
 them: diffusers' and PEFT's (`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`), kohya's
-(`lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`) and Black Forest Labs' module names
-behind a prefix (`diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`).
+(`lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`) and the makers' module names behind a
+prefix (`diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`). Which module names there are,
+the family says (`models.family.AdapterNaming`).
 
 The alpha is a tensor beside the factors, or stands in PEFT's config: in the file's metadata, as
 diffusers stores it, or in adapter_config.json beside the file, as PEFT does.
@@ -18,17 +19,17 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.flux.config import FluxConfig
-from models.flux.modeling import FluxTransformer
-from models.flux.params import diffusers_rules
-from models.linear import EPSILON, Part, modulate
+from models.checkpoint_io import Rule
+from models.component import Component
+from models.family import Family
+from models.linear import ACTIVATIONS, Norm, Part, join, normalize
 from models.stored_files import (
     FLOATING,
     Checkpoint,
@@ -38,6 +39,8 @@ from models.stored_files import (
     read_json,
     weights_in,
 )
+
+M = TypeVar("M", bound=nnx.Module)
 
 _LISTED = 20  # problems that an error names; of an adapter for another model every key is one
 _DOWN, _UP, _ALPHA = "down", "up", "alpha"
@@ -105,32 +108,26 @@ class LoRALinear(nnx.Module):
         self,
         x: jax.Array | tuple[Part, ...],  # [..., k], or parts that lie side by side
         *,
-        modulation: tuple[jax.Array, jax.Array] | None = None,  # shift and scale, [b, 1, k]
+        norm: Norm | None = None,  # of [k] or [b, 1, k]
         activation: str | None = None,  # "gelu": its tanh form
         gate: jax.Array | None = None,  # [b, 1, n]
         residual: jax.Array | None = None,  # [..., n]
     ) -> jax.Array:
-        """Return residual + gate * activation(base(x') + x' down up), x' the modulated x."""
-        y = self.base(x, modulation=modulation)
-        y = y + (self._narrow(x, modulation) @ self.up).astype(y.dtype)
-        if activation == "gelu":
-            y = nnx.gelu(y, approximate=True)
+        """Return residual + gate * activation(base(x') + x' down up), x' the normed x."""
+        y = self.base(x) if norm is None else self.base(x, norm=norm)
+        y = y + (self._narrow(x, norm) @ self.up).astype(y.dtype)
+        y = y if activation is None else ACTIVATIONS[activation](y)
         y = y if gate is None else gate * y
         return y if residual is None else residual + y
 
     def _narrow(
         self,
         x: jax.Array | tuple[Part, ...],
-        modulation: tuple[jax.Array, jax.Array] | None,
+        norm: Norm | None,
     ) -> jax.Array:
         """Return x' down, [..., rank]; of parts the sum of theirs, so that nothing is joined."""
-        if modulation is not None or not isinstance(x, tuple):
-            whole = x
-            if isinstance(x, tuple):
-                whole = jnp.concatenate([part.value() for part in x], axis=-1)
-            if modulation is not None:
-                epsilon = getattr(self.base, "norm_epsilon", EPSILON)
-                whole = modulate(whole, *modulation, epsilon)
+        if norm is not None or not isinstance(x, tuple):
+            whole = join(x) if norm is None else normalize(join(x), norm)
             x = (Part(array=whole, size=whole.shape[-1]),)
         ends = np.cumsum([part.size for part in x])[:-1]
         pieces = zip(x, jnp.split(self.down.get_value(), ends), strict=True)
@@ -138,16 +135,16 @@ class LoRALinear(nnx.Module):
 
 
 def add_lora(
-    transformer: FluxTransformer,
+    model: M,
     adapters: Sequence[Adapter],
     scales: Sequence[float] | None = None,
     dtype: jnp.dtype = jnp.bfloat16,
-) -> FluxTransformer:
-    """Return a copy of a transformer with adapters as side branches; it shares the weights.
+) -> M:
+    """Return a copy of a model with adapters as side branches; it shares the weights.
 
     Args:
-      transformer: with linears of any kind, quantized or not.
-      adapters: from `read_lora`, with the transformer's config.
+      model: with linears of any kind, quantized or not.
+      adapters: from `read_lora`, with the model's config.
       scales: one for each adapter; 1 if None.
       dtype: of the branches.
 
@@ -166,25 +163,28 @@ def add_lora(
             if not is_finite_in_bfloat16(scaled.up):
                 raise ValueError(f"scales holds {scale}, too large for {path} of {adapter.path}")
             found.setdefault(path, []).append(scaled)
-    transformer = nnx.clone(transformer)
+    model = nnx.clone(model)
     for path, branches in found.items():
         down = np.concatenate([branch.down for branch in branches], axis=1)
         up = np.concatenate([branch.up for branch in branches])
         *parents, name = path.split(".")
-        parent = transformer
+        parent: Any = model
         for step in parents:
             parent = parent[int(step)] if step.isdigit() else getattr(parent, step)
         base = getattr(parent, name)
         setattr(parent, name, LoRALinear(base, jnp.asarray(down, dtype), jnp.asarray(up, dtype)))
-    return transformer
+    return model
 
 
-def read_lora(path: Path | str, config: FluxConfig, *, transformer_only: bool = False) -> Adapter:
+def read_lora(
+    path: Path | str, family: Family, config: Any, *, transformer_only: bool = False
+) -> Adapter:
     """Read and check an adapter.
 
     Args:
-      path: a safetensors file in one of the namings above.
-      config: of the transformer that it is for.
+      path: a safetensors file in one of the family's namings.
+      family: of the model that it is for.
+      config: of the family's main component.
       transformer_only: leave out keys of the text encoders, which take no adapter here.
 
     Raises:
@@ -195,7 +195,7 @@ def read_lora(path: Path | str, config: FluxConfig, *, transformer_only: bool = 
     path = Path(path)
     checkpoint = _open(path)
     peft = _peft_config(path, checkpoint)
-    targets = dict(_targets(config))
+    targets = dict(_targets(family, config))
     modules, problems = _modules(checkpoint, targets, transformer_only)
     pieces: dict[str, list[tuple[_Target, np.ndarray, np.ndarray]]] = {}
     given: dict[str, list[tuple[str, _Target]]] = {}
@@ -369,46 +369,41 @@ def _parse(key: str) -> tuple[str, str]:
     return "", ""
 
 
-def _targets(config: FluxConfig) -> Iterator[tuple[str, _Target]]:
+def _targets(family: Family, config: Any) -> Iterator[tuple[str, _Target]]:
     """Yield every name that an adapter may give a module, and what that is here."""
-    rules = diffusers_rules(config)
-    for path, shape in _linears(config):
-        rule, match = next((x, m) for x in rules if (m := re.fullmatch(x.pattern, path)))
-        sources = (rule.sources,) if isinstance(rule.sources, str) else rule.sources
-        start = 0
-        for source, rows in zip(sources, rule.rows or shape[:1], strict=True):
-            name = match.expand(source)
-            part = {"path": path, "shape": shape, "transform": rule.transform}
-            target = _Target(**part, start=start, rows=rows)
-            start += rows
-            for prefix in ("", "transformer.", "base_model.model."):
-                yield prefix + name, target
-            yield "lora_transformer_" + name.replace(".", "_"), target
-        name, target = _bfl_name(path), _Target(path=path, shape=shape, start=0, rows=shape[0])
-        for prefix in ("", "diffusion_model.", "base_model.model."):
-            yield prefix + name, target
-        yield "lora_unet_" + name.replace(".", "_"), target
+    linears = _linears(family.components[family.main], config)
+    for naming in family.adapters:
+        rules = [(re.compile(rule.pattern), rule) for rule in naming.rules(config)]
+        for path, shape in linears:
+            for name, target in _named(path, shape, rules):
+                for prefix in naming.prefixes:
+                    yield prefix + name, target
+                yield naming.flat + name.replace(".", "_"), target
 
 
-def _linears(config: FluxConfig) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield dotted path and (n, k) of every linear."""
-    blocks = {"double_blocks": config.num_layers, "single_blocks": config.num_single_layers}
-    one = dataclasses.replace(config, num_layers=1, num_single_layers=1)  # all blocks are alike
-    model = nnx.eval_shape(lambda: FluxTransformer(one, rngs=nnx.Rngs(0)))
-    for path, linear in nnx.iter_modules(model):
-        if not isinstance(linear, nnx.Linear):
-            continue
-        block = path[0] in blocks
-        for i in range(blocks[path[0]] if block else 1):
-            where = (path[0], i, *path[2:]) if block else path
-            yield ".".join(map(str, where)), (linear.out_features, linear.in_features)
+def _named(
+    path: str, shape: tuple[int, int], rules: Sequence[tuple[re.Pattern, Rule]]
+) -> Iterator[tuple[str, _Target]]:
+    """Yield a naming's modules for one of our linears."""
+    found = ((x, match) for pattern, x in rules if (match := pattern.fullmatch(path)))
+    rule, match = next(found, (None, None))
+    if rule is None or match is None:
+        yield path, _Target(path=path, shape=shape, start=0, rows=shape[0])
+        return
+    sources = (rule.sources,) if isinstance(rule.sources, str) else rule.sources
+    start = 0
+    for source, rows in zip(sources, rule.rows or shape[:1], strict=True):
+        part: dict[str, Any] = {"path": path, "shape": shape, "transform": rule.transform}
+        yield match.expand(source), _Target(**part, start=start, rows=rows)
+        start += rows
 
 
-def _bfl_name(path: str) -> str:
-    """Return the name of one of our linears in Black Forest Labs' code."""
-    path = re.sub(r"(_mlp)\.up$", r"\1.0", path)
-    path = re.sub(r"(_mlp)\.down$", r"\1.2", path)
-    return re.sub(r"^final_layer\.modulation$", "final_layer.adaLN_modulation.1", path)
+@functools.lru_cache(maxsize=8)
+def _linears(component: Component, config: Any) -> list[tuple[str, tuple[int, int]]]:
+    """Return dotted path and (n, k) of every linear."""
+    model = nnx.eval_shape(lambda: component.build(config))
+    found = ((path, x) for path, x in nnx.iter_modules(model) if isinstance(x, nnx.Linear))
+    return [(".".join(map(str, path)), (x.out_features, x.in_features)) for path, x in found]
 
 
 def _check(

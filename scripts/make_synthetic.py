@@ -1,37 +1,38 @@
-"""Write a FLUX.1-dev or -schnell checkpoint of full size with random weights, for tests.
+"""Write a checkpoint of full size with random weights, for tests.
 
-Names, shapes, dtypes, shards and configs are those of the published files. The tokenizers are the
-embedded model's, with the published lengths; their vocabularies are smaller than the encoders'.
+Names, shapes, dtypes, shards and configs are those of the published files. Tokenizers have the
+published lengths and smaller vocabularies than the encoders: of bytes, or the embedded model's.
 """
 
 import argparse
-import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.synthetic import FLUX_DEV, LAYOUTS, is_random_flux, write_random_flux
+from models.families import FAMILIES
+from models.synthetic import LAYOUTS, is_random_model, write_random_model
 from quartz_jax.cli import arguments as cli
 from quartz_jax.io.files import check_output
 from quartz_jax.pipelines import EMBEDDED_MODEL
+
+MODELS = {name: family for family in FAMILIES for name in family.sizes}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the model and print its size."""
     args = parse(argv)
-    check_output(args.out, folder=True, overwrite=args.overwrite, is_ours=is_random_flux)
+    check_output(args.out, folder=True, overwrite=args.overwrite, is_ours=is_random_model)
     if args.overwrite:
         shutil.rmtree(args.out, ignore_errors=True)
-    sizes = FLUX_DEV
-    if args.variant == "schnell":
-        schnell = dataclasses.replace(sizes.transformer, guidance_embeds=False)
-        sizes = dataclasses.replace(sizes, transformer=schnell)
-    write_random_flux(
+    family = MODELS[args.model]
+    write_random_model(
         args.out,
-        sizes,
+        family,
+        family.sizes[args.model],
         tokenizers=EMBEDDED_MODEL,
         layout=args.layout,
+        name=args.model,
         seed=args.seed,
         progress=True,
     )
@@ -44,8 +45,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to make")
-    add("--variant", choices=("dev", "schnell"), default="dev", help="with guidance or without")
-    add("--layout", choices=LAYOUTS, default="diffusers", help="folder layout or BFL's files")
+    add("--model", choices=MODELS, default="flux1-dev", help="whose sizes to take")
+    add("--layout", choices=LAYOUTS, default="diffusers", help="folder or single files")
     add("--seed", type=cli.seed, default=0, help="of the weights")
     add("--overwrite", action="store_true", help="replace what this made at --out")
     return parser.parse_args(argv)

@@ -1,0 +1,38 @@
+"""Modules under `jax.jit`, their weights an argument rather than constants."""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+def compiled(function: Callable, module: nnx.Module, *static: Hashable) -> Callable:
+    """Return `function(module, *static, ...)` under jit.
+
+    Weights go in as a flat list: walking the module's state at every call would cost milliseconds.
+
+    Args:
+      function: of a file's top level, so that what was compiled is found again.
+      module: of which another with the same structure runs the same program.
+      *static: what the program is compiled for, compared by value.
+    """
+    graphdef, state = nnx.split(module)
+    leaves, treedef = jax.tree.flatten(state)
+    return functools.partial(_jitted(function, graphdef, treedef, static), leaves)
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted(function: Callable, graphdef: nnx.GraphDef, treedef: Any, static: tuple) -> Callable:
+    def call(leaves, *args):
+        return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)), *static, *args)
+
+    return jax.jit(call)
+
+
+def device_of(module: nnx.Module) -> jax.sharding.Sharding | None:
+    """Return where a module's weights are, or None if they are on several devices."""
+    shardings = {leaf.sharding for leaf in jax.tree.leaves(nnx.state(module))}
+    one = len(shardings) == 1 and len(next(iter(shardings)).device_set) == 1
+    return shardings.pop() if one else None

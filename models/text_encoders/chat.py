@@ -1,0 +1,98 @@
+"""Prompts as turns of a chat, which is what the language models among the encoders read.
+
+A template is text that a family's model was trained behind, so it is written down here and not
+taken from the tokenizer's folder, whose own is a program.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.stored_files import CheckpointError
+from models.tokenizers import warn_of_cut
+
+_MARK = r"<\|\w+\|>|</?\w+>"  # such as <|im_start|> and </think>: tokens of their own
+
+
+class Tokens(NamedTuple):
+    """Texts of one length, padded."""
+
+    ids: np.ndarray  # int32 [texts, length]
+    mask: np.ndarray  # int32 [texts, length], 0 for padding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """What stands around a prompt."""
+
+    before: str
+    after: str
+
+    def __call__(self, prompt: str) -> str:
+        """Return the text that the model reads."""
+        return f"{self.before}{prompt}{self.after}"
+
+    def missing(self, tokenizer: Any) -> list[str]:
+        """Return the marks of the template that a tokenizer of transformers has no token for.
+
+        It would cut them into letters, which the model never saw there.
+        """
+        marks = dict.fromkeys(re.findall(_MARK, self.before + self.after))
+        return [x for x in marks if len(tokenizer(x, add_special_tokens=False)["input_ids"]) > 1]
+
+
+def qwen_turn(*, thinking: bool) -> ChatTemplate:
+    """Return Qwen3's template of one user's turn and the beginning of the answer.
+
+    Args:
+      thinking: whether the model is to think first; else the answer begins with empty thoughts, as
+        transformers' `apply_chat_template(..., enable_thinking=False)` has it.
+    """
+    thoughts = "" if thinking else "<think>\n\n</think>\n\n"
+    return ChatTemplate(
+        before="<|im_start|>user\n",
+        after=f"<|im_end|>\n<|im_start|>assistant\n{thoughts}",
+    )
+
+
+def chat_tokens(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    template: ChatTemplate,
+    *,
+    longest: int,
+    multiple: int | None = None,
+) -> Tokens:
+    """Return the tokens of prompts in a template; a warning says what is cut from one.
+
+    Args:
+      tokenizer: of transformers.
+      prompts: one or several.
+      template: what stands around each.
+      longest: tokens that are kept, the template's included; the rest is cut off the end.
+      multiple: pad on the right, to the longest of the texts and a multiple of this, so that texts
+        of some lengths share a compiled program. None: pad to `longest`, on the tokenizer's side.
+
+    Raises:
+      CheckpointError: the tokenizer is of another model: it lacks tokens of the template.
+    """
+    if missing := template.missing(tokenizer):
+        raise CheckpointError(
+            f"the tokenizer has no token for {', '.join(missing)}; give the one that was published "
+            "with the text encoder"
+        )
+    texts = [template(prompt) for prompt in prompts]
+    whole = tokenizer(texts, verbose=False)["input_ids"]
+    for prompt, ids in zip(prompts, whole, strict=True):
+        warn_of_cut(tokenizer, prompt, ids, longest)
+    padding: dict[str, Any] = {"padding": "max_length"}
+    if multiple is not None:
+        padding = {"padding": "longest", "pad_to_multiple_of": multiple, "padding_side": "right"}
+    encoded = tokenizer(texts, max_length=longest, truncation=True, **padding)
+    return Tokens(*(np.asarray(encoded[name], np.int32) for name in ("input_ids", _MASK)))
+
+
+_MASK = "attention_mask"

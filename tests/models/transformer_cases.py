@@ -1,0 +1,148 @@
+"""Transformers of every family at small sizes: how to call them, and diffusers' own."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from models.component import Component
+from models.dit.params import TRANSFORMER as DIT
+from models.flux2.params import TRANSFORMER as FLUX2
+from models.zimage.params import TRANSFORMER as ZIMAGE
+
+SIZES = [(3, 5), (4, 4)]  # rows and columns of tokens
+BATCH = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A transformer small enough for tests."""
+
+    component: Component
+    config: dict[str, Any]  # of diffusers' class
+    inputs: Callable[..., dict[str, Any]]  # from rows, columns, the config, a generator: arguments
+    # of a single file: diffusers' function that renames its tensors, of `single_file_utils`
+    converter: str | None = None
+    prefix: str = "model.diffusion_model."  # of a single file's names, as ComfyUI writes them
+
+    @property
+    def shallow(self) -> dict[str, int]:
+        """Counts of blocks with which one of each kind is left."""
+        return {key: 1 for key in self.config if re.fullmatch(r"n(um)?_.*layers", key)}
+
+    def arguments(self, size: tuple[int, int], batch: int = BATCH) -> dict[str, Any]:
+        """Return arguments of a call, float32 unless they count something."""
+        rng = np.random.default_rng(0)
+        return self.inputs(*size, self.config, rng, batch)
+
+
+def normal(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def times(batch):
+    return np.float32([0.9, 0.37])[:batch]
+
+
+def grid_ids(rows, columns, axes, first=0):
+    """Return positions [rows columns, axes]: `first`, then row and column."""
+    ids = np.zeros((rows, columns, axes), np.float32)
+    ids[..., 0] = first
+    ids[..., 1] = np.arange(rows)[:, None]
+    ids[..., 2] = np.arange(columns)
+    return ids.reshape(-1, axes)
+
+
+def flux2_inputs(rows, columns, config, rng, batch):
+    """Arguments with a reference image behind the latents, as editing has them."""
+    text = 7
+    txt_ids = np.zeros((text, 4), np.float32)
+    txt_ids[:, 3] = np.arange(text)
+    img_ids = np.concatenate([grid_ids(rows, columns, 4), grid_ids(2, 3, 4, first=10)])
+    inputs = {
+        "hidden_states": normal(rng, batch, len(img_ids), config["in_channels"]),
+        "encoder_hidden_states": normal(rng, batch, text, config["joint_attention_dim"]),
+        "timestep": times(batch),
+        "img_ids": img_ids,
+        "txt_ids": txt_ids,
+    }
+    if config["guidance_embeds"]:
+        inputs["guidance"] = np.float32([4.0, 2.5])[:batch]
+    return inputs
+
+
+def zimage_inputs(rows, columns, config, rng, batch):
+    """Arguments with texts of several lengths, one of them longer than it is padded to at least."""
+    shape = (config["in_channels"], 1, 2 * rows, 2 * columns)
+    lengths = (40, 7)[:batch]
+    return {
+        "x": [normal(rng, *shape) for _ in lengths],
+        "t": 1 - times(batch),
+        "cap_feats": [normal(rng, length, config["cap_feat_dim"]) for length in lengths],
+    }
+
+
+def dit_inputs(rows, columns, config, rng, batch):
+    """Arguments of latents of as many rows as columns, which are all that diffusers' takes."""
+    side = 2 * columns
+    return {
+        "hidden_states": normal(rng, batch, config["in_channels"], side, side),
+        "timestep": np.int32([937, 12])[:batch],
+        "class_labels": np.int32([3, config["num_embeds_ada_norm"]])[:batch],
+    }
+
+
+_FLUX2 = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 24,
+    "timestep_guidance_channels": 32,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+CASES = {
+    "FLUX.2 dev": Case(
+        component=FLUX2,
+        config=_FLUX2 | {"guidance_embeds": True, "mlp_ratio": 2.0},
+        inputs=flux2_inputs,
+        converter="convert_flux2_transformer_checkpoint_to_diffusers",
+    ),
+    "FLUX.2 klein": Case(
+        component=FLUX2,
+        config=_FLUX2 | {"guidance_embeds": False},
+        inputs=flux2_inputs,
+        converter="convert_flux2_transformer_checkpoint_to_diffusers",
+    ),
+    "Z-Image": Case(
+        component=ZIMAGE,
+        config={
+            "in_channels": 4,
+            "dim": 48,
+            "n_layers": 2,
+            "n_refiner_layers": 2,
+            "n_heads": 3,
+            "n_kv_heads": 3,
+            "cap_feat_dim": 32,
+            "axes_dims": (4, 6, 6),
+        },
+        inputs=zimage_inputs,
+        converter="convert_z_image_transformer_checkpoint_to_diffusers",
+    ),
+    "DiT": Case(
+        component=DIT,
+        config={
+            "num_attention_heads": 2,
+            "attention_head_dim": 24,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "sample_size": 8,
+            "num_embeds_ada_norm": 5,
+        },
+        inputs=dit_inputs,
+    ),
+}
