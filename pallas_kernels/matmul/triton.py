@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
-from pallas_kernels.matmul import reference, tuned
+from pallas_kernels.matmul import images, reference, tuned
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
 
 BAND = 8  # tiles of x that meet the same tiles of w before the next ones do
@@ -70,6 +70,8 @@ def _call(
     (m, k), n = x.shape, w.shape[0]
     config = config or Config(**tuned.lookup("triton_int8", m, n, k) or {})
     tile = config.tile_m, config.tile_n
+    x, epilogue, crop = images.apart(x, epilogue, config.tile_m)
+    rows = x.shape[0] // epilogue.images
     sums = None if x.lo is None else jnp.sum(w.values, axis=1, dtype=jnp.int32)
     scales = pad_scales(x, w.scale, sums, *tile)
     epilogue = pad_epilogue(epilogue, *tile)
@@ -90,14 +92,14 @@ def _call(
             pl.BlockSpec((config.tile_m, width), lambda i: (walk(i)[0], 0)),
             pl.BlockSpec((config.tile_n, width), lambda i: (walk(i)[1], 0)),
             scale_specs(scales, *tile, walk),
-            epilogue_specs(epilogue, *tile, walk),
+            epilogue_specs(epilogue, *tile, walk, rows),
         ],
         out_specs=pl.BlockSpec(tile, walk),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="matmul_int8",
     )(*values, scales, epilogue)
-    return y[:m, :n]
+    return crop(y)[:, :n]
 
 
 def decoding(
@@ -202,14 +204,16 @@ def pad_epilogue(epilogue: Epilogue, tile_m: int, tile_n: int) -> Epilogue:
     def column(array):
         return None if array is None else codec.pad(array.astype(jnp.float32), tile_n)
 
-    branch, residual = epilogue.branch, epilogue.residual
+    branch, residual, gate = epilogue.branch, epilogue.residual, epilogue.gate
+    if epilogue.images == 1 and gate is not None:
+        gate = gate.reshape(-1)
     if branch is not None:
         rank = max(16, pl.next_power_of_2(branch.up.shape[1]))  # what Triton multiplies
         branch = Branch(input=pad(branch.input, tile_m, rank), up=pad(branch.up, tile_n, rank))
     return dataclasses.replace(
         epilogue,
         bias=column(epilogue.bias),
-        gate=column(epilogue.gate),
+        gate=column(gate),
         residual=None if residual is None else pad(residual, tile_m, tile_n),
         branch=branch,
     )
@@ -224,11 +228,22 @@ def scale_specs(
     return {name: row if name in _OF_X else column for name in scales}
 
 
-def epilogue_specs(epilogue: Epilogue, tile_m: int, tile_n: int, walk: Callable) -> Epilogue:
+def epilogue_specs(
+    epilogue: Epilogue,
+    tile_m: int,
+    tile_n: int,
+    walk: Callable,
+    rows: int,  # of an image, whole tiles if there are several
+) -> Epilogue:
     """Return the blocks of `pad_epilogue`'s arrays, in an epilogue."""
     block: Any = pl.BlockSpec  # stands where an array will
     column = block((tile_n,), lambda i: (walk(i)[1],))
-    specs = {"bias": column, "gate": column, "residual": block((tile_m, tile_n), walk)}
+
+    def of_image(i):
+        return walk(i)[0] * tile_m // rows, walk(i)[1]
+
+    gate = column if epilogue.images == 1 else block((None, tile_n), of_image)
+    specs = {"bias": column, "gate": gate, "residual": block((tile_m, tile_n), walk)}
     if epilogue.branch is not None:
         rank = epilogue.branch.up.shape[1]
         specs["branch"] = Branch(

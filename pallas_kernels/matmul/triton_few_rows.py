@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import device
-from pallas_kernels.matmul import reference, triton, tuned
+from pallas_kernels.matmul import images, reference, triton, tuned
 from pallas_kernels.operands import Epilogue, Int8Rows, PackedRows
 
 MAX_ROWS = 64  # of x; more are bound by arithmetic
@@ -53,6 +53,7 @@ def matmul(
     words = codes.reshape(*shifts.shape, w.group_size // 4, 4)
     words = lax.bitcast_convert_type(words, jnp.int32)
     tile = min(config.tile_m, pl.next_power_of_2(m)), config.tile_n
+    x, epilogue, crop = images.apart(x, epilogue, tile[0])
     values = triton.pad(x.values, tile[0], 2 * w.group_size)
     rows = values.shape[0]
     pairs = lax.bitcast_convert_type(values.reshape(rows, *words.shape[1:], 2, 4), jnp.int32)
@@ -77,7 +78,7 @@ def matmul(
             pl.BlockSpec((tile[1], *words.shape[1:]), lambda i: (walk(i)[1], 0, 0)),
             pl.BlockSpec((tile[1], shifts.shape[1]), lambda i: (walk(i)[1], 0)),
             triton.scale_specs(scales, *tile, walk),
-            triton.epilogue_specs(epilogue, *tile, walk),
+            triton.epilogue_specs(epilogue, *tile, walk, x.shape[0] // epilogue.images),
             None if added is None else pl.BlockSpec(tile, walk),
         ],
         out_specs=pl.BlockSpec(tile, walk),
@@ -85,7 +86,7 @@ def matmul(
         interpret=interpret,
         name="matmul_few_rows",
     )(pairs, words, shifts, scales, epilogue, added)
-    return y[:m, :n]
+    return crop(y)[:, :n]
 
 
 def why_not(target: device.Device, x: Int8Rows, w: Any, epilogue: Epilogue) -> str | None:

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.arguments import check_array, check_choices, check_k, check_tuple
+from pallas_kernels.arguments import (
+    check_array,
+    check_choices,
+    check_k,
+    check_of_images,
+    check_tuple,
+)
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.functions import Norm, Part, join
 from pallas_kernels.operands import Int8Rows, PackedRows
@@ -40,7 +46,7 @@ def quantize(
     step: str = "power",
     levels: str = "uniform",
     rounding: str = "nearest",
-    norm: Norm | None = None,  # shift [k] and scale [k]
+    norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k], floating
     rotation: int | None = None,
     wide: Sequence[bool] | np.ndarray | None = None,  # [ceil(k / group_size)]
@@ -64,7 +70,8 @@ def quantize(
       rounding: "nearest" or "truncate", for 4 bits.
       norm: take norm(x) * norm.scale + norm.shift, which is `functions.modulate`: computed in
         float32 and rounded to the dtype of x. Backends sum a row in orders of their own, so
-        that values at a rounding boundary may differ.
+        that values at a rounding boundary may differ. Vectors of several images, [images, k], are
+        for as many rows each.
       multiplier: of each channel, in float32 and not rounded: `channels.scale_channels`.
       rotation: rotate blocks of 16, 64 or 256 channels by a regular Hadamard matrix, not rounded:
         `channels.rotate`. A row whose sums overflow float32 has scale NaN.
@@ -89,8 +96,8 @@ def quantize(
     check_choices(levels=levels, step=step)
     if packed and bits == 8:
         raise ValueError("packed is True with bits=8; only 4-bit codes are packed")
-    k = _check_x(x)
-    _check_channels(k, norm, multiplier, rotation)
+    m, k = _check_x(x)
+    _check_channels(m, k, norm, multiplier, rotation)
     wide = _check_wide(wide, -(-k // group_size), bits, packed)
     arrays = QUANTIZE(
         x,
@@ -125,16 +132,16 @@ def quantize(
     return Int8Rows(values=values, scale=scale, lo=lo, value_bits=4 if powers else 8)
 
 
-def _check_x(x: jax.Array | tuple[Part, ...]) -> int:
-    """Refuse what isn't rows or parts of rows; return their elements."""
+def _check_x(x: jax.Array | tuple[Part, ...]) -> tuple[int, int]:
+    """Refuse what isn't rows or parts of rows; return their shape."""
     if isinstance(x, list | tuple):
         _check_parts(x)
-        k = sum(part.size for part in x)
+        m, k = x[0].array.shape[0], sum(part.size for part in x)
     else:
         check_array("x", x, ("m", "k"), jnp.floating)
-        k = x.shape[1]
+        m, k = x.shape
     check_k(k)
-    return k
+    return m, k
 
 
 def _check_parts(parts: tuple[Part, ...]) -> None:
@@ -154,16 +161,20 @@ def _check_parts(parts: tuple[Part, ...]) -> None:
 
 
 def _check_channels(
-    k: int, norm: Norm | None, multiplier: jax.Array | None, rotation: int | None
+    m: int, k: int, norm: Norm | None, multiplier: jax.Array | None, rotation: int | None
 ) -> None:
     """Refuse a norm, a multiplier or a rotation that rows of k channels can't have."""
     if norm is not None:
         if not isinstance(norm, Norm):
             raise ValueError(f"norm is a {type(norm).__name__}; it must be a Norm or None")
         check_choices(**{"norm.kind": norm.kind})
-        if norm.shift is not None:
-            check_array("norm.shift", norm.shift, (k,), jnp.floating)
-        check_array("norm.scale", norm.scale, (k,), jnp.floating)
+        for name, vectors in (("norm.scale", norm.scale), ("norm.shift", norm.shift)):
+            if vectors is not None:
+                check_of_images(name, vectors, m, k)
+                if vectors.ndim == 2 and vectors.shape[0] not in (1, norm.images):
+                    raise ValueError(
+                        f"{name} is of {vectors.shape[0]} images and the norm of {norm.images}"
+                    )
     if multiplier is not None:
         check_array("multiplier", multiplier, (k,), jnp.floating)
     if rotation is None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import codec
-from pallas_kernels.functions import Norm, Part, join, modulate
+from pallas_kernels.functions import Norm, Part, join, modulate_images
 from pallas_kernels.quantize.channels import rotate, scale_channels
 
 
@@ -18,7 +18,7 @@ def quantize(
     step: str,
     rounding: str,
     levels: str = "uniform",
-    norm: Norm | None = None,  # of [k]
+    norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     rotation: int | None = None,  # channels of a block
     wide: tuple[bool, ...] | None = None,  # [groups]
@@ -31,7 +31,7 @@ def quantize(
     """
     x = join(x)
     if norm is not None:
-        x = modulate(x, norm)
+        x = modulate_images(x, norm)
     if multiplier is not None:
         x = scale_channels(x, multiplier)
     if rotation is not None:

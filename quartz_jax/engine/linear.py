@@ -77,19 +77,14 @@ class QuantizedLinear(nnx.Module):
         gate: jax.Array | None = None,  # [b, 1, n]
         residual: jax.Array | None = None,  # [..., n]
     ) -> jax.Array:
-        """Return [..., n] in the dtype of x: what `models.linear.Linear` does, quantized.
-
-        One batch element does all of it in the kernels; of several, each has a norm and a
-        gate of its own, which are left to XLA.
-        """
+        """Return [..., n] in the dtype of x: what `models.linear.Linear` does, quantized."""
         given, leading = self._given(x, norm)
         n, dtype = self.out_features, given.dtype
-        outside = gate is not None and gate.size != n  # of several images: left to XLA
         epilogue = Epilogue(
             bias=None if self.bias is None else self.bias.get_value(),
             activation=activation,
-            gate=None if gate is None or outside else gate.reshape(-1),
-            residual=None if residual is None or outside else residual.reshape(-1, n).astype(dtype),
+            gate=None if gate is None else _of_images(gate),
+            residual=None if residual is None else residual.reshape(-1, n).astype(dtype),
             out_dtype=dtype,
         )
         ops = self.ops.get_value() if self.ops else ()
@@ -100,9 +95,7 @@ class QuantizedLinear(nnx.Module):
             ops, last = _apart(ops, self.activation)
             given, epilogue = through(ops, given, epilogue)
             y = product(given, weight, self.activation, epilogue, last)
-        y = y.reshape(*leading, n)
-        y = gate * y if outside and gate is not None else y
-        return residual + y if outside and residual is not None else y
+        return y.reshape(*leading, n)
 
     def _given(self, x: jax.Array | tuple, given_norm: Any) -> tuple["Given", tuple]:
         """Return the input as rows, and its leading axes."""
@@ -111,12 +104,8 @@ class QuantizedLinear(nnx.Module):
         rows, leading = _rows(x)
         if given_norm is None:
             return Given(rows=rows, leading=leading), leading
-        norm = functions.as_norm(given_norm)
-        if norm.scale.size == self.in_features:
-            norm = jax.tree.map(lambda vector: vector.reshape(-1), norm)
-            return Given(rows=rows, leading=leading, norm=norm), leading
-        whole = functions.modulate(functions.join(rows).reshape(*leading, -1), norm)
-        return Given(rows=whole.reshape(-1, whole.shape[-1]), leading=leading), leading
+        norm = jax.tree.map(_of_images, functions.as_norm(given_norm))
+        return Given(rows=rows, leading=leading, norm=norm), leading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +114,7 @@ class Given:
 
     rows: jax.Array | tuple[Part, ...]  # [m, k], or parts of it
     leading: tuple[int, ...] = (-1,)  # axes that m stands for: tokens last, images before
-    norm: Norm | None = None  # of [k]
+    norm: Norm | None = None  # of [k] or [images, k]
     multiplier: jax.Array | None = None  # float32 [k]
     rotation: int | None = None  # channels of a block
 
@@ -137,7 +126,7 @@ class Given:
     def value(self) -> jax.Array:
         """Return the input itself, [m, k]: float32 behind a multiplier or a rotation."""
         x = functions.join(self.rows)
-        x = x if self.norm is None else functions.modulate(x, self.norm)
+        x = x if self.norm is None else functions.modulate_images(x, self.norm)
         if self.multiplier is not None:
             x = channels.scale_channels(x, self.multiplier)
         if self.rotation is not None:
@@ -292,6 +281,14 @@ def _execution(weight: Stored | PreparedWeights, activation: Format) -> str:
     k = weight.shape[1]
     x = jax.eval_shape(activation.store, jax.ShapeDtypeStruct((1, k), jnp.float32))
     return execution(x, weight)
+
+
+def _of_images(
+    vectors: jax.Array,  # [columns] or [b, 1, columns]
+) -> jax.Array:
+    """Return [columns] of what all rows share, or [b, columns]."""
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    return rows[0] if rows.shape[0] == 1 else rows
 
 
 def _cast(x: jax.Array | tuple, dtype: Any) -> jax.Array | tuple:

@@ -221,6 +221,10 @@ class TestMatmul:
     def test_epilogue(self, subject, m, names):
         check_epilogue(subject, m, names.split(), packed=True)
 
+    @pytest.mark.parametrize(("images", "rows"), [(2, 1), (3, 7), (2, 64)])
+    def test_gates_of_images_together_are_as_each_by_itself(self, subject, images, rows):
+        check_images(subject, images, rows, packed=True)
+
 
 @pytest.mark.parametrize("subject", subjects(MATMUL_INT8))
 class TestMatmulInt8:
@@ -238,6 +242,40 @@ class TestMatmulInt8:
     @pytest.mark.parametrize("names", ["bias", "lo activation gate residual branch"])
     def test_epilogue(self, subject, names):
         check_epilogue(subject, 37, names.split(), packed=False)
+
+    def test_gates_of_images_together_are_as_each_by_itself(self, subject):
+        check_images(subject, 2, 37, packed=False)
+
+
+def check_images(subject, images, rows, *, packed):
+    """Compare a batch with its images one by one, with ==."""
+    n, k, rank, m = 140, 200, 20, images * rows
+    rng = np.random.default_rng(rows)
+    weights, values = random_weights(rng, n, k, 16, "power")
+    weights = weights if packed else Int8Rows(values=values, scale=weights.scale)
+    scale, lo = rng.random((2, m, 1)).astype(np.float32)
+    x = Int8Rows(values=activations(rng, m, k, True), scale=scale, lo=lo)
+    inner, up = (rng.standard_normal((size, rank)).astype(jnp.bfloat16) for size in (m, n))
+    epilogue = Epilogue(
+        bias=rng.standard_normal(n).astype(np.float32),
+        gate=rng.standard_normal((images, n)).astype(jnp.bfloat16),
+        residual=rng.standard_normal((m, n)).astype(jnp.bfloat16),
+        branch=Branch(input=inner, up=up),
+        activation="gelu",
+    )
+    if subject.refuses(x, weights, epilogue):
+        return
+    together = run(subject, x, weights, epilogue)
+    for i in range(images):
+        at = slice(i * rows, (i + 1) * rows)
+        alone = dataclasses.replace(
+            epilogue,
+            gate=epilogue.gate[i],
+            residual=epilogue.residual[at],
+            branch=Branch(input=inner[at], up=up),
+        )
+        part = jax.tree.map(lambda rows: rows[at], x)  # noqa: B023
+        np.testing.assert_array_equal(together[at], run(subject, part, weights, alone))
 
 
 def check_epilogue(subject, m, names, *, packed):
@@ -333,6 +371,7 @@ BAD_PACKED = [
 BAD_EPILOGUES = [
     ({"bias": np.ones((N, 1), np.float32)}, "bias has shape"),
     ({"gate": np.ones((M,), np.float32)}, "gate has shape"),
+    ({"gate": np.ones((2, N), np.float32)}, "gate is of 2 images; 5 rows aren't as many for each"),
     ({"residual": np.ones((M, M), np.float32)}, "residual has shape"),
     ({"bias": np.ones(N, np.int32)}, "bias has dtype int32; it must be floating"),
     ({"activation": "relu"}, "activation is 'relu'"),
