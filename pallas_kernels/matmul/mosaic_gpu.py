@@ -252,16 +252,17 @@ def matmul_prepared(
         for name, array in given.items()
         if array is not None
     }
+    body = functools.partial(
+        _kernel,
+        config=config,
+        rows=x.shape[0] // epilogue.images,
+        images=epilogue.images,
+        levels=w.levels,
+        activation=epilogue.activation,
+        interpret=interpret,
+    )
     kernel = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            config=config,
-            rows=x.shape[0] // epilogue.images,
-            images=epilogue.images,
-            levels=w.levels,
-            activation=epilogue.activation,
-            interpret=interpret,
-        ),
+        compat.named(body, "matmul"),
         out_type=jax.ShapeDtypeStruct((values.shape[0], columns), epilogue.out_dtype),
         grid=(sms,),
         grid_names=("sm",),
