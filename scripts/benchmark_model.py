@@ -120,6 +120,8 @@ def random_array(key: jax.Array, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax
     if leaf.dtype == jnp.uint8:
         first, second = random_nibbles(key, leaf.shape, name)
         return first | (second << 4)
+    if leaf.dtype == jnp.bool_:
+        return jnp.zeros(leaf.shape, leaf.dtype)
     if leaf.dtype == jnp.int8:
         return jax.random.randint(key, leaf.shape, -127, 128, jnp.int8)
     if name == "scale":

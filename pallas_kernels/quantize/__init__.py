@@ -49,7 +49,7 @@ def quantize(
     norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k], floating
     rotation: int | None = None,
-    wide: Sequence[bool] | np.ndarray | None = None,  # [ceil(k / group_size)]
+    wide: Sequence[bool] | np.ndarray | jax.Array | None = None,  # [ceil(k / group_size)]
     packed: bool = False,
     implementation: Implementation = None,
 ) -> Int8Rows | PackedRows:
@@ -75,8 +75,7 @@ def quantize(
       multiplier: of each channel, in float32 and not rounded: `channels.scale_channels`.
       rotation: rotate blocks of 16, 64 or 256 channels by a regular Hadamard matrix, not rounded:
         `channels.rotate`. A row whose sums overflow float32 has scale NaN.
-      wide: True for the groups that stay at 8 bits, though the others have 4. It is static: of
-        Python or NumPy booleans.
+      wide: True for the groups that stay at 8 bits, though the others have 4.
       packed: return the 4-bit form instead of the decoded values.
       implementation: a backend's name, several in order of preference, or None for the best.
 
@@ -186,21 +185,19 @@ def _check_channels(
 
 
 def _check_wide(
-    wide: Sequence[bool] | np.ndarray | None, groups: int, bits: int, packed: bool
-) -> tuple[bool, ...] | None:
-    """Return the mask of wide groups as a tuple, or None where there are none."""
+    wide: Sequence[bool] | np.ndarray | jax.Array | None, groups: int, bits: int, packed: bool
+) -> jax.Array | np.ndarray | None:
+    """Return the mask of wide groups, or None where it is known that there are none."""
     if wide is None:
         return None
-    if isinstance(wide, jax.core.Tracer):
-        raise ValueError("wide is traced; it must be static, of Python or NumPy booleans")
-    mask = np.asarray(wide)
+    mask = wide if isinstance(wide, jax.Array) else np.asarray(wide)
     if mask.dtype != bool or mask.shape != (groups,):
         raise ValueError(
             f"wide is {mask.dtype}{list(mask.shape)}; it must be None or one boolean for each of "
             f"{groups} groups"
         )
-    if bits == 8 or not mask.any():
+    if bits == 8 or (isinstance(mask, np.ndarray) and not mask.any()):
         return None
     if packed:
         raise ValueError("wide is given with packed=True; groups of 8 bits can't be packed")
-    return tuple(mask.tolist())
+    return mask

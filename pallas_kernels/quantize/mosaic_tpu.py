@@ -72,7 +72,7 @@ def quantize(
     norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     rotation: int | None = None,  # channels of a block
-    wide: tuple[bool, ...] | None = None,  # [groups]
+    wide: jax.Array | None = None,  # bool [groups]
     packed: bool = False,
 ) -> tuple[jax.Array | None, ...]:
     """Quantize each row; see `reference.quantize`."""
@@ -119,7 +119,7 @@ def _inputs(
     x: jax.Array,
     norm: Norm | None,
     multiplier: jax.Array | None,
-    wide: tuple[bool, ...] | None,
+    wide: jax.Array | None,
     plan: _Plan,
 ) -> dict[str, jax.Array]:
     """Return the kernel's arrays by name: x, those of its channels, and constant matrices."""
@@ -133,7 +133,7 @@ def _inputs(
     rows = {name: v.astype(jnp.float32).reshape(-1, plan.k) for name, v in vectors.items()}
     inputs = {"x": x} | rows
     if wide is not None:
-        inputs["wide"] = -jnp.asarray(np.repeat(wide, plan.group_size)[None], jnp.int32)
+        inputs["wide"] = -jnp.repeat(jnp.asarray(wide, jnp.int32), plan.group_size)[None]
     inputs = {name: codec.pad(a[:, : plan.k], plan.width) for name, a in inputs.items()}
     if plan.bits == 4:
         inputs["same_group"] = _same_group(plan.group_size)

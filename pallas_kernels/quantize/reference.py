@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import codec
 from pallas_kernels.functions import Norm, Part, join, modulate_images
@@ -21,7 +20,7 @@ def quantize(
     norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     rotation: int | None = None,  # channels of a block
-    wide: tuple[bool, ...] | None = None,  # [groups]
+    wide: jax.Array | None = None,  # bool [groups]
     packed: bool = False,
 ) -> tuple[jax.Array | None, ...]:
     """Quantize each row; see `pallas_kernels.quantize.quantize`.
@@ -51,8 +50,8 @@ def quantize(
 def _keep(
     values: jax.Array,  # [m, k]
     decoded: jax.Array,  # [m, k]
-    wide: tuple[bool, ...],  # [groups]
+    wide: jax.Array,  # bool [groups]
     group_size: int,
 ) -> jax.Array:
     """Return the 8-bit values of wide groups, and what 4 bits left of the others."""
-    return jnp.where(np.repeat(wide, group_size)[: values.shape[1]], values, decoded)
+    return jnp.where(jnp.repeat(wide, group_size)[: values.shape[1]], values, decoded)

@@ -89,7 +89,7 @@ def quantize(
     norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     rotation: int | None = None,  # channels of a block
-    wide: tuple[bool, ...] | None = None,  # [groups]
+    wide: jax.Array | None = None,  # bool [groups]
     **options,  # of `_quantize`
 ) -> tuple[jax.Array | None, ...]:
     """Quantize each row; see `reference.quantize`."""
@@ -105,7 +105,6 @@ def quantize(
     if norm is not None:
         images = norm.images
         norm = jax.tree.map(lambda v: jnp.broadcast_to(v, (images, v.shape[-1])), norm)
-    # An operand, so that layers with masks of their own share a program.
     mask = None if wide is None else jnp.asarray(wide, jnp.int8)
     return _quantize(arrays, norm, multiplier, mask, columns=columns, rotation=rotation, **options)
 

@@ -18,7 +18,8 @@ from pallas_kernels.quantize import quantize as quantize_and_decode
 from quartz_jax.engine.matmul import execution, multiply, simulated_dot
 from quartz_jax.formats import BlockRows, Format, Int, Quartz, Stored
 from quartz_jax.formats.storage import dequantize, row_operand
-from quartz_jax.transforms import BlockRotation, Offset, Op, Product, Scale, TakeOut
+from quartz_jax.transforms import BlockRotation, Offset, Op, Product, Scale, TakeOut, Wide
+from quartz_jax.transforms.wide import rounded_input
 
 FEW_ROWS = 8  # rows of x up to which reading the weights is the whole cost of a weight-only layer
 INT8 = Int(width=8)
@@ -118,6 +119,7 @@ class Given:
     norm: Norm | None = None  # of [k] or [images, k]
     multiplier: jax.Array | None = None  # float32 [k]
     rotation: int | None = None  # channels of a block
+    wide: jax.Array | None = None  # bool [groups of a QuaRTZ format]: those that keep eight bits
 
     @property
     def dtype(self) -> Any:
@@ -147,7 +149,7 @@ class Given:
         """Return the input in a format; 4-bit codes come decoded, as matmuls want them."""
         if _passes_quartz(format):
             kind: dict[str, Any] = {"bits": 4, "group_size": format.group_size}
-            kind |= {"rounding": format.rounding}
+            kind |= {"rounding": format.rounding, "wide": self.wide}
             kind |= {"range": format.range, "step": format.step, "levels": format.levels}
         elif isinstance(format, Int) and format.is_operand:
             kind = {"bits": 8, "range": format.range}
@@ -198,6 +200,8 @@ def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Give
             taken = whole[:, op.index].astype(dtype)
             epilogue = _with_branch(epilogue, taken, op.weight.astype(dtype))
             given = given.behind(whole.at[:, op.index].set(0))
+        elif isinstance(op, Wide):  # the last of all
+            given = dataclasses.replace(given, wide=op.groups)
         elif isinstance(op, Offset):
             bias = op.bias if epilogue.bias is None else epilogue.bias.astype(jnp.float32) + op.bias
             given = given.behind(given.value().astype(jnp.float32) + op.amount)
@@ -261,7 +265,8 @@ def _simulated(
     if activation is None:
         x = given.value().astype(jnp.float32)
     else:  # never packed
-        x = activation(jax.lax.optimization_barrier(given.images(activation)))
+        x = jax.lax.optimization_barrier(given.images(activation))
+        x = rounded_input(x, activation, given.wide)
     y = simulated_dot(x.reshape(-1, x.shape[-1]), dequantize(weight))
     return reference.finish(y, epilogue)
 

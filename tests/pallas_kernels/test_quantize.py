@@ -54,8 +54,10 @@ def compiled(function, config):
 
 def run(function, x, *, norm=None, multiplier=None, **config):
     """Call under jit; return NumPy arrays."""
+    wide = config.pop("wide", None)
     call = compiled(function, tuple(sorted(config.items())))
-    arrays = call(x, {"norm": norm, "multiplier": multiplier})
+    wide = None if wide is None else np.asarray(wide)
+    arrays = call(x, {"norm": norm, "multiplier": multiplier, "wide": wide})
     return [None if a is None else np.asarray(a) for a in arrays]
 
 
