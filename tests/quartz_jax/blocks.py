@@ -106,7 +106,7 @@ MIXED = Recipe(
     name="mixed",
     rules=(
         rule(r"layers\.0\.up", SEARCHED, INT8, transforms=EVERY_OP, rounding=Gptq()),
-        rule(r"layers\.0\.down", Int(width=4), QUARTZ, wide=0.25),
+        rule(r"layers\.0\.down", Int(width=4), QUARTZ),
         rule(r"layers\.1\.up", NVFP4(), NVFP4(), transforms=(Smooth(),)),
         rule(r"layers\.1\.down", INT8, **ROTATED),
         rule(
