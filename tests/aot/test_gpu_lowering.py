@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import aot, device
-from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu
+from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu, triton_few_rows
 from pallas_kernels.matmul.dequantize import DEQUANTIZE
 from pallas_kernels.matmul.shapes import SHAPES, Shape
 from pallas_kernels.operands import Branch, Epilogue
@@ -150,6 +150,13 @@ def few_rows_call(shape, **where):
     return fused_call(dataclasses.replace(shape, m=2), **where)
 
 
+def passes_call(shape, **where):
+    """Few rows by programs that go through several times as many weight rows."""
+    _, args, _ = few_rows_call(shape, **where)
+    config = triton_few_rows.Config(tile_n=4, passes=4, warps=1)
+    return lambda *a, implementation: triton_few_rows.matmul(*a, config=config), args, {}
+
+
 def quantize_call(shape, range="absmax", step="power", **where):
     options = {"bits": 4, "group_size": 16, "range": range, "step": step, "rounding": "nearest"}
     return QUANTIZE, [spec((shape.m, shape.k), jnp.bfloat16, **where)], options
@@ -232,6 +239,7 @@ TRITON_FORMS = {
     "int8": (int8_call, "triton"),
     "fused": (fused_call, "triton"),
     "few rows": (few_rows_call, "triton_few_rows"),
+    "few rows in passes": (passes_call, "triton_few_rows"),
     "quantize": (quantize_call, "triton"),
     "quantize parts after a norm, packed": (quantize_parts_call, "triton"),
     "quantize rotated channels": (rotated_call, "triton"),
@@ -414,8 +422,9 @@ def test_fused_triton_decodes_bytes_at_once_for_the_int8_matrix_unit(gpu, tmp_pa
 
 
 @on_gpus
-def test_few_rows_multiply_four_bytes_at_once(gpu, tmp_path):
-    ptx = compile_for(gpu, few_rows_call, "triton_few_rows", tmp_path)
+@pytest.mark.parametrize("make", [few_rows_call, passes_call])
+def test_few_rows_multiply_four_bytes_at_once(gpu, make, tmp_path):
+    ptx = compile_for(gpu, make, "triton_few_rows", tmp_path)
     assert "dp4a.s32.s32" in ptx
     assert "mma" not in ptx
 

@@ -12,8 +12,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels import matmul
-from pallas_kernels.matmul import MATMUL, MATMUL_INT8
+from pallas_kernels import device, matmul
+from pallas_kernels.matmul import MATMUL, MATMUL_INT8, triton_few_rows
 from pallas_kernels.matmul.shapes import SHAPES
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
 
@@ -315,6 +315,35 @@ def check_epilogue(subject, m, names, *, packed):
     wanted, rest = finish(sums, **options)
     bound = 2.0**-8 * np.abs(wanted) + 4e-6 * (gate * terms + rest)
     assert np.max(np.abs(y.astype(np.float64) - wanted) / bound) <= 1
+
+
+@pytest.mark.skipif(ON_HARDWARE and device.current().platform != "gpu", reason="for GPUs")
+@pytest.mark.parametrize("k", [96, 96 * 33])  # a row at once, and in a loop
+def test_few_rows_go_through_weight_rows_in_any_passes(k):
+    rng = np.random.default_rng(k)
+    w, values = random_weights(rng, 21, k, 16, "stretched")
+    lo = rng.integers(-9, 9, (3, 1)).astype(np.float32)
+    x = Int8Rows(values=activations(rng, 3, k, True), scale=ones(3), lo=lo)
+    epilogue = Epilogue(
+        bias=rng.integers(-9, 9, 21).astype(np.float32),
+        gate=rng.integers(1, 9, (3, 21)).astype(np.float32),
+        residual=rng.integers(-9, 9, (3, 21)).astype(np.float32),
+        out_dtype=jnp.float32,
+    )
+    found = [
+        triton_few_rows.matmul(
+            x,
+            w,
+            epilogue,
+            config=triton_few_rows.Config(tile_n=2, passes=passes, words=32),
+            interpret=not ON_HARDWARE,
+        )
+        for passes in (1, 4)
+    ]
+    np.testing.assert_array_equal(*found)
+    sums = int_dot(x.values, values) + (128 + lo) * values.sum(axis=1, dtype=np.float64)
+    wanted = epilogue.residual + epilogue.gate * (sums + epilogue.bias)
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-6, atol=1)
 
 
 M, N, K = 5, 7, 70
