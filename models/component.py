@@ -42,8 +42,8 @@ _SHARD_BYTES = {"diffusers": 10**10, "transformers": 5 * 10**9}
 class Naming:
     """What a component's tensors are called in one kind of file."""
 
-    # A tensor that every such checkpoint has and others haven't (see `models.families.FAMILIES`);
-    # what stands before it stands before all names. Of several, the first that is there.
+    # A tensor that every such checkpoint has and few others; what stands before it stands before
+    # all names. Of several, the first that is there.
     telling: str | tuple[str, ...]
     # from the config and the names that are there to the rules; a module without one keeps its name
     rules: Callable[[Any, Collection[str]], Sequence[Rule]]
@@ -115,6 +115,8 @@ class Component:
     module: Any  # the module's class
     folder: Naming  # in a folder with a config.json
     file: Naming | None = None  # in a single file, whose shapes are all that tells the config
+    # from the config of a module that leaves parts of its checkpoint out to that of all of it
+    whole: Callable[[Any], Any] = lambda config: config
 
     def build(self, config: Any, dtype: jnp.dtype = jnp.bfloat16) -> nnx.Module:
         """Make the module for tracing only, as under `nnx.eval_shape`: its weights mean nothing."""
@@ -187,6 +189,7 @@ class Component:
           config: of the module.
           naming: `folder` or `file`.
         """
+        config = self.whole(config)
         return stored_tensors(lambda: self.build(config), naming.rules(config, ()))
 
     @property

@@ -1,6 +1,7 @@
 """The families of models that are known, and what is found among their components."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -8,10 +9,13 @@ from flax import nnx
 from models.component import Component
 from models.family import Family
 from models.flux.family import FLUX
-from models.stored_files import CheckpointError
+from models.flux.variants import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
+from models.flux2.family import FLUX2
+from models.stored_files import Checkpoint, CheckpointError
+from models.zimage.family import ZIMAGE
 
-# Where the tensor that tells one family is in another's files too, the other comes first.
-FAMILIES: tuple[Family, ...] = (FLUX,)
+# Where a single file could be of several, the first that fits is taken.
+FAMILIES: tuple[Family, ...] = (FLUX, FLUX_KONTEXT, FLUX_FILL, FLUX_CONTROL, FLUX2, ZIMAGE)
 
 
 def components() -> Iterator[Component]:
@@ -81,21 +85,37 @@ def of_index(index: Mapping[str, Any]) -> Family:
     raise CheckpointError(f"_class_name is {name!r}; expected {known}")
 
 
-def of_tensors(names: Collection[str], path: Any = "") -> Family | None:
+def of_file(path: Path, checkpoint: Checkpoint, schedule: str | None = None) -> Family | None:
     """Return the family whose main component a single file holds; None for none.
 
+    Several may be told by a tensor that is there: then those fit whose sizes the file has, and of
+    them the one that has the schedule, or else the first.
+
     Args:
-      names: of the file's tensors.
-      path: of the file, for errors.
+      path: of the file.
+      checkpoint: the opened file.
+      schedule: that was asked for.
 
     Raises:
-      CheckpointError: it holds several.
+      CheckpointError: it holds several such components.
     """
+    found = []
     for family in FAMILIES:
-        file = family.components[family.main].file
-        if file is not None and file.prefix(names, path) is not None:
-            return family
-    return None
+        naming = family.components[family.main].file
+        if naming is not None and naming.prefix(checkpoint.shapes, path) is not None:
+            found.append(family)
+    fitting = [x for x in found if _fits(x, path, checkpoint)] if len(found) > 1 else found
+    fitting = fitting or found  # what isn't whole is refused when it is opened
+    return next((x for x in fitting if schedule in x.schedules), fitting[0] if fitting else None)
+
+
+def _fits(family: Family, path: Path, checkpoint: Checkpoint) -> bool:
+    """Return whether a single file has the sizes of a family's main component."""
+    try:
+        config = family.components[family.main].file_config(path, checkpoint)
+    except CheckpointError:
+        return False
+    return not list(family.misfits({family.main: config}, {}))
 
 
 def schedules() -> tuple[str, ...]:

@@ -63,8 +63,8 @@ class Family:
     tokenizers: Mapping[str, Tokenizer]  # by their folders' names; {} without text
     denoiser: type[Denoiser]  # is made with `configs`, and samples
     schedules: Mapping[str, Schedule]  # as --schedule names them; the first is the common one
-    # from configs and model_index.json to the schedule that a model takes which doesn't say it, and
-    # a warning where that is a guess
+    # from configs, perhaps with the scheduler, and model_index.json to the schedule that a model
+    # takes which doesn't say it, and a warning where that is a guess
     schedule_of: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[str, str | None]]
     # which schedule's defaults go with a scheduler
     schedule_like: Callable[[Any], str]

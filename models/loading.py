@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,9 @@ class ModelFiles:
         return _checked(component.open(path, dtype), check_values)
 
     def load_tokenizers(self) -> dict[str, Any]:
-        """Return the tokenizers by name; raises CheckpointError where one doesn't load."""
-        return {name: load_tokenizer(self.paths[name]) for name in self.family.tokenizers}
+        """Return the tokenizers that are there; raises CheckpointError where one doesn't load."""
+        names = (name for name in self.family.tokenizers if name in self.paths)
+        return {name: load_tokenizer(self.paths[name]) for name in names}
 
     def configs(self) -> dict[str, Any]:
         """Return the config of each component that is there in 16 bits.
@@ -104,7 +105,8 @@ class ModelFiles:
 
     def defaults(self, configs: Mapping[str, Any]) -> GenerationDefaults:
         """Return what the model generates with by default; see `generation_defaults`."""
-        return generation_defaults(self.index, self.family, configs)
+        known = {**configs, "scheduler": self.load_scheduler()}
+        return generation_defaults(self.index, self.family, known)
 
 
 def find_model(
@@ -118,8 +120,9 @@ def find_model(
       path: a diffusers folder, with model_index.json; or a single file in its makers' naming such
         as flux1-dev.safetensors, an index of its shards, or a folder of such files. Beside a single
         file, the autoencoder is taken too if it is there (ae.safetensors).
-      text_encoders: a diffusers folder that gives the text encoders and tokenizers, and the
-        autoencoder where `path` has none. Needed for single files, which lack them.
+      text_encoders: a diffusers folder that gives what `path` lacks: of single files the text
+        encoders and tokenizers, and perhaps the autoencoder. Without it that is left out of the
+        paths: a transformer alone can be converted, though not sampled from.
       schedule: the noise levels and the number of steps that are the default: one of the family's,
         as FLUX.1's "dev" or "schnell", or that of the "folder" that gives the text encoders. None
         for the model's own; single files have none, and take what the family finds to go with their
@@ -149,23 +152,14 @@ def find_model(
 def _find_single_files(
     path: Path, files: list[Path], text_encoders: Path | str | None, schedule: str | None
 ) -> ModelFiles:
-    family = _family_of(path, files)
+    family = _family_of(path, files, schedule)
     if path.is_file() and (beside := path.parent / family.autoencoder_file) not in files:
         files = [*files, beside] if beside.exists() else files
     paths = _classify(path, files, family)
     paths |= _inside(family, paths[family.main])
     needed = (*family.encoders, family.autoencoder, family.main, *family.tokenizers)
     missing = [name for name in needed if name not in paths]
-    if text_encoders is None and missing:
-        raise CheckpointError(
-            f"{path} holds no {', '.join(missing)}; name a diffusers folder that does "
-            "(--text-encoders)"
-        )
-    if missing:
-        folder = Path(text_encoders or "")
-        if absent := [name for name in missing if not (folder / name).is_dir()]:
-            raise CheckpointError(f"{folder} lacks the component folders {', '.join(absent)}")
-        paths |= {name: folder / name for name in missing}
+    paths |= _from_elsewhere(missing, text_encoders)
     main = family.components[family.main].file_config(paths[family.main])
     name, guess = family.schedule_of({family.main: main}, family.index)
     if guess is not None and schedule is None:
@@ -178,6 +172,16 @@ def _find_single_files(
         scheduler=dict(chosen.scheduler),
         schedule=chosen.name,
     )
+
+
+def _from_elsewhere(names: Sequence[str], text_encoders: Path | str | None) -> dict[str, Path]:
+    """Return the folders of components that a diffusers folder gives, if one was named."""
+    if text_encoders is None:
+        return {}
+    folder = Path(text_encoders)
+    if absent := [name for name in names if not (folder / name).is_dir()]:
+        raise CheckpointError(f"{folder} lacks the component folders {', '.join(absent)}")
+    return {name: folder / name for name in names}
 
 
 def _inside(family: Family, file: Path) -> dict[str, Path]:
@@ -200,7 +204,9 @@ def _with_schedule(
     """Return a model's files with another schedule, and the settings that go with it."""
     family = files.family
     if schedule == _FOLDER and text_encoders is None:
-        return files  # of a diffusers folder it is the model's own
+        if files.scheduler is None:
+            return files  # of a diffusers folder it is the model's own
+        raise CheckpointError("schedule is 'folder'; name the folder (--text-encoders)")
     if schedule == _FOLDER:
         folder = Path(text_encoders or "") / "scheduler"
         scheduler = read_json(folder / _SCHEDULER_CONFIG)
@@ -389,7 +395,10 @@ def load_pipeline(
         and not (name == "scheduler" and files.scheduler)
     ]
     if lacking:
-        raise CheckpointError(f"{path} lacks the component folders {', '.join(lacking)}")
+        raise CheckpointError(
+            f"{path} lacks the component folders {', '.join(lacking)}; name a diffusers folder "
+            "that has them (--text-encoders)"
+        )
 
     tokenizers = files.load_tokenizers()
     configs = files.configs() | {
@@ -422,7 +431,7 @@ def generation_defaults(
     Args:
       index: contents of model_index.json.
       family: of the model.
-      configs: of its components by name, the main one among them.
+      configs: of its components by name, the main one among them; and perhaps its scheduler.
 
     Raises:
       CheckpointError: an unknown key, or a value of wrong type or range.
@@ -457,21 +466,25 @@ def _find_in_diffusers_folder(folder: Path, text_encoders: Path | str | None) ->
     index = read_json(folder / "model_index.json")
     with _naming(folder / "model_index.json"):
         family = families.of_index(index)
-    if text_encoders is not None:
-        raise CheckpointError(f"{folder} has text encoders; leave out --text-encoders")
     names = (*family.components, *family.tokenizers, "scheduler")
-    return ModelFiles(family=family, paths={name: folder / name for name in names}, index=index)
+    paths = {name: folder / name for name in names}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if text_encoders is not None and not missing:
+        raise CheckpointError(f"{folder} has text encoders; leave out --text-encoders")
+    paths |= _from_elsewhere(missing, text_encoders)
+    return ModelFiles(family=family, paths=paths, index=index)
 
 
-def _family_of(path: Path, files: list[Path]) -> Family:
+def _family_of(path: Path, files: list[Path], schedule: str | None) -> Family:
     """Return the family whose main component is in one of the files."""
     kinds = []
     for file in files:
-        names = open_checkpoint(file).shapes
-        if not quantized_by(names) and (family := families.of_tensors(names, file)):
+        checkpoint = open_checkpoint(file)
+        names = checkpoint.shapes
+        if not quantized_by(names) and (family := families.of_file(file, checkpoint, schedule)):
             return family
         kinds.append(f"{file.name} is {_kind(names)}")
-    mains = " or ".join(x.components[x.main].name for x in families.FAMILIES)
+    mains = " or ".join(dict.fromkeys(x.components[x.main].name for x in families.FAMILIES))
     raise CheckpointError(f"{path} holds no {mains}: {'; '.join(kinds)}")
 
 
@@ -496,16 +509,17 @@ def _classify(path: Path, files: list[Path], family: Family) -> dict[str, Path]:
 
 def _component_of_file(file: Path, name: str | None) -> Component:
     """Return the component that a single file holds."""
-    names = open_checkpoint(file).shapes
+    checkpoint = open_checkpoint(file)
+    names = checkpoint.shapes
     refuse_quantized(file, names, {})
-    family = families.of_tensors(names, file)
+    family = families.of_file(file, checkpoint)
     for known in (family,) if family else families.FAMILIES:
         for wanted in (name,) if name else (known.main, known.autoencoder):
             component = known.components.get(wanted)
             if component and component.file and component.file.prefix(names, file) is not None:
                 return component
-    listed = " or ".join(x.name for x in families.FAMILIES)
-    raise CheckpointError(f"{file} is {_kind(names)}; expected a {listed} {name or 'file'}")
+    listed = " or ".join(dict.fromkeys(x.components[x.main].name for x in families.FAMILIES))
+    raise CheckpointError(f"{file} is {_kind(names)}; expected a {name or listed}")
 
 
 def _kind(names: Collection[str]) -> str:

@@ -255,7 +255,7 @@ def _modules(
     if of_text and not transformer_only:
         problems.append(
             f"{len(of_text)} keys such as {of_text[0]} are for text encoders, which take no "
-            "adapter here; leave them out of the file"
+            "adapter here; leave them out with transformer_only (--lora-transformer-only)"
         )
     if not modules and not problems:
         problems.append("it holds no tensors" + " for the transformer" * bool(of_text))

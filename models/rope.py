@@ -30,3 +30,13 @@ def apply_rope(
     cos, sin = (rope[..., i, :, None, :] for i in range(2))
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def apply_rope_halves(
+    x: jax.Array,  # float32 [b, t, h, d]
+    rope: jax.Array,  # float32 [2, t, d / 2], or [b, 2, t, d / 2]: from `rope_table`
+) -> jax.Array:
+    """Rotate channels i and i + d / 2 of each token, as language models do; like `apply_rope`."""
+    cos, sin = (rope[..., i, :, None, :] for i in range(2))
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -6,6 +6,7 @@ to family is its `Denoiser`'s.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -434,13 +435,11 @@ class Steps:
         noise: jax.Array | None = None,  # [batch, ...]
     ) -> tuple[jax.Array, Any]:
         """Return the latents after a step, float32, and the scheduler's memory."""
-        step = compiled(denoising_step, self.model, self.denoiser, self.scheduler)
-        return step(latents, memory, *self._fixed(level), noise)
+        return self._step(latents, memory, *self._fixed(level), noise)
 
     def predict(self, latents: jax.Array, level: Level) -> jax.Array:
         """Return what a step goes along, such as the velocity, float32 of the latents' shape."""
-        step = compiled(prediction, self.model, self.denoiser, self.scheduler)
-        return step(self.put(latents), *self._fixed(level))
+        return self._prediction(self.put(latents), *self._fixed(level))
 
     def arguments(self, latents: jax.Array, level: Level) -> dict[str, Any]:
         """Return the keyword arguments of the model's call in a step, without guidance."""
@@ -452,6 +451,14 @@ class Steps:
     def put(self, arrays: Any) -> Any:
         """Return a tree of arrays on the weights' device."""
         return jax.device_put(arrays, self.device)
+
+    @functools.cached_property
+    def _step(self) -> Callable:
+        return compiled(denoising_step, self.model, self.denoiser, self.scheduler)
+
+    @functools.cached_property
+    def _prediction(self) -> Callable:
+        return compiled(prediction, self.model, self.denoiser, self.scheduler)
 
     def _fixed(self, level: Level) -> tuple:
         return self.conditions, level, self.guidance, self.scale

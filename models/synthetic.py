@@ -158,7 +158,7 @@ class _Writer:
             _write_json(folder / f"{stem}.safetensors.index.json", index)
         for file, shard in zip(files, shards, strict=True):
             self.file(folder / file, shard)
-        _write_json(folder / "config.json", config.to_json())
+        _write_json(folder / "config.json", component.whole(config).to_json())
 
     def file(self, path: Path, tensors: Tensors, dtype: str = "BF16") -> None:
         """Write one file of random tensors."""
@@ -177,7 +177,7 @@ class _Writer:
 
     def _draw(self, name: str, leaf: str, shape: tuple[int, ...], table, dtype) -> np.ndarray:
         """Return a tensor that depends on its name and the seed, not on its place in a file."""
-        if leaf == "scale":
+        if leaf in ("scale", "running_var"):
             return np.ones(shape, dtype)
         deviation = math.prod(shape[1:]) ** -0.5 if leaf == "kernel" else 0.02
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])

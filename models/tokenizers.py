@@ -32,6 +32,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer  # here, as importing it takes seconds
 
     folder = Path(folder)
+    if odd := [x for x in folder.glob("*") if x.exists() and not (x.is_file() or x.is_dir())]:
+        raise CheckpointError(f"{odd[0]} is no regular file; it can't be part of a tokenizer")
     if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
         sets = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
         raise CheckpointError(

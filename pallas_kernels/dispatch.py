@@ -1,10 +1,13 @@
 """Choosing the implementation of an operation: by the device, by name, or from a list of names."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pallas_kernels import device as devices
+from pallas_kernels.gradients import with_derivative
+from pallas_kernels.sharding import is_split
 
 Implementation = str | Sequence[str] | None
 
@@ -17,6 +20,7 @@ class Backend:
     run: Callable[..., Any]  # the implementation itself
     # (device, *args, **kwargs of the call) to the reason why it can't run them, or None
     why_not: Callable[..., str | None] = lambda device, *args, **kwargs: None
+    splits: bool = True  # whether XLA can run it on arrays that it splits over a mesh's devices
     # Of weights that are used more than once: to the implementation's own order, and what runs then
     prepare: Callable[..., Any] | None = None
     run_prepared: Callable[..., Any] | None = None
@@ -28,10 +32,16 @@ class Operation:
 
     name: str  # such as "matmul", for messages
     backends: tuple[Backend, ...]  # in order of preference
+    # What JAX differentiates in the place of any backend, of the same arguments: those by keyword
+    # aren't differentiated. None: each backend itself.
+    derivative: Callable[..., Any] | None = None
 
     def __call__(self, *args, implementation: Implementation = None, **kwargs):
         """Run the first backend that can; see `choose` for `implementation` and what is raised."""
-        return self.choose(implementation, *args, **kwargs).run(*args, **kwargs)
+        run = functools.partial(self.choose(implementation, *args, **kwargs).run, **kwargs)
+        if self.derivative is None:
+            return run(*args)
+        return with_derivative(run, functools.partial(self.derivative, **kwargs), *args)
 
     def choose(self, implementation: Implementation, *args, **kwargs) -> Backend:
         """Return the backend that a call would run.
@@ -67,7 +77,14 @@ class Operation:
     def _reasons(self, implementation: Implementation, *args, **kwargs) -> dict[str, str | None]:
         names = self.names(implementation)
         device = devices.current()
-        return {name: self.backend(name).why_not(device, *args, **kwargs) for name in names}
+        split = is_split((args, kwargs))
+
+        def reason(backend: Backend) -> str | None:
+            if split and not backend.splits:
+                return "XLA can't split it over the devices of a mesh; call it under jax.shard_map"
+            return backend.why_not(device, *args, **kwargs)
+
+        return {name: reason(self.backend(name)) for name in names}
 
     def names(self, implementation: Implementation) -> list[str]:
         """Return the backends' names that a call chooses from; raises ValueError for none."""

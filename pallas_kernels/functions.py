@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gradients import with_derivative
+
 SQRT_2_PI = 0.7978845608028654
 NORM_EPSILON = 1e-6  # of a norm that states none
 
@@ -44,6 +46,11 @@ def as_norm(
     return Norm(scale=scale, shift=shift, epsilon=given.epsilon, kind=given.kind)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["array"],
+    meta_fields=["start", "size", "activation", "times"],
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
     """Columns of an array, through an activation: a part of the rows to quantize.
@@ -74,6 +81,13 @@ def gelu(
     return y / (1 + jnp.exp(y * (-2 * SQRT_2_PI - 2 * SQRT_2_PI * 0.044715 * (y * y))))
 
 
+def gelu_of_tanh(
+    y: jax.Array,  # floating, of any shape
+) -> jax.Array:
+    """Return the same by a tanh, whose derivative is finite where exp(-2 z) isn't."""
+    return jax.nn.gelu(y, approximate=True)
+
+
 def silu(
     y: jax.Array,  # floating, of any shape
 ) -> jax.Array:
@@ -82,6 +96,8 @@ def silu(
 
 
 ACTIVATIONS = {"gelu": gelu, "silu": silu}
+# The same functions in a form whose derivative is finite everywhere.
+DIFFERENTIABLE = {"gelu": gelu_of_tanh, "silu": jax.nn.silu}
 
 
 def join(x: jax.Array | tuple[Part, ...]) -> jax.Array:
@@ -129,7 +145,9 @@ def _value(part: Part) -> jax.Array:
     if part.activation is None and part.times is None:
         return columns
     y = columns.astype(jnp.float32)
-    y = y if part.activation is None else ACTIVATIONS[part.activation](y)
+    if part.activation is not None:
+        name = part.activation
+        y = with_derivative(ACTIVATIONS[name], DIFFERENTIABLE[name], y)
     if part.times is not None:
         y = y * part.array[:, part.times : part.times + part.size].astype(jnp.float32)
     return round_to(y, columns.dtype)

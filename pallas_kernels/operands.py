@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import codec
+
+T = TypeVar("T")
 
 
 def _static(default: Any) -> Any:
@@ -16,8 +18,23 @@ def _static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def rows_dataclass(cls: type[T]) -> type[T]:
+    """Make a class of `Rows` a frozen keyword-only dataclass and a pytree without its source."""
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    fields = [field for field in dataclasses.fields(made) if field.name != "source"]  # type: ignore[arg-type]
+    meta = [field.name for field in fields if field.metadata.get("static")]
+    data = [field.name for field in fields if field.name not in meta]
+    return jax.tree_util.register_dataclass(made, data, meta, drop_fields=["source"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
     """What follows from the stored arrays alone, so also under vmap and shard_map."""
+
+    # The floats that the rows were made of, [..., k], while they are traced: what gradients go to,
+    # see `pallas_kernels.gradients`. It is no part of the pytree.
+    source: jax.Array | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,8 +62,7 @@ class Rows:
         return 8 * self.nbytes / self.size
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@rows_dataclass
 class Int8Rows(Rows):
     """int8 rows under one scale a row; the contraction axis is last."""
 
@@ -68,8 +84,7 @@ class Int8Rows(Rows):
         return self.values.shape
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@rows_dataclass
 class PackedRows(Rows):
     """Rows in the QuaRTZ format, `pallas_kernels.codec`, the contraction axis last in storage.
 

@@ -23,6 +23,7 @@ from flax import nnx
 import models
 from models import build_component
 from models.family import Family
+from models.fit import check_fit
 from models.lora import add_lora, read_lora
 from models.sampler import Sampler
 from models.stages import Deferred
@@ -61,6 +62,7 @@ def load_pipeline(
     folder: Path | str,
     *,
     loras: Sequence[tuple[Path, float]] = (),
+    lora_transformer_only: bool = False,
     expand: bool = False,
     keep_loaded: bool = True,
 ) -> Sampler:
@@ -69,6 +71,7 @@ def load_pipeline(
     Args:
       folder: what `quartz quantize` made.
       loras: files and scales of adapters.
+      lora_transformer_only: leave out what they hold for text encoders, which take none here.
       expand: keep 4-bit weights decoded to int8 on the device: twice the memory.
       keep_loaded: load all models now and keep them; otherwise each is loaded for the stage that
         needs it, in every call.
@@ -76,7 +79,10 @@ def load_pipeline(
     Raises:
       ValueError: the folder is no quantized checkpoint, or one that can't be used.
     """
-    pipeline = open_checkpoint(Path(folder), loras=loras, expand=expand).pipeline
+    opened = open_checkpoint(
+        Path(folder), loras=loras, lora_transformer_only=lora_transformer_only, expand=expand
+    )
+    pipeline = opened.pipeline
     return pipeline.load() if keep_loaded else pipeline
 
 
@@ -144,19 +150,31 @@ def placed(
 
 
 def open_checkpoint(
-    folder: Path, *, loras: Sequence[tuple[Path, float]] = (), expand: bool = False
+    folder: Path,
+    *,
+    text_encoders: Path | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    lora_transformer_only: bool = False,
+    expand: bool = False,
 ) -> Opened:
     """Open a quantized checkpoint, and the reports that were saved with it.
 
     Args:
       folder: the checkpoint.
+      text_encoders: a diffusers folder that gives what a checkpoint of a transformer alone lacks.
       loras: files and scales of adapters.
+      lora_transformer_only: leave out what they hold for text encoders, which take none here.
       expand: keep 4-bit weights decoded to int8 on the device.
     """
     manifest = checkpoint.read_manifest(folder)
     checkpoint.check_carried(folder, manifest)
-    files = models.find_model(folder)
+    files = models.find_model(folder, text_encoders)
     components = manifest.components
+    if unknown := set(components) - set(files.family.components):
+        raise ValueError(
+            f"{folder} holds {', '.join(sorted(unknown))}: components are "
+            f"{', '.join(files.family.components)}"
+        )
     build = functools.partial(build_component, dtype=compute_dtype())
     given = {
         name: Deferred(
@@ -168,8 +186,9 @@ def open_checkpoint(
     reports = {name: component.report for name, component in components.items()}
     if (main := files.family.main) not in given:
         given[main] = _quantized(files, main, get_recipe("bf16"), reports)
-    given = _prepared(files.family, given, loras, expand)
-    return Opened(pipeline=_open_pipeline(files, folder, given), reports=reports)
+    given = _prepared(files.family, given, loras, lora_transformer_only, expand)
+    pipeline = _open_pipeline(files, folder, given, text_encoders)
+    return Opened(pipeline=pipeline, reports=reports)
 
 
 def _load_quantized(
@@ -203,6 +222,7 @@ def open_16_bit(
     text_encoders: Path | None = None,
     schedule: str | None = None,
     loras: Sequence[tuple[Path, float]] = (),
+    lora_transformer_only: bool = False,
     expand: bool = False,
 ) -> Opened:
     """Open a 16-bit model whose components are quantized when they are loaded.
@@ -213,6 +233,7 @@ def open_16_bit(
       text_encoders: gives what `model` lacks.
       schedule: "dev", "schnell" or "folder", as `models.find_model` takes it.
       loras: files and scales of adapters.
+      lora_transformer_only: leave out what they hold for text encoders, which take none here.
       expand: keep 4-bit weights decoded to int8 on the device.
 
     Raises:
@@ -228,7 +249,7 @@ def open_16_bit(
     recipes = {files.family.main: get_recipe("bf16")} | by_component(recipes, files.family)
     reports: dict[str, Report] = {}
     given = {name: _quantized(files, name, recipe, reports) for name, recipe in recipes.items()}
-    given = _prepared(files.family, given, loras, expand)
+    given = _prepared(files.family, given, loras, lora_transformer_only, expand)
     pipeline = _open_pipeline(files, model, given, text_encoders, schedule)
     return Opened(pipeline=pipeline, reports=reports)
 
@@ -251,11 +272,13 @@ def _prepared(
     family: Family,
     given: Mapping[str, Deferred],
     loras: Sequence[tuple[Path, float]],
+    transformer_only: bool,
     expand: bool,
 ) -> dict[str, Deferred]:
     """Read and check adapters; return models that load ready for the device, and with them."""
     config = given[family.main].config
-    adapters = [read_lora(path, family, config) for path, _ in loras]
+    options = {"transformer_only": transformer_only}
+    adapters = [read_lora(path, family, config, **options) for path, _ in loras]
     scales = [scale for _, scale in loras]
 
     def load(name: str, deferred: Deferred) -> Any:
@@ -281,8 +304,9 @@ def _open_pipeline(
     """Return the pipeline; what isn't given loads in 16 bits, its tensors are checked already."""
     dtype = compute_dtype()
     deferred: dict[str, Any] = dict(given)  # they stand where modules would
-    others = (name for name in files.family.components if name not in given)
-    for name in (name for name in others if files.paths[name].exists()):
+    there = (name for name in files.family.components if name in files.paths)
+    there = (name for name in there if files.paths[name].exists())
+    for name in (name for name in there if name not in given):
         stored = files.open(name, dtype)
         config = models.component_config(stored.config)
         deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
@@ -303,7 +327,7 @@ def calibrate(
     """Return what a conversion calibrates a transformer on; nothing is sampled before it starts.
 
     Args:
-      pipeline: draws the prompts in its own number of steps.
+      pipeline: draws the prompts, in twice as many steps as are looked at, or its own fewer.
       prompts: an image each.
       seed: of the noise.
       steps: of sampling that statistics are taken at, evenly spaced; all if there are no more.
@@ -311,7 +335,8 @@ def calibrate(
       propagate: let blocks see what the quantized blocks before them made.
     """
     options, count = SamplingOptions.of(pipeline, size), len(prompts)
-    total = options.num_inference_steps
+    total = min(options.num_inference_steps, 2 * steps)
+    options = dataclasses.replace(options, num_inference_steps=total)
     taken = sorted({int(step) for step in np.linspace(0, total - 1, min(steps, total)).round()})
     tokens = pipeline.canvas(options.height, options.width).tokens
     most = min(_IMAGES_AT_ONCE, max(1, _TOKENS_AT_ONCE // tokens))
@@ -351,13 +376,21 @@ def plan_conversion(
       calibration: of the main component, see `calibrate`; None without a calibrated recipe.
 
     Raises:
-      ValueError: a component is missing, can't be read, or isn't one of the family's.
+      ValueError: a component can't be read, doesn't fit the others or isn't one of the family's, or
+        there is none that a recipe is for.
     """
     files = models.find_model(model, text_encoders, schedule)
     recipes = by_component(recipes, files.family)
-    opened = {name: files.open(name, check_values=True) for name in files.family.components}
+    there = (name for name in files.family.components if name in files.paths)
+    opened = {name: files.open(name, check_values=True) for name in there}
+    if absent := [name for name in recipes if name not in opened]:
+        raise ValueError(
+            f"{model} holds no {', '.join(absent)}, which a recipe is for; name a diffusers folder "
+            "that does (--text-encoders)"
+        )
     files.load_scheduler()  # what is only carried must load too
-    files.load_tokenizers()
+    configs = {name: models.component_config(module.config) for name, module in opened.items()}
+    check_fit(files.family, configs, files.load_tokenizers())
     given = {files.family.main: calibration}
     sources = tuple(
         _source(name, recipe, opened[name], given.get(name)) for name, recipe in recipes.items()

@@ -87,6 +87,13 @@ def from_json(cls: type[T], value: Any, where: str | None = None) -> T:
     return _read(cls, value, where or cls.__name__.lower())
 
 
+def from_larger(cls: type[T], value: Any, where: str) -> T:
+    """Return what `from_json` does for a JSON object that may hold more fields than the class."""
+    _checked(value, isinstance(value, dict), where, "a JSON object")
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    return from_json(cls, {name: value[name] for name in names if name in value}, where)
+
+
 def _read(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:

@@ -12,6 +12,10 @@ MAY_IMPORT["quartz_jax"] = {"quartz_jax", "pallas_kernels"}
 MEETING = ("quartz_jax/pipelines.py", "quartz_jax/evaluation/paired.py")
 
 
+# What trains and tests the embedded models is FLUX.1's by nature.
+ABOUT_FLUX = ("models/tiny_flux/", "scripts/train_tiny_flux.py")
+
+
 def imported(file: Path) -> set[str]:
     """Return the top-level packages of this project that a file imports."""
     names = set()
@@ -31,3 +35,25 @@ def test_packages_import_only_what_the_design_allows(package):
         if file.relative_to(ROOT).as_posix() in MEETING:
             continue
         assert imported(file) <= MAY_IMPORT[package], file
+
+
+def modules(file: Path) -> set[str]:
+    """Return the modules that a file imports, or imports from."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = {x.name for node in nodes if isinstance(node, ast.Import) for x in node.names}
+    return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_a_family_is_named_in_its_folder_and_in_one_other_file_alone():
+    from models.families import FAMILIES
+
+    folders = {family.denoiser.__module__.split(".")[1] for family in FAMILIES}
+    assert "flux" in folders
+    found = (x for top in ("models", "quartz_jax", "scripts") for x in (ROOT / top).rglob("*.py"))
+    for file in filter(Path.is_file, found):
+        where = file.relative_to(ROOT).as_posix()
+        if where == "models/families.py" or where.startswith(ABOUT_FLUX):
+            continue
+        own = where.split("/")[1]
+        named = {name for name in modules(file) if name.split(".")[1:2] and name[:7] == "models."}
+        assert not {x.split(".")[1] for x in named} & (folders - {own}), where

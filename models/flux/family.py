@@ -1,6 +1,6 @@
 """FLUX.1 as a family: what its components are, how they fit, and how it is sampled."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -48,7 +48,7 @@ class FluxDenoiser(Denoiser):
     def canvas(self, height: int, width: int) -> Canvas:
         """Return the size of an image's packed latents."""
         rows, columns = self._grid(height, width)
-        shape = (rows * columns, self.configs["transformer"].in_channels)
+        shape = (rows * columns, self.configs["transformer"].token_channels)
         return Canvas(height=height, width=width, shape=shape, tokens=rows * columns)
 
     def encode(self, sampler: "Sampler", texts: Sequence[str]) -> Conditions:
@@ -103,21 +103,31 @@ class FluxDenoiser(Denoiser):
         noise = unpack(noise, *self._grid(canvas.height, canvas.width))
         mean, logvar = (x.astype(jnp.float32) for x in vae.encode(image))
         latents = mean + jnp.exp(0.5 * logvar) * noise
-        return pack((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
+        return pack(vae.normalize(latents))
 
     def decode(self, autoencoder: nnx.Module, latents: jax.Array, canvas: Canvas) -> jax.Array:
         """Return the image of packed latents."""
         vae: Any = autoencoder
         latents = unpack(latents, *self._grid(canvas.height, canvas.width))
-        return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0))
+        return vae.decode(vae.denormalize(latents))
+
+    def _latents(self, sampler: "Sampler", pixels: np.ndarray) -> jax.Array:
+        """Return the mean of an image's packed latents, float32 [1, tokens, channels]."""
+        name = sampler.family.autoencoder
+        return sampler.run(name, "encode images", pixels[None], function=_mean_latents)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of tokens."""
         return height // self.token_pixels, width // self.token_pixels
 
 
-def _scheduler(dev: bool) -> dict[str, Any]:
-    """Return the published scheduler_config.json of FLUX.1-dev or -schnell."""
+def _mean_latents(vae: Any, image: jax.Array) -> jax.Array:
+    mean = vae.encode(image)[0].astype(jnp.float32)
+    return pack(vae.normalize(mean))
+
+
+def dev_scheduler(dev: bool = True) -> dict[str, Any]:
+    """Return the published scheduler_config.json of FLUX.1-dev or else -schnell."""
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "base_image_seq_len": 256,
@@ -139,19 +149,29 @@ def _schedule_of(configs: Mapping[str, Any], index: Mapping[str, Any]) -> tuple[
     )
 
 
-def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Iterator[str]:
-    """Yield why components of a FLUX.1 model don't fit, naming both sizes."""
+def misfits(
+    configs: Mapping[str, Any],
+    tokenizers: Mapping[str, Any],
+    given: Callable[[int], int] = lambda channels: channels,
+) -> Iterator[str]:
+    """Yield why components of a FLUX.1 model don't fit, naming both sizes.
+
+    Args:
+      configs: by component, as far as they are there.
+      tokenizers: by name, as far as they are there.
+      given: from the channels of a latent token to those that the transformer takes.
+    """
     transformer, vae = configs.get("transformer"), configs.get("vae")
     clip, t5 = configs.get("text_encoder"), configs.get("text_encoder_2")
-    if transformer and transformer.in_channels != transformer.token_channels:
+    if transformer and transformer.in_channels != given(transformer.token_channels):
         yield (
             f"the transformer takes {transformer.in_channels} channels a token and gives "
-            f"{transformer.token_channels}, so it isn't for text to image (those of FLUX.1 Fill, "
-            "Canny and Depth aren't)"
+            f"{transformer.token_channels}, so it isn't for what model_index.json says (those of "
+            "FLUX.1 Fill, Canny and Depth take an image beside the text)"
         )
-    elif transformer and vae and transformer.in_channels != 4 * vae.latent_channels:
+    elif transformer and vae and transformer.token_channels != 4 * vae.latent_channels:
         yield (
-            f"the transformer takes {transformer.in_channels} channels a token, and the "
+            f"the transformer takes {transformer.token_channels} channels a token, and the "
             f"autoencoder gives {4 * vae.latent_channels}"
         )
     if transformer and t5 and transformer.joint_attention_dim != t5.d_model:
@@ -213,17 +233,17 @@ FLUX = Family(
     denoiser=FluxDenoiser,
     schedules={
         "dev": Schedule(
-            name="FLUX.1-dev's", scheduler=_scheduler(True), defaults={"num_inference_steps": 28}
+            name="FLUX.1-dev's", scheduler=dev_scheduler(), defaults={"num_inference_steps": 28}
         ),
         "schnell": Schedule(
             name="FLUX.1-schnell's",
-            scheduler=_scheduler(False),
+            scheduler=dev_scheduler(False),
             defaults={"num_inference_steps": 4},
         ),
     },
     schedule_of=_schedule_of,
     schedule_like=lambda scheduler: "dev" if scheduler.use_dynamic_shifting else "schnell",
-    misfits=_misfits,
+    misfits=misfits,
     adapters=(
         AdapterNaming(
             rules=diffusers_rules,

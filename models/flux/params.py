@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
+from models.bfl_names import bfl_rules, swap_halves
 from models.checkpoint_io import Rule, count_blocks
 from models.component import Component, Naming
 from models.flux.config import FluxConfig
@@ -13,11 +12,6 @@ from models.stored_files import CheckpointError
 
 # A tensor of Black Forest Labs' naming that every checkpoint has, those of FLUX.2 too.
 TELLING = "double_blocks.0.img_attn.qkv.weight"
-
-
-def swap_halves(value: np.ndarray) -> np.ndarray:
-    """Exchange shift (ours first) and scale (diffusers' first) along the rows."""
-    return np.concatenate(np.split(value, 2)[::-1])
 
 
 def diffusers_rules(config: FluxConfig) -> list[Rule]:
@@ -73,29 +67,6 @@ def diffusers_rules(config: FluxConfig) -> list[Rule]:
             for pattern, (prefix, names, rows) in joined.items()
         ),
         Rule(pattern=r"final_layer\.modulation", sources="norm_out.linear", transform=swap_halves),
-    ]
-
-
-def bfl_rules() -> list[Rule]:
-    """Return the rules to the names of Black Forest Labs' files, such as flux1-dev.safetensors.
-
-    Ours are the same but for the norms' nesting and what nn.Sequential numbers (`src/flux/model.py`
-    and `modules/layers.py` of github.com/black-forest-labs/flux).
-    """
-    return [
-        Rule(
-            pattern=r"(double_blocks\.\d+\.(?:img|txt)_attn)\.(query_norm|key_norm)",
-            sources=r"\1.norm.\2",
-            leaf="scale",
-        ),
-        Rule(
-            pattern=r"(single_blocks\.\d+)\.(query_norm|key_norm)",
-            sources=r"\1.norm.\2",
-            leaf="scale",
-        ),
-        Rule(pattern=r"(double_blocks\.\d+\.(?:img|txt)_mlp)\.up", sources=r"\1.0"),
-        Rule(pattern=r"(double_blocks\.\d+\.(?:img|txt)_mlp)\.down", sources=r"\1.2"),
-        Rule(pattern=r"final_layer\.modulation", sources="final_layer.adaLN_modulation.1"),
     ]
 
 

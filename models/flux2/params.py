@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from models.bfl_names import bfl_rules, swap_halves
 from models.checkpoint_io import Rule, count_blocks
 from models.component import Component, Naming
-from models.flux.params import bfl_rules, swap_halves
 from models.flux2.config import Flux2Config
 from models.flux2.modeling import Flux2Transformer
 from models.stored_files import CheckpointError

@@ -21,7 +21,7 @@ _TEMPLATE = qwen_turn(thinking=False)
 class TextConfig(DecoderConfig):
     """A decoder of whose states FLUX.2 klein takes three: layers above are never read."""
 
-    hidden_states: tuple[int, ...] = (9, 18, 27)
+    hidden_states: tuple[int, ...] | None = (9, 18, 27)
 
 
 TEXT_ENCODER = decoder_component(TextConfig)

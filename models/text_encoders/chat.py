@@ -17,6 +17,10 @@ from models.tokenizers import warn_of_cut
 _MARK = r"<\|\w+\|>|</?\w+>"  # such as <|im_start|> and </think>: tokens of their own
 
 
+# Qwen3's tokens of their own that templates have, behind that of padding.
+QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+
+
 class Tokens(NamedTuple):
     """Texts of one length, padded."""
 

@@ -27,7 +27,8 @@ from models.checkpoint_io import (
     count_blocks,
 )
 from models.component import Component, Naming
-from models.linear import Linear
+from models.linear import Linear, Norm, rms_norm, swiglu
+from models.rope import apply_rope_halves, rope_table
 from models.stored_files import find_prefix
 
 TELLING = "layers.0.input_layernorm.weight"  # a tensor that every checkpoint has
@@ -69,8 +70,8 @@ class DecoderConfig:
     sliding_window: int | None = None  # tokens that a query sees; a longer text is refused
     # Which states the call returns: 0 is the token embedding, i what layer i gives, the last one
     # behind the final norm; negative ones count from there. Our own key, as transformers numbers
-    # its `hidden_states`.
-    hidden_states: tuple[int, ...] = (-1,)
+    # its `hidden_states`. None: the last one, of a model whose use isn't said.
+    hidden_states: tuple[int, ...] | None = None
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
@@ -80,7 +81,7 @@ class DecoderConfig:
         check_bounds(self, max_position_embeddings=(1, 2**31))
         count = self.num_hidden_layers
         check_bounds(self, hidden_states=(-count - 1, count))
-        if not self.hidden_states:
+        if self.hidden_states == ():
             raise CheckpointError("DecoderConfig: hidden_states is empty; name at least one")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise CheckpointError(
@@ -92,7 +93,7 @@ class DecoderConfig:
     @property
     def states(self) -> tuple[int, ...]:
         """Numbers of the states that the call returns, none of them negative."""
-        return tuple(i % (self.num_hidden_layers + 1) for i in self.hidden_states)
+        return tuple(i % (self.num_hidden_layers + 1) for i in self.hidden_states or (-1,))
 
     @property
     def layers(self) -> int:
@@ -102,7 +103,7 @@ class DecoderConfig:
     @property
     def channels(self) -> int:
         """Channels of all returned states together."""
-        return len(self.hidden_states) * self.hidden_size
+        return len(self.states) * self.hidden_size
 
     @property
     def longest(self) -> int:
@@ -169,11 +170,11 @@ class DecoderConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the config.json that transformers' class reads.
 
-        Our own hidden_states is left out where it is the last state, as for a whole model.
+        Our own hidden_states is left out where none is named, so that a family takes its own.
         """
         architecture = _KINDS[self.model_type].architecture
         values = dataclasses.asdict(self)
-        if self.hidden_states == (-1,):
+        if self.hidden_states is None:
             del values["hidden_states"]
         return {
             "architectures": [architecture],
@@ -282,7 +283,7 @@ class Decoder(nnx.Module):
                 f"input_ids has {tokens} tokens; truncate it to at most {config.longest}"
             )
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        rope = rope_table(tokens, config.head_dim, config.rope_theta)
+        rope = rope_table(jnp.arange(tokens)[:, None], (config.head_dim,), config.rope_theta)
         return Carry(x=self.embed(input_ids).astype(self.dtype), mask=mask, rope=rope)
 
     def blocks(self) -> list[tuple[str, nnx.Module]]:
@@ -303,8 +304,8 @@ class _Layer(nnx.Module):
         self.mlp = _MLP(config, **options)
 
     def __call__(self, x, mask, rope):
-        x = self.attention(self.attention_norm(x), mask, rope, residual=x)
-        return self.mlp(self.mlp_norm(x), residual=x)
+        x = self.attention(x, _before(self.attention_norm), mask, rope)
+        return self.mlp(x, _before(self.mlp_norm))
 
 
 class _Attention(nnx.Module):
@@ -329,15 +330,15 @@ class _Attention(nnx.Module):
         self.query_norm = head_norm() if kind.qk_norm else None
         self.key_norm = head_norm() if kind.qk_norm else None
 
-    def __call__(self, x, mask, rope, *, residual):
+    def __call__(self, x, norm, mask, rope):
         batch, tokens, _ = x.shape
-        parts = jnp.split(self.qkv(x), np.cumsum(self.rows)[:-1], axis=-1)
+        parts = jnp.split(self.qkv(x, norm=norm), np.cumsum(self.rows)[:-1], axis=-1)
         q, k, v = (part.reshape(batch, tokens, -1, self.head_dim) for part in parts)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = (rotate_halves(one.astype(jnp.float32), rope).astype(v.dtype) for one in (q, k))
+        q, k = (apply_rope_halves(x.astype(jnp.float32), rope).astype(v.dtype) for x in (q, k))
         y = dot_product_attention(q, k, v, mask=mask, causal=True)
-        return self.out(y.reshape(batch, tokens, -1), residual=residual)
+        return self.out(y.reshape(batch, tokens, -1), residual=x)
 
 
 class _MLP(nnx.Module):
@@ -349,9 +350,8 @@ class _MLP(nnx.Module):
         self.gate_up = linear(width, 2 * hidden, role="mlp_in")
         self.down = linear(hidden, width, role="mlp_out")
 
-    def __call__(self, x, *, residual):
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up, residual=residual)
+    def __call__(self, x, norm):
+        return self.down((swiglu(self.gate_up(x, norm=norm)),), residual=x)
 
 
 _INIT = nnx.initializers.normal(0.02)
@@ -361,21 +361,9 @@ def _norm(config: DecoderConfig, channels: int, **options) -> nnx.RMSNorm:
     return nnx.RMSNorm(channels, epsilon=config.rms_norm_eps, **options)
 
 
-def rope_table(tokens: int, head_dim: int, theta: float) -> jax.Array:
-    """Return cosine and sine of each token's angles, float32 [2, t, d / 2] (arXiv 2104.09864)."""
-    frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = np.arange(tokens)[:, None] * frequency
-    return jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]), jnp.float32)
-
-
-def rotate_halves(
-    x: jax.Array,  # float32 [b, t, heads, d]
-    rope: jax.Array,  # float32 [2, t, d / 2]
-) -> jax.Array:
-    """Rotate channels i and i + d / 2 of each token together; same shape and dtype."""
-    cos, sin = rope[0, :, None], rope[1, :, None]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def _before(norm: nnx.RMSNorm) -> Norm:
+    """Return a norm as the linear behind it does it."""
+    return rms_norm(norm.scale[...], epsilon=norm.epsilon)
 
 
 def _qkv_rows(config: DecoderConfig) -> tuple[int, int, int]:
@@ -410,7 +398,7 @@ def _rules(config: DecoderConfig, names: Collection[str]) -> list[Rule]:
     if config.layers < config.num_hidden_layers:
         raise ValueError(
             f"the decoder holds {config.layers} of {config.num_hidden_layers} layers; one with "
-            "hidden_states (-1,) can be written"
+            "hidden_states None can be written"
         )
     return checkpoint_rules(config, "model.")  # as published, beside a head
 
@@ -443,6 +431,7 @@ def decoder_component(config: type[DecoderConfig]) -> Component:
         module=Decoder,
         folder=naming,
         file=dataclasses.replace(naming, config=config.from_shapes),
+        whole=lambda config: dataclasses.replace(config, hidden_states=None),
     )
 
 

@@ -9,6 +9,7 @@ Shapes: b batch, t tokens (image first, then text), d channels of a head, c dim.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,6 +196,7 @@ class ZImageTransformer(nnx.Module):
         cap_feats: jax.Array | Sequence[jax.Array] | None = None,
         cap_lengths: jax.Array | None = None,  # int [b]: tokens of text that count; None for all
         context: jax.Array | None = None,  # [b, text tokens, c]: of `prepare`, for cap_feats
+        context_lengths: jax.Array | None = None,  # int [b]: cap_lengths; None if all fill context
     ) -> jax.Array:
         """Return data minus noise, of the shape of x.
 
@@ -206,7 +208,14 @@ class ZImageTransformer(nnx.Module):
         """
         if context is not None:
             cap_feats = None
-        carry = self.start(x=x, t=t, cap_feats=cap_feats, cap_lengths=cap_lengths, context=context)
+        carry = self.start(
+            x=x,
+            t=t,
+            cap_feats=cap_feats,
+            cap_lengths=cap_lengths,
+            context=context,
+            context_lengths=context_lengths,
+        )
         for _, block in self.blocks():
             carry = self.advance(block, carry)
         return self.finish(carry)
@@ -231,6 +240,7 @@ class ZImageTransformer(nnx.Module):
         cap_feats: jax.Array | Sequence[jax.Array] | None = None,
         cap_lengths: jax.Array | None = None,
         context: jax.Array | None = None,
+        context_lengths: jax.Array | None = None,
     ) -> Carry:
         """Return what goes into the first block; arguments as the call's.
 
@@ -241,8 +251,10 @@ class ZImageTransformer(nnx.Module):
             raise ValueError("there is no text: give cap_feats, or context as prepare() returns it")
         if cap_feats is not None and not hasattr(cap_feats, "shape"):
             cap_feats, cap_lengths = _stack(cap_feats)
-        txt = context if cap_feats is None else self._embed(cap_feats, cap_lengths)
-        mask = _text_mask(txt, cap_lengths)
+        plain = cap_feats is not None
+        txt = self._embed(cap_feats, cap_lengths) if plain else context
+        lengths = cap_lengths if plain else context_lengths
+        mask = _text_mask(txt, lengths)
         tokens, grid = self._patches(x)
         vec = self.t_embedder(sinusoidal_embedding(self.config.t_scale * t.astype(jnp.float32)))
         img = self.x_embedder(tokens)
@@ -253,10 +265,10 @@ class ZImageTransformer(nnx.Module):
             img=jnp.concatenate([img, pad], axis=1),
             txt=txt,
             vec=vec,
-            img_rope=self._image_rope(grid, missing, txt, None if mask is None else cap_lengths),
+            img_rope=self._image_rope(grid, missing, txt, None if mask is None else lengths),
             txt_rope=self._text_rope(txt.shape[1]),
             txt_mask=mask,
-            refined=cap_feats is None,
+            refined=not plain,
             grid=grid,
         )
 
@@ -322,7 +334,7 @@ class ZImageTransformer(nnx.Module):
     ) -> jax.Array:
         """Return the rotations of the image, which is behind the padded text on the first axis."""
         rows, columns = (x.reshape(-1) for x in jnp.indices(grid))
-        end = jnp.asarray(txt.shape[1]) if lengths is None else _padded(lengths)
+        end = jnp.asarray(txt.shape[1]) if lengths is None else padded(lengths)
         axes = (end[..., None] + 1, rows, columns)
         ids = jnp.stack(jnp.broadcast_arrays(*axes), axis=-1)
         return self._rope(jnp.pad(ids, [(0, 0)] * end.ndim + [(0, missing), (0, 0)]))
@@ -331,7 +343,8 @@ class ZImageTransformer(nnx.Module):
         return rope_table(ids, self.config.axes_dims, self.config.rope_theta)
 
 
-def _padded(lengths: jax.Array) -> jax.Array:
+def padded(lengths: Any) -> Any:
+    """Return what texts of lengths are padded to, an array of the same kind."""
     return -(-lengths // MULTIPLE) * MULTIPLE
 
 
@@ -339,7 +352,7 @@ def _text_mask(txt: jax.Array, lengths: jax.Array | None) -> jax.Array | None:
     """Return which tokens of text count, bool [b, t]; None where all do."""
     if lengths is None or len(txt) == 1:
         return None
-    return jnp.arange(txt.shape[1]) < _padded(lengths)[:, None]
+    return jnp.arange(txt.shape[1]) < padded(lengths)[:, None]
 
 
 def _stack(cap_feats: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array | None]:

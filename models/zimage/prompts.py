@@ -21,7 +21,7 @@ _TEMPLATE = qwen_turn(thinking=True)
 class TextConfig(DecoderConfig):
     """A decoder of which Z-Image takes what goes into the last layer, which is never read."""
 
-    hidden_states: tuple[int, ...] = (-2,)
+    hidden_states: tuple[int, ...] | None = (-2,)
 
 
 TEXT_ENCODER = decoder_component(TextConfig)

@@ -16,6 +16,7 @@ from pallas_kernels.attention.operands import (
     value_scale,
 )
 from pallas_kernels.dispatch import Backend, Implementation, Operation
+from pallas_kernels.gradients import no_gradient
 
 __all__ = [
     "ATTENTION",
@@ -76,6 +77,7 @@ def attention(
     return ATTENTION(q, k, v, scale=scale, implementation=implementation)
 
 
+@no_gradient("differentiate `attention`, in 16 bits")
 def attention_int8_fp8(
     heads: QuantizedHeads,
     *,

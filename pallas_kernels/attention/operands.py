@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.gradients import no_gradient
+
 BLOCK = 128  # tokens that share a key's scale; what queries and keys are padded to
 ONES = 16  # rows of ones below V^T, whose products are the sums of the probabilities
 INT8_MAX, E4M3_MAX = 127, 448  # the largest codes
@@ -48,6 +50,7 @@ def hadamard(d: int) -> np.ndarray:
     return signs
 
 
+@no_gradient("differentiate `attention`, in 16 bits")
 def quantize_heads(
     q: jax.Array,  # [b, tq, heads, d], floating
     k: jax.Array,  # [b, tk, kv_heads, d], floating

@@ -15,6 +15,7 @@ from pallas_kernels.arguments import (
     check_stretched_steps,
 )
 from pallas_kernels.dispatch import Backend, Implementation, Operation
+from pallas_kernels.gradients import with_derivative
 from pallas_kernels.matmul import (
     mosaic_gpu,
     mosaic_tpu,
@@ -24,6 +25,7 @@ from pallas_kernels.matmul import (
     xla,
 )
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
+from pallas_kernels.sharding import axes_of, partitioned
 
 __all__ = [
     "MATMUL",
@@ -33,12 +35,14 @@ __all__ = [
     "Int8Rows",
     "PackedRows",
     "PreparedWeights",
+    "differentiable",
     "matmul",
     "prepare",
 ]
 
 _TPU = Backend(
     name="mosaic_tpu",
+    splits=False,
     run=mosaic_tpu.matmul,
     why_not=mosaic_tpu.why_not,
     prepare=mosaic_tpu.prepare,
@@ -122,6 +126,10 @@ def matmul(
     `reference.scale_sums` and `reference.finish` give:
     residual + gate * activation(acc * s_x * s_w (+ terms of lo) + branch + bias).
 
+    It is differentiated as `reference.in_floats`: the product of what the operands stand for, of
+    which rows that were quantized in the same function are their floats, and exact in the scales
+    and in the epilogue's arrays. Prepared weights have no derivative.
+
     Args:
       x: the activations.
       w: the weights: int8, packed 4-bit codes, or what `prepare` made of either.
@@ -142,16 +150,60 @@ def matmul(
     _check_w(w)
     _check_same_k(x, w)
     check_epilogue(epilogue, x.shape[0], w.shape[0])
+    backend = _backend(x, w, epilogue, implementation)
+    sources = x.source, None if isinstance(w, PreparedWeights) else w.source
+
+    def run(_, x, w, epilogue):
+        if not isinstance(w, PreparedWeights):
+            return backend.run(x, w, epilogue)
+        assert backend.run_prepared is not None
+        return backend.run_prepared(x, w.arrays, epilogue)
+
+    def axes():
+        n = None if isinstance(w, PreparedWeights) else axes_of(w.scale)[0]
+        return axes_of(x.values)[0], n
+
+    run = functools.partial(partitioned, run, axes)
+    definition = functools.partial(partitioned, _in_floats, axes)
+    return with_derivative(run, definition, sources, x, w, epilogue)
+
+
+def _backend(
+    x: Int8Rows,
+    w: Int8Rows | PackedRows | PreparedWeights,
+    epilogue: Epilogue,
+    implementation: Implementation,
+) -> Backend:
     if not isinstance(w, PreparedWeights):
-        return _operation(w)(x, w, epilogue, implementation=implementation)
+        return _operation(w).choose(implementation, x, w, epilogue)
     if w.implementation not in w.operation.names(implementation):
         raise ValueError(
             f"implementation is {implementation!r}, but w is prepared for {w.implementation!r}; "
             "pass None, or weights that aren't prepared"
         )
-    backend = w.operation.choose(w.implementation, x, w, epilogue)
-    assert backend.run_prepared is not None
-    return backend.run_prepared(x, w.arrays, epilogue)
+    return w.operation.choose(w.implementation, x, w, epilogue)
+
+
+def differentiable(w: Any) -> Any:
+    """Return weights whose floats can be had, for differentiation; raises ValueError for others."""
+    if not isinstance(w, PreparedWeights):
+        return w
+    raise ValueError(
+        f"weights prepared for {w.implementation!r} have no gradient; differentiate with weights "
+        "that aren't, such as those of a model before `place`"
+    )
+
+
+def _in_floats(
+    sources: tuple[jax.Array | None, jax.Array | None],  # of x and of w
+    x: Int8Rows,
+    w: Int8Rows | PackedRows | PreparedWeights,
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Return what JAX differentiates in the place of the product."""
+    x_floats = reference.floats_of(x, sources[0])
+    w_floats = reference.floats_of(differentiable(w), sources[1])
+    return reference.in_floats(x_floats, w_floats, epilogue)
 
 
 def prepare(

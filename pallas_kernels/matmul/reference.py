@@ -1,10 +1,13 @@
 """Quantized matmul, written for reading: one int32 dot over all of K and a float32 epilogue."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.functions import gelu
+from pallas_kernels.functions import gelu, gelu_of_tanh
+from pallas_kernels.gradients import straight_through
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows, int8_values
 
 
@@ -69,6 +72,39 @@ def finish(
     if epilogue.residual is not None:
         y = epilogue.residual.astype(jnp.float32) + y
     return y.astype(epilogue.out_dtype)
+
+
+def in_floats(
+    x: jax.Array,  # [m, k], floating
+    w: jax.Array,  # [n, k], floating
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Return what the product stands for, [m, n] of out_dtype: what JAX differentiates.
+
+    Operands are rounded to out_dtype, as those of a linear in that dtype are.
+    """
+    dtype = jnp.dtype(epilogue.out_dtype)
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    y = jnp.einsum(
+        "mk,nk->mn",
+        x.astype(dtype),
+        w.astype(dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    y = finish(y, Epilogue(bias=epilogue.bias, branch=epilogue.branch, out_dtype=jnp.float32))
+    y = y if epilogue.activation is None else gelu_of_tanh(y)
+    return finish(y, dataclasses.replace(epilogue, bias=None, branch=None, activation=None))
+
+
+def floats_of(
+    rows: Int8Rows | PackedRows,  # [m, k], one scale a row
+    source: jax.Array | None,  # [m, k]: that the rows were made of, if it is known
+) -> jax.Array:
+    """Return what rows stand for, float32 [m, k], with the derivative of their source."""
+    values = int8_values(rows).astype(jnp.float32)
+    values = values * rows.scale if rows.lo is None else (values + 128) * rows.scale + rows.lo
+    return straight_through(values, source)
 
 
 def branch_product(branch: Branch) -> jax.Array:

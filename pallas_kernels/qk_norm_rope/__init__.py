@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.arguments import check_array, check_tuple
 from pallas_kernels.attention.operands import QuantizedHeads
 from pallas_kernels.dispatch import Backend, Implementation, Operation
+from pallas_kernels.gradients import no_gradient
 from pallas_kernels.qk_norm_rope import reference, triton, triton_8bit
 from pallas_kernels.qk_norm_rope.reference import Stream
 
@@ -24,6 +25,7 @@ QK_NORM_ROPE = Operation(
         Backend(name="triton", run=triton.qk_norm_rope, why_not=triton.why_not),
         Backend(name="reference", run=reference.qk_norm_rope),
     ),
+    derivative=reference.qk_norm_rope,
 )
 QK_NORM_ROPE_8BIT = Operation(
     name="qk_norm_rope_8bit",
@@ -64,6 +66,7 @@ def qk_norm_rope(
     return QK_NORM_ROPE(streams, rope, heads=heads, implementation=implementation)
 
 
+@no_gradient("differentiate attention in 16 bits: qk_norm_rope, or a recipe's attention='bf16'")
 def qk_norm_rope_8bit(
     streams: tuple[Stream, ...],
     rope: jax.Array,  # float32 [2, t, d / 2]: cosine and sine of each token's rotation

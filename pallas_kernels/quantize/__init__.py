@@ -1,10 +1,12 @@
 """Activation quantization in one pass: floats to the int8 operand of `pallas_kernels.matmul`."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.arguments import (
     check_array,
@@ -15,8 +17,10 @@ from pallas_kernels.arguments import (
 )
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.functions import Norm, Part, join
+from pallas_kernels.gradients import remembering
 from pallas_kernels.operands import Int8Rows, PackedRows
 from pallas_kernels.quantize import channels, mosaic_tpu, reference, triton
+from pallas_kernels.sharding import axes_of, partitioned
 
 __all__ = ["QUANTIZE", "Norm", "Part", "quantize"]
 
@@ -30,7 +34,12 @@ def _joined(run: Callable) -> Callable:
 QUANTIZE = Operation(
     name="quantize",
     backends=(
-        Backend(name="mosaic_tpu", run=_joined(mosaic_tpu.quantize), why_not=mosaic_tpu.why_not),
+        Backend(
+            name="mosaic_tpu",
+            run=_joined(mosaic_tpu.quantize),
+            why_not=mosaic_tpu.why_not,
+            splits=False,
+        ),
         Backend(name="triton", run=triton.quantize, why_not=triton.why_not),
         Backend(name="reference", run=reference.quantize),
     ),
@@ -56,7 +65,8 @@ def quantize(
     """Quantize each row to 8 bits, or on to 4 bits, in one pass over memory.
 
     What happens to the rows before comes in this order, in float32 between the steps: activations
-    of parts, the norm, the multiplier, the rotation.
+    of parts, the norm, the multiplier, the rotation. Gradients go straight through to the result
+    of these: see `pallas_kernels.gradients`.
 
     Args:
       x: the activations; or parts of them, which a kernel reads from where they are. Their
@@ -98,24 +108,28 @@ def quantize(
     m, k = _check_x(x)
     _check_channels(m, k, norm, multiplier, rotation)
     wide = _check_wide(wide, -(-k // group_size), bits, packed)
-    arrays = QUANTIZE(
-        x,
+    given = x, norm, multiplier
+    run = functools.partial(
+        QUANTIZE,
         bits=bits,
         group_size=group_size,
         range=range,
         step=step,
         rounding=rounding,
         levels=levels,
-        norm=norm,
-        multiplier=multiplier,
         rotation=rotation,
-        wide=wide,
         packed=packed,
         implementation=implementation,
     )
+    arrays = partitioned(
+        lambda wide, x, norm, multiplier: run(x, norm=norm, multiplier=multiplier, wide=wide),
+        lambda: axes_of(x[0].array if isinstance(x, tuple) else x),
+        wide,
+        *lax.stop_gradient(given),
+    )
     if packed:
         codes, shifts, scale, lo = arrays
-        return PackedRows(
+        rows: Int8Rows | PackedRows = PackedRows(
             codes=codes,
             shifts=shifts,
             scale=scale,
@@ -126,9 +140,11 @@ def quantize(
             range=range,
             padding=2 * codes.shape[1] - k,
         )
+        return remembering(rows, functools.partial(reference.before, rotation=rotation), *given)
     powers = bits == 4 and step == "power" and wide is None
     values, scale, lo = arrays
-    return Int8Rows(values=values, scale=scale, lo=lo, value_bits=4 if powers else 8)
+    rows = Int8Rows(values=values, scale=scale, lo=lo, value_bits=4 if powers else 8)
+    return remembering(rows, functools.partial(reference.before, rotation=rotation), *given)
 
 
 def _check_x(x: jax.Array | tuple[Part, ...]) -> tuple[int, int]:

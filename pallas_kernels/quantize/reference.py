@@ -28,13 +28,7 @@ def quantize(
     Returns:
       int8 values [m, k], or if packed codes and shifts; then scale and lo, float32 [m, 1].
     """
-    x = join(x)
-    if norm is not None:
-        x = modulate_images(x, norm)
-    if multiplier is not None:
-        x = scale_channels(x, multiplier)
-    if rotation is not None:
-        x = rotate(x.astype(jnp.float32), rotation)
+    x = before(x, norm, multiplier, rotation=rotation)
     values, scale, lo = codec.quantize_8bit(x, range=range)
     if bits == 4:
         codes, shifts = codec.encode(
@@ -45,6 +39,22 @@ def quantize(
         decoded = codec.decode(codes, shifts, step=step, levels=levels)[:, : x.shape[1]]
         values = decoded if wide is None else _keep(values, decoded, wide, group_size)
     return codec.to_operand(values), scale, lo
+
+
+def before(
+    x: jax.Array | tuple[Part, ...],  # [m, k], floating
+    norm: Norm | None = None,  # of [k] or [images, k]
+    multiplier: jax.Array | None = None,  # [k]
+    *,
+    rotation: int | None = None,  # channels of a block
+) -> jax.Array:
+    """Return the floats that are quantized, [m, k]: float32 behind a multiplier or a rotation."""
+    x = join(x)
+    if norm is not None:
+        x = modulate_images(x, norm)
+    if multiplier is not None:
+        x = scale_channels(x, multiplier)
+    return x if rotation is None else rotate(x.astype(jnp.float32), rotation)
 
 
 def _keep(

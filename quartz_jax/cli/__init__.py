@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ COMMANDS = {
     "generate": "make images from text",
     "quantize": "make a quantized checkpoint of a 16-bit model",
     "evaluate": "compare recipes and checkpoints with bf16",
-    "inspect": "say what a quantized checkpoint is",
+    "inspect": "check a quantized checkpoint and say what it is",
     "report": "make a page of what evaluate measured",
     "analyze": "make a page of the QuaRTZ paper's own analyses",
 }
@@ -41,5 +42,8 @@ def start(
     command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
 ) -> int:
     """Run a command as a process of its own and return its exit code; see `run`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whose encoding may lack a letter of a path
+            stream.reconfigure(errors="backslashreplace")
     gc.freeze()  # modules are no garbage, so the collections between models needn't look at them
     return run(command, argv)

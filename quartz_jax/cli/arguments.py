@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import secrets
 import sys
@@ -30,14 +31,39 @@ def run(
 ) -> int:
     """Call a command's main and return its exit code, 0 for None; 2 after one line on stderr.
 
-    ValueError and OSError are how the libraries report bad input; anything else is a defect and
-    keeps its traceback.
+    ValueError and OSError are how the libraries report bad input, and what the machine lacks ends
+    in a line too; anything else is a defect and keeps its traceback. 130 after an interruption, and
+    141 where nobody reads the output any more, as shells have it.
     """
     try:
-        return main(argv) or 0
+        code = main(argv) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return 141
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        told = str(error)
+    except MemoryError as error:
+        told = f"not enough memory: {error}"
+    except RuntimeError as error:
+        if not (lacking := _lacking(str(error))):
+            raise
+        told = lacking
+    print("error:", " ".join(told.split()), file=sys.stderr)
+    return 2
+
+
+def _lacking(told: str) -> str | None:
+    """Return what the machine lacks, from JAX's words; None for other errors."""
+    if "Unable to initialize backend" in told or "Unknown backend" in told:
+        return f"{told}; JAX_PLATFORMS names what JAX runs on"
+    if "RESOURCE_EXHAUSTED" in told or "Out of memory" in told:
+        return f"the device has not enough memory: {told}; make fewer or smaller images at once"
+    return None
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +79,9 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schedule",
         "--scheduler",
-        choices=("dev", "schnell", "folder"),
-        help="noise levels of FLUX.1-dev, -schnell or of --text-encoders; default: the model's own",
+        metavar="NAME",
+        help="noise levels: the family's, such as dev or schnell, or those of the folder that "
+        "--text-encoders names (folder); default: the model's own",
     )
 
 
@@ -76,6 +103,13 @@ def finite(text: str) -> float:
     """Return a number that is neither infinite nor NaN, for argparse."""
     if not math.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return float(text)
+
+
+def amount(text: str) -> float:
+    """Return a finite number above 0, for argparse."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
     return float(text)
 
 

@@ -1,6 +1,10 @@
 """Compiled programs that are kept on disk, so that the second start needn't compile."""
 
+import glob
 import os
+import re
+import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ _EVENTS = {
     "/jax/compilation_cache/cache_misses": "compiled",
 }
 _counts: Counter[str] = Counter()
+# JAX's words; the name is that of a program, which its files' names start with.
+_DAMAGED = re.compile(r"Error reading persistent compilation cache entry for '(.+?)': ")
 
 
 def enable(use: bool = True) -> Path | None:
@@ -19,7 +25,9 @@ def enable(use: bool = True) -> Path | None:
 
     The folder is JAX_COMPILATION_CACHE_DIR if that is set, else quartz-jax in the user's cache
     folder: XDG_CACHE_HOME, or ~/.cache. JAX_ENABLE_COMPILATION_CACHE=false turns it off as well.
-    A folder that can't be written costs a warning, not the run.
+    A folder that can't be written costs a warning, not the run. Programs that a kill or a full disk
+    left damaged are removed when JAX stumbles over them, and so written anew: by itself it would
+    leave them, and warn at every start.
 
     Args:
       use: False turns the cache off.
@@ -36,6 +44,7 @@ def enable(use: bool = True) -> Path | None:
     # Small programs too: a start has hundreds of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _mend(Path(folder))
     if not _counts:
         _counts.update(dict.fromkeys(_EVENTS.values(), 0))
         jax.monitoring.register_event_listener(_count)
@@ -48,6 +57,29 @@ def counts() -> dict[str, int]:
     Empty where the cache isn't used: it is off, or its folder can't be written.
     """
     return dict(_counts) if _counts.total() else {}
+
+
+def _mend(folder: Path) -> None:
+    """Remove programs that JAX warns of from the cache, and say so once instead of for each."""
+    warnings.filterwarnings("always", message=_DAMAGED.pattern)
+    shown, said = warnings.showwarning, False
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        nonlocal said
+        found = _DAMAGED.match(str(message))
+        if found is None:
+            return shown(message, *where, **more)
+        try:
+            for path in folder.glob(f"{glob.escape(found[1])}-*"):
+                path.unlink(missing_ok=True)
+            told = "they are compiled anew"
+        except OSError as error:
+            told = f"they can't be removed ({error.strerror}), delete the folder"
+        if not said:
+            print(f"{folder} holds damaged programs: {told}", file=sys.stderr)
+        said = True
+
+    warnings.showwarning = show
 
 
 def _user_folder() -> Path:

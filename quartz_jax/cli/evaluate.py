@@ -123,7 +123,7 @@ def _add_compared(parser: argparse.ArgumentParser) -> None:
     add("--calibration-prompts", type=Path, help="default: the model's own, or the shipped ones")
     add("--calibration", type=cli.positive, default=32, help="prompts to calibrate on")
     add("--calibration-rows", type=cli.positive, default=128, help="tokens kept a call of a layer")
-    add("--minutes", type=float, help="stop after so long; the same command goes on")
+    add("--minutes", type=cli.amount, help="stop after so long; the same command goes on")
     add("--jobs", type=cli.positive, default=1, help="processes that share the recipes")
     add("--shard", type=parse_shard, metavar="I/N", help="only every N-th recipe, from number I on")
     add("--out", type=Path, default=Path("outputs/evaluation.json"), help="results, resumed from")

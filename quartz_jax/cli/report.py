@@ -3,14 +3,14 @@
 quartz report --results outputs/evaluation.json --out outputs/report.html
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from quartz_jax.cli import arguments as cli
 from quartz_jax.evaluation.pages import html as pages
 from quartz_jax.evaluation.pages.comparison import comparison_page
-from quartz_jax.io.files import check_output
+from quartz_jax.evaluation.results import read_results
+from quartz_jax.io.files import check_apart, check_output
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,9 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", type=Path, default=Path("outputs/report.html"), help="the page")
     args = parser.parse_args(argv)
     check_output(args.out)
-    results = json.loads(args.results.read_text())
-    if not isinstance(results, dict) or "recipes" not in results:
-        raise ValueError(f"{args.results} holds no results of evaluate")
+    check_apart(args.out, [args.results])
+    results = read_results(args.results)
     link = pages.text(args.analyses)
     links = f"<p><a href='{link}'>The paper's analyses on this model</a></p>" if link else ""
     page = comparison_page(results, args.results.with_suffix(".images"), args.note, links)

@@ -52,7 +52,9 @@ from quartz_jax.io.files import (
     hash_file,
     hash_files,
     is_system_file,
+    read_json,
     recover_folder,
+    sync,
     tree_bytes,
     unchanged,
 )
@@ -102,6 +104,8 @@ class Component:
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(value, dict) or not names - {"calibration"} <= set(value) <= names:
             raise ValueError("a component has missing or unknown fields")
+        if not value["parts"]:
+            raise ValueError("a component has no parts")
         found = value.get("calibration")
         return cls(
             recipe=Recipe.from_json(value["recipe"]),
@@ -169,7 +173,21 @@ class Manifest:
         components = {
             name: Component.from_json(component) for name, component in value["components"].items()
         }
-        return cls(**value | {"components": components})
+        hints: dict[str, Any] = {"base_name": str, "library_version": str}
+        hints |= {"carried": dict[str, str]}
+        read: dict[str, Any] = {
+            name: schema.from_json(hints[name], value[name], name) for name in names & {*hints}
+        }
+        parts = [part for component in components.values() for part in component.parts if part]
+        _check_names([*components, *parts, *read.get("carried", ())])
+        return cls(**value | read | {"components": components})
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that would lead out of the checkpoint's folder."""
+    for name in names:
+        if name in ("", ".", "..") or re.search(r"[/\\\0]", name) or Path(name).drive:
+            raise ValueError(f"{name!r} is no name of a file or folder in it")
 
 
 def is_checkpoint(folder: Path | str) -> bool:
@@ -200,7 +218,7 @@ def read_manifest(folder: Path | str) -> Manifest:
     """
     path = Path(folder) / _MANIFEST
     try:
-        return Manifest.from_json(json.loads(path.read_text()))
+        return Manifest.from_json(read_json(path))
     except NotADirectoryError:
         raise ValueError(f"{folder} is a file; expected the folder of a checkpoint") from None
     except FileNotFoundError:
@@ -226,23 +244,53 @@ def write_manifest(folder: Path, base_name: str, components: dict[str, Component
         carried=carried,
     )
     with atomic_file(folder / _MANIFEST) as partial:
-        partial.write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
+        partial.write_text(json.dumps(manifest.to_json(), indent=2) + "\n", encoding="utf-8")
     return manifest
 
 
 def check_carried(folder: Path | str, manifest: Manifest) -> None:
     """Raise ValueError unless what a checkpoint carries along is what was written.
 
-    Files that nobody wrote there are left alone. A file that was checked before, and has had the
-    same size and time since, isn't read again.
+    Files that nobody wrote there are left alone, but for parts of a model, which would be taken for
+    the checkpoint's. A file that was checked before, and has had the same size and time since,
+    isn't read again.
     """
     folder = Path(folder)
+    known = {*manifest.components, *manifest.carried}
+    for path in sorted(folder.iterdir()) if manifest.format_version >= 3 else ():
+        if path.name not in known and _is_of_a_model(path):
+            raise ValueError(f"{path} isn't in quartz.json, so it was put there later; remove it")
     for name, sha256 in manifest.carried.items():
         path = folder / name
         if not path.exists():
             raise ValueError(f"{path} is missing; {folder} is incomplete")
         if not unchanged(path, sha256):
             raise ValueError(f"{path} is corrupt or was replaced: its SHA-256 isn't quartz.json's")
+
+
+def check_contents(folder: Path | str) -> None:
+    """Raise ValueError unless all that a checkpoint holds is what was written.
+
+    As `check_carried`, it reads no file again that is as it was when it was checked.
+    """
+    manifest = read_manifest(folder)
+    check_carried(folder, manifest)
+    for name, component in manifest.components.items():
+        for part, sha256 in component.parts.items():
+            path = Path(folder) / name / part
+            if not path.is_dir() or not unchanged(path, sha256):
+                raise ValueError(_corrupt(path))
+
+
+def _corrupt(path: Path) -> str:
+    return f"{path} is corrupt or incomplete: its SHA-256 isn't quartz.json's"
+
+
+def _is_of_a_model(path: Path) -> bool:
+    """Whether a file or folder is what a pipeline reads."""
+    patterns = ("*config.json", "*.safetensors", "tokenizer.json", "vocab.json", "spiece.model")
+    inside = any(next(path.glob(pattern), None) for pattern in patterns)
+    return path.name == "model_index.json" or inside
 
 
 def _hash_json(value: Any) -> str:
@@ -267,6 +315,7 @@ def write_part(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> st
         raise OSError(f"{folder} can't be read back: {error}") from error
     if {name: x.shape for name, x in found.items()} != {n: x.shape for n, x in arrays.items()}:
         raise OSError(f"{folder} can't be read back; choose a path of plain letters")
+    sync(folder)
     return hash_files(folder, "*")
 
 
@@ -303,19 +352,21 @@ def save(
     recipe: Recipe,
     report: Report,
     base: Path | str,
+    component: str = TRANSFORMER,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint of a quantized transformer in memory; `conversion` does without one.
+    """Write a checkpoint of a quantized component in memory; `conversion` does without one.
 
     It is written to a temporary folder beside the final one and renamed: an interrupted save
     leaves nothing under the final name.
 
     Args:
       folder: the checkpoint to make.
-      model: the quantized transformer.
+      model: the quantized component.
       recipe: that it was quantized with.
       report: that `quantize_model` returned.
       base: folder of the 16-bit model in the diffusers layout, whose other components are copied.
+      component: the model's name in that folder.
       overwrite: replace a checkpoint that exists.
 
     Raises:
@@ -325,23 +376,23 @@ def save(
     check_unplaced(model, recipe, report)
     base, folder = Path(base).resolve(), Path(folder).resolve()
     index = _read_base(base, "model_index.json")
-    config = _read_base(base, f"{TRANSFORMER}/config.json")
-    if not any((base / TRANSFORMER).glob("*.safetensors")):
-        raise ValueError(f"base {base} has no {TRANSFORMER}/*.safetensors; give a 16-bit model")
-    carried = carried_files(base, index)
+    config = _read_base(base, f"{component}/config.json")
+    if not any((base / component).glob("*.safetensors")):
+        raise ValueError(f"base {base} has no {component}/*.safetensors; give a 16-bit model")
+    carried = carried_files(base, index, component)
     recover_folder(folder)
-    check_target(folder, [base / TRANSFORMER, *carried], overwrite=overwrite)
+    check_target(folder, [base / component, *carried], overwrite=overwrite)
     with atomic_folder(folder) as partial:
         for source in carried:
             copy_synced(source, partial / source.name)
-        component = Component(
+        made = Component(
             recipe=recipe,
             report=report,
             config=config,
-            base_sha256=hash_files(base / TRANSFORMER, "*.safetensors"),
-            parts=_write_parts(partial / TRANSFORMER, model),
+            base_sha256=hash_files(base / component, "*.safetensors"),
+            parts=_write_parts(partial / component, model),
         )
-        write_manifest(partial, base.name, {TRANSFORMER: component})
+        write_manifest(partial, base.name, {component: made})
 
 
 def save_model(
@@ -400,17 +451,18 @@ def _write_parts(folder: Path, model: nnx.Module) -> dict[str, str]:
     return {name: write_part(folder / name, arrays) for name, arrays in parts.items()}
 
 
-def carried_files(base: Path, index: Mapping[str, Any]) -> list[Path]:
+def carried_files(base: Path, index: Mapping[str, Any], component: str = TRANSFORMER) -> list[Path]:
     """Return the folders and texts of a diffusers model that a checkpoint takes over.
 
     Args:
       base: the model's folder.
       index: contents of its model_index.json.
+      component: what the checkpoint has of its own.
     """
     folders = [
         base / name
         for name, value in index.items()
-        if isinstance(value, list) and name != TRANSFORMER and (base / name).is_dir()
+        if isinstance(value, list) and name != component and (base / name).is_dir()
     ]
     return folders + sorted({file for pattern in TEXTS for file in base.glob(pattern)})
 
@@ -440,9 +492,7 @@ def load(
         hashes = list(pool.map(lambda part: hash_files(path / part, "*"), described.parts))
     for (part, sha256), found in zip(described.parts.items(), hashes, strict=True):
         if found != sha256:
-            raise ValueError(
-                f"{path / part} is corrupt or incomplete: its SHA-256 isn't quartz.json's"
-            )
+            raise ValueError(_corrupt(path / part))
     model = abstract_quantized(lambda: build(described.config), described.recipe)
     graphdef, state = nnx.split(model)
     stored = _read(path, described.parts, stored_arrays(state))
@@ -469,21 +519,26 @@ def describe(folder: Path | str, *, layers: bool = False) -> str:
         f"{manifest.format_version}, written by quartz-jax {manifest.library_version}"
     ]
     total = 0
-    for path in sorted(path for path in folder.iterdir() if path.name != _MANIFEST):
+    for path in sorted(folder.iterdir()):
         size = tree_bytes(path)
         total += size
-        if path.name not in manifest.components:
+        if path.name == _MANIFEST:
+            lines.append(f"{path.name}: {size:,} bytes")
+        elif path.name not in manifest.components:
             lines.append(f"{path.name}: {size:,} bytes, as it was")
-            continue
-        component = manifest.components[path.name]
-        report = component.report
-        lines += [
-            f"{path.name}: {size:,} bytes in {len(component.parts)} parts, recipe "
-            f"{component.recipe.name}, base SHA-256 {component.base_sha256}",
-            *(f"  {line}" for line in report.summary().splitlines()),
-            *(f"  {line}" for line in report.table().splitlines() if layers),
-        ]
+        else:
+            lines += _describe(path.name, size, manifest.components[path.name], layers)
     return "\n".join([*lines, f"total: {total:,} bytes"])
+
+
+def _describe(name: str, size: int, component: Component, layers: bool) -> list[str]:
+    report = component.report
+    return [
+        f"{name}: {size:,} bytes, compressed, in {len(component.parts)} parts, recipe "
+        f"{component.recipe.name}, base SHA-256 {component.base_sha256}",
+        *(f"  {line}" for line in report.summary().splitlines()),
+        *(f"  {line}" for line in report.table().splitlines() if layers),
+    ]
 
 
 @contextmanager
@@ -565,7 +620,7 @@ def _from_version_1(value: dict[str, Any]) -> dict[str, Any]:
 
 def _read_base(base: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads((base / name).read_text())
+        return read_json(base / name)
     except (OSError, ValueError) as error:
         raise ValueError(f"base {base} has no usable {name}: {error}") from None
 

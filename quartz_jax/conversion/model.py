@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
+from pallas_kernels.sharding import in_jax_defaults, put_on
 from quartz_jax.conversion.report import LayerReport, Report, measure_layer
 from quartz_jax.engine.attention import is_attention
 from quartz_jax.engine.linear import QuantizedLinear
@@ -41,6 +43,15 @@ class Fitted:
 
     weight: Stored  # [n, k]
     ops: tuple[Op, ...]
+
+    def on_mesh_of(self, kernel: Any) -> "Fitted":
+        """Return it on the mesh of a kernel [k, n], if that is on one, sharded alike."""
+        sharding = getattr(kernel, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+            return self
+        k_axes, n_axes = (*sharding.spec, None, None)[:2]
+        weight = put_on(sharding.mesh, (n_axes, k_axes), self.weight)
+        return Fitted(weight=weight, ops=put_on(sharding.mesh, (), self.ops))
 
     def module(self, linear: nnx.Linear, recipe: LayerRecipe) -> QuantizedLinear:
         """Return the module that takes the place of a linear."""
@@ -97,6 +108,7 @@ def quantize_model(
         )
         layers.append(report)
         bar.update()
+        fitted = fitted.on_mesh_of(kernel)
         return fitted.module(linear, assigned[path])
 
     with bar:
@@ -148,7 +160,8 @@ def quantize_layer(
         part = jnp.asarray(weight[start : start + rows])
         check_finite(path, part.astype(jnp.bfloat16))
         try:
-            *made, measured = _fit_and_store(part, recipe, seen or Seen())
+            with in_jax_defaults():
+                *made, measured = _fit_and_store(part, recipe, seen or Seen())
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         slices.append(made)
@@ -279,7 +292,8 @@ def _abstract_layer(recipe: LayerRecipe, n: int, k: int) -> Fitted:
         layer = recipe.fit(Layer(weight=weight.astype(jnp.float32), seen=seen))
         return recipe.store(layer), layer.ops
 
-    stored, ops = jax.eval_shape(fit, weight, seen)
+    with in_jax_defaults():
+        stored, ops = jax.eval_shape(fit, weight, seen)
     return Fitted(weight=stored, ops=ops)
 
 

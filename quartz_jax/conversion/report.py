@@ -86,7 +86,7 @@ class Report:
         ]
         lines.append(f"everything else in bf16: {self.other_bytes:,} bytes")
         lines.append(
-            f"{self.bytes:,} bytes, {self.bytes / max(self.bytes_bf16, 1):.3f} of bf16; "
+            f"{self.bytes:,} bytes in memory, {self.bytes / max(self.bytes_bf16, 1):.3f} of bf16; "
             f"{self.weight_bits:.2f} bits a quantized weight, relative error "
             f"{self.relative_error:.4f}"
         )

@@ -37,12 +37,14 @@ from quartz_jax.io.files import (
     recover_folder,
     resumable_folder,
     stamps,
+    sync,
     tree_bytes,
     work_folder,
 )
 from quartz_jax.recipes.recipe import Recipe
 
 _PART_OVERHEAD = 2**17  # bytes at most of Orbax's own files in a part
+_LAYER_OVERHEAD = 2**11  # of its lines in quartz.json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,9 @@ class Conversion:
     def bytes(self) -> int:
         """Bytes of the checkpoint, Orbax's own included."""
         parts = [part for source in self.sources for part in source.parts]
-        stored = sum(part.bytes + _PART_OVERHEAD for part in parts)
+        stored = sum(
+            part.bytes + _PART_OVERHEAD + _LAYER_OVERHEAD * len(part.layers) for part in parts
+        )
         return stored + sum(item.bytes for item in self.carried)
 
     def plan(self) -> str:
@@ -139,11 +143,15 @@ class Conversion:
                 ),
             ]
         lines += [f"{item.name}: {item.bytes:,} bytes, carried along" for item in self.carried]
-        return "\n".join([*lines, f"total: about {self.bytes:,} bytes"])
+        return "\n".join(
+            [*lines, f"total: {self.bytes:,} bytes at most; on the disk arrays are compressed"]
+        )
 
     def check(self, out: Path, *, overwrite: bool = False) -> None:
         """Raise ValueError where a checkpoint can't be written, or doesn't fit on the disk."""
         inputs = [file for source in self.sources for file in source.files]
+        # of a component's folder all of it, though only some files are read
+        inputs += [x.parent for x in inputs if (x.parent / "config.json").exists()]
         inputs += [item.source for item in self.carried if item.source]
         checkpoint.check_target(out, inputs, overwrite=overwrite)
         done = work_folder(out) / "contents"
@@ -290,6 +298,7 @@ def _carry(item: Carried, work: WorkFolder) -> None:
     if target.exists():
         return
     item.write(work.scratch)
+    sync(work.scratch)
     work.scratch.rename(target)
 
 

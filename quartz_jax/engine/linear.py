@@ -1,6 +1,7 @@
 """The quantized drop-in for a linear, and how its input is made ready."""
 
 import dataclasses
+import functools
 from typing import Any, TypeGuard
 
 import jax
@@ -10,14 +11,17 @@ from flax import nnx
 from pallas_kernels import functions
 from pallas_kernels.arguments import CHOICES
 from pallas_kernels.functions import Norm, Part
-from pallas_kernels.matmul import PreparedWeights, reference
+from pallas_kernels.gradients import with_derivative
+from pallas_kernels.matmul import PreparedWeights, differentiable, reference
 from pallas_kernels.matmul.dequantize import dequantize as dequantize_rows
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
 from pallas_kernels.quantize import channels
 from pallas_kernels.quantize import quantize as quantize_and_decode
+from pallas_kernels.quantize.reference import before
+from pallas_kernels.sharding import axes_of, partitioned
 from quartz_jax.engine.matmul import execution, multiply, simulated_dot
 from quartz_jax.formats import BlockRows, Format, Int, Quartz, Stored
-from quartz_jax.formats.storage import dequantize, row_operand
+from quartz_jax.formats.storage import axes_of_rows, dequantize, row_operand
 from quartz_jax.transforms import BlockRotation, Offset, Op, Product, Scale, TakeOut, Wide
 from quartz_jax.transforms.wide import rounded_input
 
@@ -80,33 +84,54 @@ class QuantizedLinear(nnx.Module):
         residual: jax.Array | None = None,  # [..., n]
     ) -> jax.Array:
         """Return [..., n] in the dtype of x: what `models.linear.Linear` does, quantized."""
+        weight = self.weight.get_value()
+        bias = None if self.bias is None else self.bias.get_value()
+        state = weight, bias, self.ops.get_value() if self.ops else ()
+        parts = _parts(x)
+
+        def axes():
+            first = parts[0].array if isinstance(parts, tuple) else parts
+            n = None if isinstance(weight, PreparedWeights) else axes_of_rows(weight)[0]
+            return *axes_of(first)[:-1], n
+
+        run = functools.partial(self._run, activation)
+        norm = None if norm is None else functions.as_norm(norm)
+        return partitioned(run, axes, state, parts, norm, gate, residual)
+
+    def _run(
+        self,
+        activation: str | None,
+        state: tuple,  # weight, bias and ops
+        x: jax.Array | tuple[Part, ...],
+        norm: Norm | None,
+        gate: jax.Array | None,
+        residual: jax.Array | None,
+    ) -> jax.Array:
+        """Do what the call does."""
+        weight, bias, ops = state
         given, leading = self._given(x, norm)
         n, dtype = self.out_features, given.dtype
         epilogue = Epilogue(
-            bias=None if self.bias is None else self.bias.get_value(),
+            bias=bias,
             activation=activation,
             gate=None if gate is None else _of_images(gate),
             residual=None if residual is None else residual.reshape(-1, n).astype(dtype),
             out_dtype=dtype,
         )
-        ops = self.ops.get_value() if self.ops else ()
-        weight = self.weight.get_value()
-        if self.simulated:
-            y = _simulated(*through(ops, given, epilogue), weight, self.activation)
-        else:
-            ops, last = _apart(ops, self.activation)
-            given, epilogue = through(ops, given, epilogue)
-            y = product(given, weight, self.activation, epilogue, last)
+        ops, last = apart(ops, self.activation)
+        given, epilogue = through(ops, given, epilogue)
+        run = _simulated if self.simulated else product
+        y = run(given, weight, self.activation, epilogue, last)
         return y.reshape(*leading, n)
 
-    def _given(self, x: jax.Array | tuple, given_norm: Any) -> tuple["Given", tuple]:
+    def _given(self, x: jax.Array | tuple, norm: Norm | None) -> tuple["Given", tuple]:
         """Return the input as rows, and its leading axes."""
         if self.dtype is not None:
             x = _cast(x, self.dtype)
         rows, leading = _rows(x)
-        if given_norm is None:
+        if norm is None:
             return Given(rows=rows, leading=leading), leading
-        norm = jax.tree.map(_of_images, functions.as_norm(given_norm))
+        norm = jax.tree.map(_of_images, norm)
         return Given(rows=rows, leading=leading, norm=norm), leading
 
 
@@ -128,13 +153,7 @@ class Given:
 
     def value(self) -> jax.Array:
         """Return the input itself, [m, k]: float32 behind a multiplier or a rotation."""
-        x = functions.join(self.rows)
-        x = x if self.norm is None else functions.modulate_images(x, self.norm)
-        if self.multiplier is not None:
-            x = channels.scale_channels(x, self.multiplier)
-        if self.rotation is not None:
-            x = channels.rotate(x.astype(jnp.float32), self.rotation)
-        return x
+        return before(self.rows, self.norm, self.multiplier, rotation=self.rotation)
 
     def images(self, format: Format) -> jax.Array:
         """Return the input as a format takes it: images apart if rows share something there."""
@@ -214,7 +233,7 @@ def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Give
     return given, epilogue
 
 
-def _apart(ops: tuple[Op, ...], activation: Format | None) -> tuple[tuple[Op, ...], Product | None]:
+def apart(ops: tuple[Op, ...], activation: Format | None) -> tuple[tuple[Op, ...], Product | None]:
     """Return the ops, and apart from them a last branch that may read the quantized input.
 
     Eight bits are so near to what a branch would read in 16 that it reads those: half the bytes,
@@ -224,6 +243,11 @@ def _apart(ops: tuple[Op, ...], activation: Format | None) -> tuple[tuple[Op, ..
     if isinstance(last, Product) and isinstance(activation, Int) and activation.is_operand:
         return ops[:-1], last
     return ops, None
+
+
+def down_8bit(branch: Product) -> Stored | PreparedWeights:
+    """Return what a branch that reads the quantized input multiplies it by, [rank, k]."""
+    return INT8.store(branch.down.T) if branch.down_8bit is None else branch.down_8bit
 
 
 def _with_branch(epilogue: Epilogue, inner: jax.Array, up: jax.Array) -> Epilogue:
@@ -243,32 +267,36 @@ def product(
 ) -> jax.Array:
     """Return the product [m, n], its input quantized unless activation is None."""
     if activation is None:
-        return _weight_only(given.value().astype(given.dtype), weight, epilogue)
+        x = given.value().astype(given.dtype)
+        return with_derivative(_weight_only, _in_floats, x, weight, epilogue)
     if how_it_runs(weight, activation) == "simulated":  # a format without an operand
-        assert not isinstance(weight, PreparedWeights)
-        return _simulated(given, epilogue, weight, activation)
+        return _simulated(given, weight, activation, epilogue, branch)
     rows = given.quantized(activation)
     if branch is not None:
-        down = INT8.store(branch.down.T)
-        inner = multiply(rows, down, Epilogue(out_dtype=given.dtype))
+        inner = multiply(rows, down_8bit(branch), Epilogue(out_dtype=given.dtype))
         epilogue = _with_branch(epilogue, inner, branch.up.astype(given.dtype))
     return multiply(rows, weight, epilogue)
 
 
 def _simulated(
     given: Given,  # [m, k]
-    epilogue: Epilogue,
-    weight: Stored,  # [n, k]
+    weight: Stored | PreparedWeights,  # [n, k]
     activation: Format | None,
+    epilogue: Epilogue,
+    branch: Product | None = None,  # that reads the quantized input
 ) -> jax.Array:
     """Return the product [m, n] in float32 of what the formats make of input and weight."""
+    assert not isinstance(weight, PreparedWeights)
     if activation is None:
         x = given.value().astype(jnp.float32)
     else:  # never packed
         x = jax.lax.optimization_barrier(given.images(activation))
         x = rounded_input(x, activation, given.wide)
-    y = simulated_dot(x.reshape(-1, x.shape[-1]), dequantize(weight))
-    return reference.finish(y, epilogue)
+    x = x.reshape(-1, x.shape[-1])
+    if branch is not None:
+        inner = simulated_dot(x, dequantize(INT8.store(branch.down.T))).astype(given.dtype)
+        epilogue = _with_branch(epilogue, inner, branch.up.astype(given.dtype))
+    return with_derivative(_float32_dot, _in_floats, x, weight, epilogue)
 
 
 def how_it_runs(weight: Stored | PreparedWeights, activation: Format | None) -> str:
@@ -304,13 +332,13 @@ def _cast(x: jax.Array | tuple, dtype: Any) -> jax.Array | tuple:
     return tuple(dataclasses.replace(part, array=part.array.astype(dtype)) for part in x)
 
 
-def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
-    """Return x or its parts with the leading axes made one, [m, k], and those axes."""
+def _parts(x: jax.Array | tuple) -> jax.Array | tuple[Part, ...]:
+    """Return x, or its parts as kernels have them."""
     if not isinstance(x, tuple):
-        return x.reshape(-1, x.shape[-1]), x.shape[:-1]
-    parts = tuple(
+        return x
+    return tuple(
         Part(
-            array=part.array.reshape(-1, part.array.shape[-1]),
+            array=part.array,
             start=part.start,
             size=part.size,
             activation=part.activation,
@@ -318,7 +346,33 @@ def _rows(x: jax.Array | tuple) -> tuple[jax.Array | tuple[Part, ...], tuple[int
         )
         for part in x
     )
-    return parts, x[0].array.shape[:-1]
+
+
+def _rows(
+    x: jax.Array | tuple[Part, ...],
+) -> tuple[jax.Array | tuple[Part, ...], tuple[int, ...]]:
+    """Return x or its parts with the leading axes made one, [m, k], and those axes."""
+    first = x[0].array if isinstance(x, tuple) else x
+    flat = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), x)
+    return flat, first.shape[:-1]
+
+
+def _in_floats(
+    x: jax.Array,  # [m, k]
+    weight: Stored | PreparedWeights,  # [n, k]
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Return what JAX differentiates where the input isn't stored, [m, n]."""
+    return reference.in_floats(x, dequantize(differentiable(weight)), epilogue)
+
+
+def _float32_dot(
+    x: jax.Array,  # [m, k], float32
+    weight: Stored,  # [n, k]
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Multiply in float32, [m, n]."""
+    return reference.finish(simulated_dot(x, dequantize(weight)), epilogue)
 
 
 def _weight_only(
@@ -334,6 +388,7 @@ def _weight_only(
     rows = weight if isinstance(weight, PreparedWeights) else row_operand(weight)
     by_row = None if getattr(rows, "scale_block", None) else rows
     if by_row is None:
+        assert not isinstance(weight, PreparedWeights)
         y = _dot(x, dequantize(weight, x.dtype))
     elif x.shape[0] <= FEW_ROWS and not isinstance(weight, BlockRows):
         both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_split_16_bits(x))

@@ -1,6 +1,7 @@
 """Matmul of quantized tensors, whatever their formats."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import codec, device, matmul
+from pallas_kernels.arguments import check_array
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.gradients import with_derivative
 from pallas_kernels.matmul import PreparedWeights, check_epilogue, reference
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows, int8_values
+from pallas_kernels.sharding import partitioned
 from quartz_jax.formats import BlockRows, Stored
-from quartz_jax.formats.storage import dequantize, exact_16, row_operand
+from quartz_jax.formats.storage import axes_of_rows, dequantize, exact_16, row_operand
 
 
 def quartz_matmul(
@@ -36,6 +40,9 @@ def quartz_matmul(
     gate, residual, each where given, and the cast to `out_dtype`. With a scale block the blocks'
     results are added in order in float32 before the rest. Formats that no int8 dot holds are
     multiplied as `execution` says.
+
+    The gradient goes straight through to what was quantized in the same function, and is exact in
+    the scales, bias, gate, residual and branch; prepared weights have none.
 
     Args:
       x: symmetric or asymmetric. Its contraction axis may be any; the result has the others.
@@ -60,7 +67,6 @@ def quartz_matmul(
         weights, or has no part in formats like these.
     """
     _check(x, w)
-    residual = None if residual is None else _flatten(residual)
     epilogue = Epilogue(
         bias=bias,
         gate=gate,
@@ -69,11 +75,12 @@ def quartz_matmul(
         activation=activation,
         out_dtype=out_dtype,
     )
-    leading = _leading(x)
     x, w = _last(x), _last(w)
-    n = w.shape[0]
-    check_epilogue(epilogue, math.prod(leading), n)
-    return multiply(x, w, epilogue, implementation).reshape(*leading, n)
+    leading, n = x.shape[:-1], w.shape[0]
+    _check_residual(residual, (*leading, n))
+    flat = None if residual is None else jax.eval_shape(_flatten, residual)
+    check_epilogue(dataclasses.replace(epilogue, residual=flat), math.prod(leading), n)
+    return multiply(x, w, epilogue, implementation)
 
 
 def execution(x: Stored, w: Stored | PreparedWeights) -> str:
@@ -98,7 +105,57 @@ def multiply(
     epilogue: Epilogue,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """Multiply what was checked; [m, n], m all rows of x."""
+    """Multiply what was checked, with a residual of x's rows; [..., n]."""
+    sources = x.source, None if isinstance(w, PreparedWeights) else w.source
+
+    def axes():
+        n = None if isinstance(w, PreparedWeights) else axes_of_rows(w)[0]
+        return *axes_of_rows(x)[:-1], n
+
+    run = functools.partial(partitioned, functools.partial(_multiply, implementation), axes)
+    definition = functools.partial(partitioned, _in_floats, axes)
+    return with_derivative(run, definition, sources, x, w, epilogue)
+
+
+def _in_floats(
+    sources: tuple[jax.Array | None, jax.Array | None],  # of x and of w
+    x: Stored,
+    w: Stored | PreparedWeights,
+    epilogue: Epilogue,
+) -> jax.Array:
+    """Return what JAX differentiates in the place of the product."""
+    x_floats, w_floats = (
+        dequantize(dataclasses.replace(tensor, source=source))
+        for tensor, source in zip((x, matmul.differentiable(w)), sources, strict=True)
+    )
+    y = reference.in_floats(_flatten(x_floats), w_floats, _of_rows(epilogue))
+    return y.reshape(*x_floats.shape[:-1], -1)
+
+
+def _multiply(
+    implementation: Implementation,
+    _: Any,  # the sources
+    x: Stored,
+    w: Stored | PreparedWeights,
+    epilogue: Epilogue,
+) -> jax.Array:
+    y = _multiply_rows(x, w, _of_rows(epilogue), implementation)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def _of_rows(epilogue: Epilogue) -> Epilogue:
+    """Return an epilogue whose residual has the leading axes of x made one."""
+    residual = None if epilogue.residual is None else _flatten(epilogue.residual)
+    return dataclasses.replace(epilogue, residual=residual)
+
+
+def _multiply_rows(
+    x: Stored,  # [..., k]
+    w: Stored | PreparedWeights,  # [n, k]
+    epilogue: Epilogue,
+    implementation: Implementation,
+) -> jax.Array:
+    """Return [m, n], m all rows of x."""
     how = execution(x, w)
     if how == "int8":
         rows = jax.tree.map(_flatten, _int8_rows(x))
@@ -215,10 +272,9 @@ def _last(tensor: Any) -> Any:
     return dataclasses.replace(tensor, axis=-1) if packed else tensor
 
 
-def _leading(x: Stored) -> tuple[int, ...]:
-    """Return the axes of x but the contraction axis."""
-    axis = x.axis if isinstance(x, PackedRows) else -1
-    return tuple(size for i, size in enumerate(x.shape) if i != x.ndim + axis)
+def _check_residual(residual: Any, shape: tuple[int, ...]) -> None:
+    if residual is not None:
+        check_array("residual", residual, shape, jnp.floating)
 
 
 def _check(x: Any, w: Any) -> None:

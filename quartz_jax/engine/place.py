@@ -12,7 +12,7 @@ from pallas_kernels import matmul
 from pallas_kernels.matmul import PreparedWeights
 from pallas_kernels.operands import Int8Rows, PackedRows
 from quartz_jax.engine.attention import attention_of, is_attention
-from quartz_jax.engine.linear import QuantizedLinear, how_it_runs
+from quartz_jax.engine.linear import QuantizedLinear, apart, down_8bit, how_it_runs
 from quartz_jax.formats import Stored
 from quartz_jax.formats.storage import decode, row_operand
 
@@ -51,8 +51,8 @@ def place(
 
     Modules that say by `attention_of = "qk_norm_rope"` what their `attend` computes, as that of
     `models.attention` does, get norm and rotation in a single pass where the device has a kernel,
-    and attention in 8 bits where the recipe asks for that and the device has it. Neither has a
-    gradient.
+    and attention in 8 bits where the recipe asks for that and the device has it. The latter has no
+    gradient, and neither have weights in a kernel's order; both say so.
 
     Args:
       model: as `quantize_model` or `checkpoint.load` returns it.
@@ -77,11 +77,23 @@ def place(
                 results = jnp.dtype(dtype or module.dtype or usual)
                 weight = place_weight(module.weight.get_value(), expand, results)
                 module.weight.set_value(weight)
+                _place_branch(module, expand, results)
                 how = f"int8, {_backend(weight)}"
             layers[".".join(map(str, path))] = how
         elif is_attention(module):
             module.attend, attention = attention_of(getattr(module, "attention_format", "bf16"))
     return model, Placement(layers=layers, attention=attention)
+
+
+def _place_branch(module: QuantizedLinear, expand: bool, dtype: Any) -> None:
+    """Quantize once what a branch multiplies the layer's 8-bit input by."""
+    ops, last = apart(module.ops.get_value() if module.ops else (), module.activation)
+    if module.ops and last is not None:
+        down = place_weight(_store_down(last), expand, dtype)
+        module.ops.set_value((*ops, dataclasses.replace(last, down_8bit=down)))
+
+
+_store_down = jax.jit(down_8bit)
 
 
 @functools.partial(jax.jit, static_argnames=("expand", "dtype"))

@@ -1,6 +1,8 @@
 """What is said of images: figures of each, and of all of a recipe against real ones."""
 
+import dataclasses
 import functools
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -10,14 +12,27 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from quartz_jax import schema
 from quartz_jax.evaluation import metrics_torch
 from quartz_jax.evaluation.metrics import bootstrap_interval, kernel_distance, psnr, ssim
 from quartz_jax.evaluation.metrics_jax import FILES, ImageNetworks
 from quartz_jax.evaluation.photos import find_photos, read_photos
 from quartz_jax.evaluation.prompts import Prompts
 from quartz_jax.evaluation.results import ImageStore, class_of_prompts
-from quartz_jax.io.files import atomic_file
+from quartz_jax.io.files import atomic_file, hash_file, hash_files, read_json
 from quartz_jax.io.images import read_image, to_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Class:
+    """A class that prompts name."""
+
+    name: str  # as prompts have it
+    in1k: int  # its index in ImageNet-1k
+
+    def __post_init__(self):
+        if not self.name.strip() or not 0 <= self.in1k < 1000:
+            raise ValueError(f"name is {self.name!r}, in1k {self.in1k}; it must be 0 to 999")
 
 
 class Judges:
@@ -58,7 +73,15 @@ class Judges:
         self.networks = _open_networks(networks)
         self.real = read_photos(real, real_count) if real and not in_files else None
         self.labels = _read_labels(classes, prompts.texts)
-        self.settings = {"networks": self.networks is not None, "real": real and real.name}
+        if self.networks is None and (given := classes or (None if in_files else real)):
+            raise ValueError(
+                f"{given} is for networks, and {networks} holds none; make them with "
+                "scripts/convert_metric_networks.py"
+            )
+        hashes = hash_files(networks, "*.safetensors") if self.networks else None
+        self.settings: dict[str, Any] = {"networks": hashes}
+        self.settings |= {"real": _hash_of(real), "classes": _hash_of(classes)}
+        self.settings |= {"real_count": real_count} if self.real is not None else {}
         self.settings |= self.published.hashes
 
     def prepare(self, originals: Iterable[np.ndarray]) -> None:
@@ -181,6 +204,19 @@ def _read_labels(path: Path | None, prompts: list[str]) -> tuple[np.ndarray, np.
     """Return all classes, and the one of each prompt, as ImageNet-1k indices."""
     if path is None:
         return None
-    classes = json.loads(path.read_text())
-    indices = np.array([entry["in1k"] for entry in classes])
-    return indices, indices[class_of_prompts(prompts, classes)]
+    found = read_json(path)
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{path} must be a JSON list of classes, each with name and in1k")
+    classes = [schema.from_larger(_Class, x, f"{path}[{i}]") for i, x in enumerate(found)]
+    indices = np.array([entry.in1k for entry in classes])
+    return indices, indices[class_of_prompts(prompts, [entry.name for entry in classes])]
+
+
+def _hash_of(path: Path | None) -> str | None:
+    """Return a hash of a file, or of the names and sizes of a folder's."""
+    if path is None:
+        return None
+    if path.is_file():
+        return hash_file(path)
+    sizes = [(x.relative_to(path).as_posix(), x.stat().st_size) for x in sorted(path.rglob("*"))]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()

@@ -145,6 +145,13 @@ class ImageNetworks:
     def __init__(self, folder: Path):
         self._effnet = load_network(folder, "efficientnet_lite0")
         self._stlpips = load_network(folder, "stlpips")
+        tiny = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+        try:  # a file of other weights shows before any work
+            jax.eval_shape(efficientnet_lite0, self._effnet, tiny)
+            jax.eval_shape(stlpips, self._stlpips, tiny, tiny)
+        except (KeyError, TypeError, ValueError) as error:
+            told = str(error).splitlines()[0]
+            raise ValueError(f"{folder} holds other networks than those needed: {told}") from None
 
     def features(self, images: np.ndarray, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
         """Return features [n, 1280] and logits [n, 1000] of images in 0..1, or uint8."""

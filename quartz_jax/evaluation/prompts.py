@@ -2,10 +2,11 @@
 
 import dataclasses
 import itertools
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+
+from quartz_jax.io.files import read_json, read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,15 @@ def read_lines(path: Path) -> list[str]:
       ValueError: it holds none, or isn't UTF-8.
       OSError: it can't be read.
     """
-    return check_prompts([line for line in _read_text(path).splitlines() if line.strip()])
+    return check_prompts([line for line in _lines(path) if line.strip()])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        # Other signs that end lines for some, such as those of forms and paragraphs, are text.
+        return read_text(path).split("\n")
+    except ValueError as error:
+        raise ValueError(f"prompts can't be read: {error}") from None
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
@@ -61,23 +70,12 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     return list(prompts)
 
 
-def _read_text(path: Path) -> str:
-    if path.exists() and not path.is_file():
-        raise ValueError(f"prompts {path} can't be read: it is no regular file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts {path} isn't UTF-8, save it as that: {error}") from None
-
-
 def _read_entries(path: Path) -> dict[str, dict[str, str]]:
     form = f'{path} must be an object {{"id": {{"category": "...", "prompt": "..."}}, ...}}'
     try:
-        entries = json.loads(_read_text(path))
-    except RecursionError:
-        raise ValueError(f"{form}; it is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{form}; it is no JSON: {error}") from None
+        entries = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{form}; {error}") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{form}; it is a {type(entries).__name__}")
     for name, entry in entries.items():

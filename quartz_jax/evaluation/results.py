@@ -1,11 +1,12 @@
 """Paired comparison of recipes with the 16-bit model: the same prompts, the same noise."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
-import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from quartz_jax import schema
 from quartz_jax.conversion.model import round_to_bf16
 from quartz_jax.conversion.report import Report
 from quartz_jax.engine.linear import QuantizedLinear
-from quartz_jax.evaluation.metrics import bootstrap_interval
+from quartz_jax.evaluation.metrics import Interval, bootstrap_interval
 from quartz_jax.io import provenance
-from quartz_jax.io.files import atomic_file
+from quartz_jax.io.files import atomic_file, read_json
 from quartz_jax.io.images import to_bytes
 from quartz_jax.recipes.sites import linears
 from quartz_jax.transforms import Seen
@@ -127,13 +129,13 @@ def _sqnr(graphdef: nnx.GraphDef) -> Callable:
     return jax.jit(sqnr)
 
 
-def class_of_prompts(prompts: list[str], classes: list[dict[str, Any]]) -> np.ndarray:
+def class_of_prompts(prompts: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     """Return the index of the class whose name each prompt holds, the longest if several.
 
     Raises:
       ValueError: a prompt names no class; it is given.
     """
-    names = [str(entry["name"]).lower() for entry in classes]
+    names = [name.lower() for name in classes]
     order = sorted(range(len(names)), key=lambda i: -len(names[i]))
     found = []
     for prompt in prompts:
@@ -161,9 +163,9 @@ class ImageStore:
         """Yield `count` images, uint8 [h, w, 3], with one batch in memory.
 
         Raises:
-          ValueError: images are missing.
+          ValueError: images are missing, or a file holds none.
         """
-        batches = (np.load(path) for path in sorted(self.folder.glob("*.npy")))
+        batches = map(self._batch, sorted(self.folder.glob("*.npy")))
         found = 0
         for image in itertools.islice(itertools.chain.from_iterable(batches), count):
             yield image
@@ -171,9 +173,21 @@ class ImageStore:
         if found < count:
             raise ValueError(f"{self.folder} lacks images; delete the results to make them again")
 
+    def _batch(self, path: Path) -> np.ndarray:
+        try:
+            batch = np.load(path, allow_pickle=False)
+        except (EOFError, OSError, ValueError) as error:
+            raise ValueError(f"{path} holds no images: {error}") from None
+        if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
+            raise ValueError(f"{path} holds {batch.dtype} {list(batch.shape)}, which is no images")
+        return batch
+
     def load(self, count: int) -> np.ndarray:
         """Return uint8 [count, h, w, 3]; raises ValueError if images are missing."""
-        return np.stack(list(self.images(count)))
+        images = list(self.images(count))
+        if sizes := {image.shape for image in images} - {images[0].shape}:
+            raise ValueError(f"{self.folder} holds images of several sizes, such as {sizes.pop()}")
+        return np.stack(images)
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
@@ -193,10 +207,79 @@ def open_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     new = {"settings": settings, "environment": provenance.environment(), "recipes": {}}
     if path.exists():
         try:
-            new["recipes"] = _same_settings(json.loads(path.read_text()), new)["recipes"]
-        except (KeyError, ValueError) as error:
+            new["recipes"] = _same_settings(read_results(path), new)["recipes"]
+        except ValueError as error:
             raise ValueError(f"{path} can't be resumed: {error}; use another --out") from None
     return new
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """What is relied on of a row's entry in a results file; it holds more."""
+
+    scores: dict[str, tuple[float, ...]]  # a figure an image
+    summary: dict[str, Interval | float | str | None] | None = None  # of a finished row
+    velocity: tuple[tuple[float, ...], ...] | None = None  # a row a noise level
+    sigmas: tuple[float, ...] | None = None  # noise levels
+    sqnr: dict[str, float] | None = None  # by layer
+
+    def check(self, prompts: int) -> None:
+        """Raise ValueError unless the parts fit each other, and the number of prompts."""
+        lengths = {len(figures) for figures in self.scores.values()}
+        if not all(map(math.isfinite, itertools.chain(*self.scores.values()))):
+            raise ValueError("scores must be finite")
+        if "psnr" not in self.scores or len(lengths) > 1 or max(lengths) > prompts:
+            raise ValueError(f"scores must have psnr, and as many figures of each, up to {prompts}")
+        if self.summary is None:
+            return
+        wanted: dict[str, type] = dict.fromkeys(self.scores, Interval)
+        wanted |= dict.fromkeys(("weight_bits", "activation_bits"), float)
+        for name, kind in wanted.items():
+            if not isinstance(self.summary.get(name), kind):
+                raise ValueError(f"summary.{name} must be a {kind.__name__.lower()}")
+        steps = self.velocity or ()
+        if len(steps) != len(self.sigmas or ()) or len({len(step) or None for step in steps}) > 1:
+            raise ValueError("velocity must have a row for each of sigmas, all of one length")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """What is relied on of a results file besides its rows."""
+
+    model: str
+    prompts: tuple[str, ...]
+    device: str
+    versions: dict[str, str]
+    date: str
+    command: tuple[str, ...]
+
+    def __post_init__(self):
+        if not (self.prompts and self.command):
+            raise ValueError("prompts and command must not be empty")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+      ValueError: it can't be read, or isn't what evaluate writes; says where.
+      OSError: the same.
+    """
+    found = read_json(path)
+    try:
+        given = dict(found["settings"]) | found["environment"] | found
+        recipes = dict(found["recipes"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} holds no results of evaluate") from None
+    prompts = len(schema.from_larger(_Origin, given, str(path)).prompts)
+    for name, value in recipes.items():
+        where = f"{path}: recipes.{name}"
+        entry = schema.from_larger(_Entry, value, where)
+        try:
+            entry.check(prompts)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return found
 
 
 def open_scores(results: dict[str, Any], name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,9 +310,7 @@ def folder_name(name: str) -> str:
     return f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _same_settings(found: Any, new: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise ValueError("it holds no results")
+def _same_settings(found: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     for key in ("settings", "environment"):
         if found[key] != new[key]:
             raise ValueError(f"it was made with other {key}")

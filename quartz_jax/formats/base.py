@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import codec
+from pallas_kernels.gradients import remembering, straight_through
+from pallas_kernels.sharding import axes_of, partitioned
 from quartz_jax.formats.tensors import BlockRows, Stored
 
 Scales = Any  # a pytree of arrays whose last axis has length 1
@@ -112,12 +114,16 @@ class Format(abc.ABC):
         return found and (found[0].astype(jnp.bfloat16), found[1])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return what x [..., k] is after storing it, float32 [..., k]."""
-        return _round_trip(x, self)
+        """Return what x [..., k] is after storing it, float32 [..., k]; its gradient is x's."""
+        run = functools.partial(_round_trip, format=self)
+        rounded = partitioned(run, lambda: axes_of(x), jax.lax.stop_gradient(x))
+        return straight_through(rounded, x)
 
     def store(self, x: jax.Array) -> Stored:
-        """Return x [..., k] as stored."""
-        return _store(x, self)
+        """Return x [..., k] as stored, with x as its source where x is traced."""
+        run = functools.partial(_store, format=self)
+        stored = partitioned(run, lambda: axes_of(x), jax.lax.stop_gradient(x))
+        return remembering(stored, lambda x: x, x)
 
     def assemble(self, codes: jax.Array, kept: Kept, k: int) -> Stored:
         """Return the stored form of codes [..., blocks, block] and what is kept of their scales.
@@ -173,7 +179,7 @@ def cut(x: jax.Array, format: Format) -> tuple[jax.Array, Scales, Scales]:
     return blocks, outer, format.inner(blocks, outer)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnames="format")
 def _round_trip(x: jax.Array, format: Format) -> jax.Array:
     blocks, outer, inner = cut(x, format)
     y = format.round(blocks, outer, inner)
@@ -183,7 +189,7 @@ def _round_trip(x: jax.Array, format: Format) -> jax.Array:
     return join(y)[..., :k]
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnames="format")
 def _store(x: jax.Array, format: Format) -> Stored:
     blocks, outer, inner = cut(x, format)
     return format.assemble(

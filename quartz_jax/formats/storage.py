@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import CHOICES
+from pallas_kernels.gradients import straight_through
 from pallas_kernels.operands import int8_values
+from pallas_kernels.sharding import axes_of, partitioned
 from quartz_jax.formats.base import Format, join
 from quartz_jax.formats.quartz import Quartz
 from quartz_jax.formats.tensors import BlockRows, Int8Rows, PackedRows, Stored
@@ -29,6 +31,9 @@ def quantize(
       `PackedRows` for `Quartz`, `Int8Rows` for eight bits under one scale a row, else `BlockRows`.
       Of `Quartz` and eight bits a row (or scale block) with a NaN or an infinity has scale NaN, so
       that everything computed from it is NaN.
+
+      Where x is traced they remember it: what is computed from them within the same function has
+      the gradient of the same computation on x, see `pallas_kernels.gradients`.
 
     Raises:
       ValueError: x isn't floating, has no such axis or an empty one, or another axis than the last
@@ -64,24 +69,36 @@ def _all_finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
 
 
-@jax.jit
 def decode(q: PackedRows | Int8Rows) -> jax.Array:
     """Return the stored 8-bit values, exact: int8 of q's shape, asymmetric ones minus 128."""
-    return jnp.moveaxis(int8_values(q), -1, getattr(q, "axis", -1))
+    values = partitioned(jax.jit(int8_values), lambda: axes_of_rows(q), q)
+    return jnp.moveaxis(values, -1, getattr(q, "axis", -1))
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(q: Stored, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Return what a stored tensor stands for, computed in float32 and cast to `dtype`.
 
-    The result has q's shape. Rows with a NaN or infinite input are NaN.
+    The result has q's shape. Rows with a NaN or infinite input are NaN. The gradient goes straight
+    through to what was quantized in the same function, else to the scales.
     """
+    run = functools.partial(_dequantize, dtype=dtype)
+    value = straight_through(partitioned(run, lambda: axes_of_rows(q), q), q.source)
+    return jnp.moveaxis(value, -1, getattr(q, "axis", -1))
+
+
+def axes_of_rows(q: Stored) -> tuple:
+    """Return the explicit mesh axes of rows [..., k]: those of the codes or values."""
+    return axes_of(q.values if isinstance(q, Int8Rows) else q.codes)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantize(q: Stored, dtype: jnp.dtype) -> jax.Array:
     if isinstance(q, BlockRows):
         return _rows(q.format.decode(*q.format.disassemble(q)), q).astype(dtype)
     values = int8_values(q).astype(jnp.float32)
     scale = _per_element(q.scale, q)
     y = values * scale if q.lo is None else (values + 128) * scale + _per_element(q.lo, q)
-    return jnp.moveaxis(y.astype(dtype), -1, getattr(q, "axis", -1))
+    return y.astype(dtype)
 
 
 def row_operand(stored: Stored) -> PackedRows | Int8Rows | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from pallas_kernels.operands import Int8Rows, PackedRows, Rows
+from pallas_kernels.operands import Int8Rows, PackedRows, Rows, rows_dataclass
 
 if TYPE_CHECKING:
     from quartz_jax.formats.base import Format
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["BlockRows", "Int8Rows", "PackedRows", "Stored"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@rows_dataclass
 class BlockRows(Rows):
     """Rows in any format: codes, and what the format keeps of the scales of blocks and rows."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,50 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's contents, without the byte order mark that Windows' editors write.
+
+    Raises:
+      ValueError: it is no regular file (a pipe may never end), or isn't UTF-8.
+      OSError: it can't be read.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't UTF-8, save it as that: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+      ValueError: it is no regular file, isn't UTF-8 or no JSON, is nested too deeply, or has a
+        field twice.
+      OSError: it can't be read.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text, object_pairs_hook=_each_once)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except KeyError as error:
+        raise ValueError(f"{path} has a field twice: {error}") from None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; KeyError for a field that stands in it twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def check_output(
@@ -31,8 +76,10 @@ def check_output(
       is_ours: whether a folder that isn't empty may be replaced; None for any.
 
     Raises:
-      ValueError: it exists and may not, is of the other kind, or its folder can't be written.
+      ValueError: it exists and may not, is of the other kind, its name isn't UTF-8 or a link to
+        itself, or its folder can't be written.
     """
+    _check_name(path)
     if path.exists() and not overwrite:
         raise ValueError(f"output {path} exists already; choose another, or pass --overwrite")
     if path.exists() and path.is_dir() != folder:
@@ -48,6 +95,21 @@ def check_output(
     except OSError as error:
         raise ValueError(f"output {path} can't be written: {error.strerror}") from None
     return path
+
+
+def _check_name(path: Path) -> None:
+    """Raise ValueError for a name that can't be written or leads nowhere."""
+    shown = str(path).encode(errors="backslashreplace").decode()
+    if shown != str(path) or "\0" in shown:
+        raise ValueError(f"output {shown!r} isn't UTF-8; choose another name")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        loop = error.errno == errno.ELOOP
+        reason = "it is a link to itself" if loop else error.strerror
+        raise ValueError(f"output {path} can't be written: {reason}") from None
 
 
 def check_apart(path: Path, inputs: Iterable[Path]) -> None:
@@ -75,11 +137,15 @@ def check_space(path: Path, needed: int) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside a file, and put it in the file's place on success."""
+    """Give a temporary path beside a file, and put it in the file's place on success.
+
+    The disk has it by then, so that a power failure leaves the old file or the new, none empty.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -107,14 +173,16 @@ class WorkFolder:
     scratch: Path  # for what gets its place in `contents` when it is complete; absent at first
 
     def read_record(self, name: str) -> Any:
-        """Return a record, or None if it was never written."""
-        path = self.records / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """Return a record, or None if it was never written, or not to its end."""
+        try:
+            return read_json(self.records / f"{name}.json")
+        except (FileNotFoundError, ValueError):
+            return None
 
     def write_record(self, name: str, value: Any) -> None:
         """Write a record, whole or not at all."""
         with atomic_file(self.records / f"{name}.json") as path:
-            path.write_text(json.dumps(value))
+            path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def work_folder(path: Path) -> Path:
@@ -228,8 +296,15 @@ def copy_synced(source: Path, target: Path) -> None:
         copy = target / file.relative_to(source) if source.is_dir() else target
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
-        with copy.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(copy)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or all files below a folder."""
+    for item in path.rglob("*") if path.is_dir() else [path]:
+        if item.is_file():
+            with item.open("rb+") as stream:  # Windows syncs nothing that is open for reading only
+                os.fsync(stream.fileno())
 
 
 def tree_bytes(path: Path) -> int:

@@ -152,6 +152,7 @@ def role_recipe(
     *,
     mlp_out: LayerRecipe | None = None,
     mixed_out: LayerRecipe | None = None,
+    modulation: Format | None = None,
 ) -> Recipe:
     """Return a recipe for any family, from what is done to its layers by their roles.
 
@@ -160,12 +161,18 @@ def role_recipe(
       plain: for every layer of the blocks but those below; embedders and heads stay 16-bit.
       mlp_out: for the last linears of MLPs; None: as the others.
       mixed_out: for those that share their input with attention's output; None: as the others.
+      modulation: of the weights of modulations, whose inputs stay 16-bit; None: as the others.
     """
     weight_only = dataclasses.replace(plain, activation=None, transforms=())
+    finer = dataclasses.replace(weight_only, weight=modulation or plain.weight)
     others = {"mlp_out": mlp_out, "mixed_out": mixed_out}
     given = {role: layer for role, layer in others.items() if layer not in (None, plain)}
     roles = tuple(r for r in (*PLAIN_ROLES, "mlp_out") if r not in given)
-    rules = [Rule(match=Match(role=("modulation", "outlier_out")), layer=weight_only)]
+    if finer == weight_only:
+        rules = [Rule(match=Match(role=("modulation", "outlier_out")), layer=weight_only)]
+    else:
+        rules = [Rule(match=Match(role="modulation"), layer=finer)]
+        rules += [Rule(match=Match(role="outlier_out"), layer=weight_only)]
     rules += [Rule(match=Match(role=role), layer=layer) for role, layer in given.items() if layer]
     return Recipe(name=name, rules=(*rules, Rule(match=Match(role=roles), layer=plain)))
 

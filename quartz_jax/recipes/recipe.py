@@ -4,18 +4,18 @@ A layer takes the first rule that matches it; one that no rule matches stays 16-
 """
 
 import dataclasses
-import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
+import regex
 
 from pallas_kernels.arguments import CHOICES
 from quartz_jax import schema
 from quartz_jax.formats import Format, Int, Quartz, Stored
+from quartz_jax.io.files import read_json
 from quartz_jax.recipes.earlier import from_version_2
 from quartz_jax.recipes.sites import ROLES, Site
 from quartz_jax.rounding import Nearest, Rounding
@@ -24,9 +24,9 @@ from quartz_jax.transforms.base import HIGHEST, Need
 from quartz_jax.transforms.wide import rounded_input, widen
 
 FORMAT_VERSION = 3  # of a recipe's JSON
-MAIN = (
-    ""  # among recipes by component, that of the one sampled with, where its name isn't known yet
-)
+MAIN = ""  # key of the recipe for the component sampled with, whatever its family calls it
+_LONGEST_PATTERN = 2000  # characters
+_MATCH_SECONDS = 1.0  # for a pattern and a path; what takes longer would take hours
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,10 +154,8 @@ class Match:
             raise ValueError(
                 f"role is {sorted(unknown)[0]!r}; it must be one of {', '.join(ROLES)}"
             )
-        try:
-            re.compile(self.path or "")
-        except (re.error, TypeError) as error:
-            raise ValueError(f"path {self.path!r} is not a regular expression: {error}") from None
+        if self.path is not None:
+            _check_pattern(self.path)
 
     @property
     def roles(self) -> tuple[str, ...] | None:
@@ -168,7 +166,7 @@ class Match:
         """Whether it matches a layer."""
         return (
             (self.roles is None or site.role in self.roles)
-            and (self.path is None or re.fullmatch(self.path, site.path) is not None)
+            and (self.path is None or _matches(self.path, site.path))
             and (self.kind is None or site.kind == self.kind)
             and (self.blocks is None or site.block in range(*self.blocks))
         )
@@ -176,6 +174,34 @@ class Match:
     def __str__(self):
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         return ", ".join(f"{key} {value!r}" for key, value in given.items()) or "everything"
+
+
+def _check_pattern(pattern: str) -> None:
+    """Raise ValueError unless a pattern is a regular expression of bearable length."""
+    shown = repr(pattern) if len(str(pattern)) <= 100 else f"{str(pattern)[:100]!r}..."
+    if isinstance(pattern, str) and len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(
+            f"path {shown} has {len(pattern)} characters; at most {_LONGEST_PATTERN} may be"
+        )
+    try:
+        regex.compile(pattern)
+    except (regex.error, TypeError, RecursionError) as error:
+        raise ValueError(f"path {shown} is not a regular expression: {error}") from None
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression is for a whole path.
+
+    Raises:
+      ValueError: it tries more ways than can be waited for.
+    """
+    try:
+        return regex.fullmatch(pattern, path, timeout=_MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise ValueError(
+            f"path {pattern!r} takes too long to match {path!r}: repetitions within repetitions "
+            "have too many ways; write it without"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,8 +300,6 @@ def read_recipe(path: Path) -> Recipe:
       ValueError: the file can't be read, or holds none.
     """
     try:
-        return Recipe.from_json(json.loads(path.read_text()))
-    except RecursionError:
-        raise ValueError(f"recipe file {path} can't be used: it is nested too deeply") from None
+        return Recipe.from_json(read_json(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"recipe file {path} can't be used: {error}") from None

@@ -187,6 +187,8 @@ class Product(Op):
 
     down: jax.Array  # bfloat16 [k, rank]
     up: jax.Array  # bfloat16 [n, rank]
+    # [rank, k], what is multiplied where the branch reads the quantized input; made by `place`
+    down_8bit: Any = None
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return x, and x down up^T in float32."""

@@ -33,7 +33,7 @@ from models.flux.params import (
     config_from_bfl,
     diffusers_rules,
 )
-from models.loading import find_model
+from models.loading import find_model, load_pipeline
 from models.vae import AUTOENCODER_KL, AutoencoderKL
 from models.vae.params import bfl_rules as vae_bfl_rules
 from models.vae.params import config_from_bfl as vae_config_from_bfl
@@ -209,15 +209,16 @@ def test_heads_of_an_unusual_width_are_refused(head):
 )
 def test_another_family_is_named(tmp_path, name, family):
     save_file({name: np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=f"holds no FLUX.1 transformer: .*{family}"):
+    with pytest.raises(CheckpointError, match=f"holds no FLUX.1 transformer.*: .*{family}"):
         find_model(tmp_path / "other.safetensors")
 
 
-def test_a_file_alone_needs_text_encoders(file):
+def test_a_file_alone_is_found_and_needs_the_rest_to_be_sampled_from(file):
+    assert find_model(file).paths == {"transformer": file}
     with pytest.raises(
-        CheckpointError, match=r"holds no text_encoder, text_encoder_2, vae, tokenizer, tokenizer_2"
+        CheckpointError, match=r"lacks the component folders text_encoder, text_encoder_2, vae, tok"
     ):
-        find_model(file)
+        load_pipeline(file)
 
 
 def test_text_encoders_must_be_there(tmp_path, file):

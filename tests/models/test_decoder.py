@@ -39,7 +39,7 @@ def taking(states):
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config(DecoderConfig):
-        hidden_states: tuple[int, ...] = tuple(states)
+        hidden_states: tuple[int, ...] | None = tuple(states)
 
     return decoder_component(Config)
 
@@ -303,6 +303,14 @@ def test_an_unsupported_config_is_named(changes, told):
         DecoderConfig.from_json(values)
 
 
+def test_a_family_takes_its_own_states_unless_a_config_names_others():
+    """A checkpoint of ours names them; the files of a published model name none."""
+    family, plain = taking((1, 2)).config, DecoderConfig(**TINY).to_json()
+    assert family.from_json(plain).states == (1, 2)
+    assert family.from_json({**plain, "hidden_states": [-1]}).states == (3,)
+    assert DecoderConfig.from_json(family.from_json(plain).to_json()).states == (1, 2)
+
+
 def test_a_config_without_sizes_is_named():
     with pytest.raises(CheckpointError, match=r"lacks vocab_size, .*num_key_value_heads"):
         DecoderConfig.from_json({"model_type": "qwen3"})
@@ -326,6 +334,7 @@ def test_configs_of_other_releases_are_read(changes, wanted):
     assert found == dataclasses.replace(config, **wanted)
 
 
-def test_config_round_trips_through_json():
-    config = DecoderConfig(**TINY, hidden_states=(1, 2), sliding_window=100)
+@pytest.mark.parametrize("wanted", [(1, 2), (-1,), None])
+def test_config_round_trips_through_json(wanted):
+    config = DecoderConfig(**TINY, hidden_states=wanted, sliding_window=100)
     assert DecoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config

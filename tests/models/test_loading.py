@@ -238,8 +238,8 @@ def test_a_folder_s_schedule_can_be_replaced(copy):
     files = find_model(copy, schedule="schnell")
     assert files.load_scheduler().shift == 1 and "scheduler" not in files.paths
     assert files.defaults(files.configs()).num_inference_steps == 4
-    with pytest.raises(ValueError, match="schedule is 'turbo'; use one of dev, schnell, folder"):
-        find_model(copy, schedule="turbo")
+    with pytest.raises(ValueError, match=r"schedule is 'fast'; use one of dev, schnell, .*folder"):
+        find_model(copy, schedule="fast")
 
 
 @pytest.mark.parametrize(
@@ -450,6 +450,13 @@ def test_a_tokenizer_s_own_code_is_not_run(copy, monkeypatch):
 def test_a_tokenizer_s_settings_that_can_t_be_used_are_named(copy, field, value, told):
     edit(copy / "tokenizer/tokenizer_config.json", **{field: value})
     with pytest.raises(CheckpointError, match=re.escape(told)):
+        load_tokenizer(copy / "tokenizer")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes as POSIX has them")
+def test_a_pipe_among_a_tokenizer_s_files_is_refused_and_not_waited_for(copy):
+    os.mkfifo(copy / "tokenizer/added_tokens.json")
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json is no regular file"):
         load_tokenizer(copy / "tokenizer")
 
 

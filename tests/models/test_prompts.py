@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from qwen_tokenizer import SPECIAL, qwen_tokenizer
 
 from models.flux2 import prompts as flux2
 from models.stored_files import CheckpointError
@@ -17,17 +18,6 @@ from models.tokenizers import load_tokenizer
 from models.zimage import prompts as zimage
 
 PROMPTS = ("a cat", "  two Dogs,\nin the rain: ünïcode & <|im_end|>  ", "")
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-# What Qwen3's own template makes of one turn: the lines that matter, in the words of its kind.
-TEMPLATE = """{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false %}
-{{- '<think>\\n\\n</think>\\n\\n' }}
-{%- endif %}
-{%- endif %}"""
 SIZES = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -39,21 +29,8 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A Qwen2 tokenizer of single bytes and a few merges, with Qwen3's special tokens."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "i"), ("Ġi", "n"), ("c", "a"), ("ca", "t"), ("u", "s")]
-    pieces = [*letters, *("".join(pair) for pair in merges)]
-    made = transformers.Qwen2Tokenizer(
-        vocab={piece: i for i, piece in enumerate(pieces)},
-        merges=merges,
-        chat_template=TEMPLATE,
-    )
-    made.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:3])})
-    made.add_tokens(list(SPECIAL[3:]))
-    return made
+    pytest.importorskip("transformers")
+    return qwen_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Random FLUX.1 checkpoints: published counts, both layouts load, the same bytes from a seed."""
 
+import dataclasses
 import json
 import math
 
@@ -16,6 +17,7 @@ from models.checkpoint_io import CheckpointError
 from models.families import FAMILIES
 from models.family import Tokenizer
 from models.flux.family import FLUX
+from models.flux2.family import FLUX2
 from models.synthetic import write_random_model, write_safetensors
 from models.tiny_flux.architecture import FOLDER
 from models.tokenizers import load_tokenizer
@@ -45,6 +47,30 @@ def test_parameters_are_as_many_as_published(name, layout, parameters):
     kind = FLUX.components[name]
     tensors = kind.tensors(FLUX.sizes["flux1-dev"][name], getattr(kind, layout))
     assert sum(math.prod(shape) for _, shape in tensors.values()) == parameters
+
+
+def test_a_decoder_is_written_whole_though_its_last_layers_are_not_read(tmp_path):
+    sizes = FLUX2.sizes["flux-2-klein-4b"]["text_encoder"]
+    component = FLUX2.components["text_encoder"]
+    tensors = component.tensors(sizes, component.folder)
+    assert sum(math.prod(shape) for _, shape in tensors.values()) == 4022468096  # Qwen3-4B's
+    sizes = dataclasses.replace(sizes, vocab_size=9, hidden_size=8, intermediate_size=8)
+    sizes = dataclasses.replace(sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+    synthetic._Writer(seed=0, progress=False).folder(tmp_path / "encoder", component, sizes)
+    opened = component.open(tmp_path / "encoder")
+    assert "layers.35.mlp.up_proj.weight" in opened.checkpoint.shapes
+    assert component.config.from_json(opened.config) == sizes and sizes.layers == 27
+    assert not any(path.startswith("layers.27.") for path in opened.sources)
+
+
+def test_random_statistics_of_an_autoencoder_can_be_divided_by(tmp_path):
+    sizes = dataclasses.replace(
+        FLUX2.sizes["flux-2-klein-4b"]["vae"], block_out_channels=(32,), layers_per_block=1
+    )
+    component = FLUX2.components["vae"]
+    synthetic._Writer(seed=0, progress=False).folder(tmp_path / "vae", component, sizes)
+    module = component.load(tmp_path / "vae", jnp.float32)
+    assert np.isfinite(module.normalize(jnp.ones((1, 2, 2, 32)))).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -30,9 +30,9 @@ def call(model, arguments):
 def in_two_parts(model, arguments):
     """Refine the text apart from the call, as sampling does once a prompt."""
     arguments = dict(arguments)
-    text = arguments.pop("cap_feats")
-    context = model.prepare(text, arguments["cap_lengths"])
-    return model(**arguments, context=context)
+    text, lengths = arguments.pop("cap_feats"), arguments.pop("cap_lengths")
+    context = model.prepare(text, lengths)
+    return model(**arguments, context=context, context_lengths=lengths)
 
 
 def padded(arguments, to):
@@ -67,7 +67,7 @@ def test_the_plain_text_of_both_forms_goes_through_the_blocks(model):
     context = jnp.zeros((2, 64, 48))
     with_both = jax.eval_shape(lambda: model.start(**arguments, context=context))
     assert not with_both.refined
-    alone = {name: x for name, x in arguments.items() if name != "cap_feats"}
+    alone = {name: arguments[name] for name in "xt"}
     assert jax.eval_shape(lambda: model.start(**alone, context=context)).refined
 
 

@@ -13,17 +13,26 @@ from tokenizers import pre_tokenizers
 TOKENS = 12  # length of both token sequences
 
 
-def make_tiny_flux(folder: Path | str, dev: bool = True) -> diffusers.FluxPipeline:
+def make_tiny_flux(
+    folder: Path | str,
+    dev: bool = True,
+    kind: type = diffusers.FluxPipeline,
+    extra_channels: int = 0,
+) -> diffusers.DiffusionPipeline:
     """Save a tiny random FLUX model folder, float32, and return diffusers' pipeline of it.
 
     Args:
       folder: where to save it.
       dev: dev-like (guidance embedding, dynamic shift), else schnell-like (neither).
+      kind: the pipeline's class.
+      extra_channels: that a token has beside its latents'.
     """
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = _clip_tokenizer(), _t5_tokenizer()
-    pipeline = diffusers.FluxPipeline(
-        transformer=_transformer(guidance_embeds=dev),
+    pipeline = kind(
+        transformer=_transformer(
+            guidance_embeds=dev, in_channels=16 + extra_channels, out_channels=16
+        ),
         text_encoder=_clip(tokenizer),
         text_encoder_2=_t5(tokenizer_2),
         tokenizer=tokenizer,
@@ -41,16 +50,15 @@ def make_tiny_flux(folder: Path | str, dev: bool = True) -> diffusers.FluxPipeli
     return pipeline
 
 
-def _transformer(guidance_embeds: bool):
+def _transformer(**options):
     return diffusers.FluxTransformer2DModel(
-        in_channels=16,
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=32,
         num_attention_heads=2,
         joint_attention_dim=24,
         pooled_projection_dim=20,
-        guidance_embeds=guidance_embeds,
+        **options,
         axes_dims_rope=(4, 14, 14),
     )
 

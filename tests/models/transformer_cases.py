@@ -10,6 +10,7 @@ import numpy as np
 from models.component import Component
 from models.dit.params import TRANSFORMER as DIT
 from models.flux2.params import TRANSFORMER as FLUX2
+from models.pixart.params import TRANSFORMER as PIXART
 from models.zimage.params import TRANSFORMER as ZIMAGE
 
 SIZES = [(3, 5), (4, 4)]  # rows and columns of tokens
@@ -94,6 +95,17 @@ def dit_inputs(rows, columns, config, rng, batch):
     }
 
 
+def pixart_inputs(rows, columns, config, rng, batch):
+    """Arguments with texts of two lengths."""
+    latents = (config["in_channels"], 2 * rows, 2 * columns)
+    return {
+        "hidden_states": normal(rng, batch, *latents),
+        "encoder_hidden_states": normal(rng, batch, 6, config["caption_channels"]),
+        "timestep": np.int32([937, 12])[:batch],
+        "encoder_attention_mask": np.float32([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])[:batch],
+    }
+
+
 _FLUX2 = {
     "in_channels": 16,
     "num_layers": 2,
@@ -144,5 +156,20 @@ CASES = {
             "num_embeds_ada_norm": 5,
         },
         inputs=dit_inputs,
+    ),
+    "PixArt": Case(
+        component=PIXART,
+        config={
+            "num_attention_heads": 2,
+            "attention_head_dim": 24,
+            "in_channels": 4,
+            "num_layers": 2,
+            "cross_attention_dim": 48,
+            "caption_channels": 32,
+            "sample_size": 8,
+            "interpolation_scale": 2,
+            "use_additional_conditions": False,
+        },
+        inputs=pixart_inputs,
     ),
 }

@@ -205,6 +205,18 @@ def test_other_components_and_licences_are_copied_and_nothing_else(saved):
     assert names == {"quartz.json", "transformer", "vae", "model_index.json", "LICENSE.md"}
 
 
+def test_a_component_of_another_name_is_saved_and_loaded(tmp_path, base):
+    (base / "transformer").rename(base / "unet")
+    index = {"_class_name": "X", "unet": ["lib", "U"], "vae": ["lib", "V"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    folder = save(tmp_path / "out", base, component="unet")
+    manifest = checkpoint.read_manifest(folder)
+    assert (manifest.main, manifest.recipe) == ("unet", RECIPE)
+    model, _ = checkpoint.load(folder, build=lambda config: build(config), component="unet")
+    np.testing.assert_array_equal(model(X), QUANTIZED(X))
+    assert (folder / "vae").is_dir() and not (folder / "transformer").exists()
+
+
 def test_what_is_stored_is_about_as_large_as_reported(saved):
     stored = sum(path.stat().st_size for path in (saved / "transformer").rglob("*"))
     assert stored < REPORT.bytes + 3 * 60_000  # Orbax's own files, in each part
@@ -278,7 +290,7 @@ def test_malformed_fields_are_refused(saved, fields):
         checkpoint.load(saved, build)
 
 
-@pytest.mark.parametrize("fields", [{"recipe": {}}, {"report": 3}, {"more": 3}])
+@pytest.mark.parametrize("fields", [{"recipe": {}}, {"report": 3}, {"more": 3}, {"parts": {}}])
 def test_malformed_fields_of_a_component_are_refused(saved, fields):
     edit_transformer(saved, **fields)
     with pytest.raises(ValueError, match=r"quartz\.json can't be used"):
@@ -521,3 +533,59 @@ def test_what_was_checked_and_stays_unchanged_is_not_read_again(saved, monkeypat
     os.utime(saved / "vae" / "weights.bin", ns=(0, 0))
     checkpoint.check_carried(saved, manifest)
     assert read == ["weights.bin"]
+
+
+@pytest.mark.parametrize("name", ["transformer/other/state/_METADATA", "LICENSE.md"])
+def test_all_contents_are_checked(saved, name):
+    checkpoint.check_contents(saved)
+    (saved / name).write_bytes((saved / name).read_bytes() + b" ")
+    with pytest.raises(ValueError, match="corrupt or"):
+        checkpoint.check_contents(saved)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_checkpoints_of_every_version_are_what_was_written(version):
+    checkpoint.check_contents(GOLDEN / f"checkpoint_v{version}")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"carried": []},
+        {"carried": {"vae": 3}},
+        {"carried": {"../base": "0" * 64}},
+        {"base_name": 3},
+        {"library_version": None},
+    ],
+)
+def test_odd_fields_that_are_sealed_are_refused(saved, fields):
+    edit(saved, **fields)
+    with pytest.raises(ValueError, match=r"quartz\.json can't be used"):
+        checkpoint.read_manifest(saved)
+
+
+@pytest.mark.parametrize("name", ["..", "../out/transformer", "/etc", "a\\b", "a\0b", ""])
+def test_names_in_a_manifest_never_lead_out_of_its_folder(saved, name):
+    value = json.loads((saved / "quartz.json").read_text())
+    transformer = value["components"]["transformer"]
+    changes = [{"components": {"transformer": transformer, name: transformer}}]
+    if name:  # version 1 has one part, of no name
+        parts = {name: transformer["parts"]["other"]}
+        changes.append({"components": {"transformer": transformer | {"parts": parts}}})
+    for change in changes:
+        edit(saved, **value | change)
+        with pytest.raises(ValueError, match="is no name of a file or folder in it"):
+            checkpoint.read_manifest(saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["scheduler/scheduler_config.json", "vae_2/config.json", "tokenizer/vocab.json"]
+)
+def test_parts_of_a_model_that_came_later_are_not_taken_for_the_checkpoint_s(saved, name):
+    (saved / "notes").mkdir()  # no part of a model
+    (saved / "notes" / "readme.txt").write_text("mine")
+    checkpoint.check_contents(saved)
+    (saved / name).parent.mkdir()
+    (saved / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"isn't in quartz\.json, so it was put there later"):
+        checkpoint.check_contents(saved)

@@ -19,12 +19,17 @@ print(json.dumps([str(folder), compilation_cache.counts()]))
 """
 
 
-def start(tmp_path, use=True, **env):
-    """Return the folder and the counts of a process that compiles one function."""
+def start(tmp_path, use=True, words=None, **env):
+    """Return the folder and the counts of a process that compiles one function.
+
+    Lines on stderr are added to `words`.
+    """
     clean = {name: x for name, x in os.environ.items() if not name.startswith("JAX_")}
     clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", CODE.format(use=use)]
     done = subprocess.run(command, env=clean | env, capture_output=True, text=True, check=True)
+    if words is not None:
+        words += done.stderr.splitlines()
     return json.loads(done.stdout)
 
 
@@ -60,3 +65,17 @@ def test_a_folder_that_can_t_be_written_costs_no_run(tmp_path):
 def test_it_can_be_turned_off(tmp_path, off):
     assert start(tmp_path, **off) == ["None", {}]
     assert not list(tmp_path.rglob("quartz-jax"))
+
+
+def test_damaged_programs_are_said_once_and_written_anew(tmp_path):
+    _, first = start(tmp_path)
+    files = list(tmp_path.rglob("*-cache"))
+    assert files
+    for i, file in enumerate(files):
+        file.write_bytes((file.read_bytes()[:-1], b"", b"nothing")[i % 3])
+    words = []
+    _, mended = start(tmp_path, words=words)
+    assert mended == {"compiled": first["compiled"], "from_cache": 0}
+    assert sum("holds damaged programs: they are compiled anew" in x for x in words) == 1
+    assert not any("Error reading" in x for x in words)
+    assert start(tmp_path)[1] == {"compiled": 0, "from_cache": first["compiled"]}

@@ -6,7 +6,7 @@ from quartz_jax import get_recipe, observe, place, quantize_model
 from quartz_jax.evaluation import results as evaluation
 from quartz_jax.evaluation.photos import read_photos
 
-CLASSES = [{"name": "bear"}, {"name": "brown bear"}, {"name": "Goldfish"}]
+CLASSES = ["bear", "brown bear", "Goldfish"]
 
 
 def test_prompts_take_the_longest_class_name_they_hold():

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from quartz_jax.evaluation.photos import find_photos
-from quartz_jax.evaluation.prompts import read_prompts
+from quartz_jax.evaluation.prompts import read_lines, read_prompts
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_part_of_a_list_is_the_published_sample(listed):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[1", "it is no JSON"),
+        ("[1", "is no JSON"),
         ('["a"]', "it is a list"),
         ('{"a": "b"}', "entry 'a' isn't"),
         ('{"a": {"prompt": "b"}}', "entry 'a' isn't"),
@@ -106,3 +106,10 @@ def test_a_file_of_prompts_that_is_none_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "p.txt")
     with pytest.raises(ValueError, match="no regular file"):
         read_prompts(tmp_path / "p.txt", 1)
+
+
+def test_only_line_ends_end_a_prompt(tmp_path):
+    texts = ["a\u2028b", "c\x0bd", "e\x85f", "g\x1ch"]
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "x.txt").write_bytes(end.join(texts).encode())
+        assert read_lines(tmp_path / "x.txt") == texts

@@ -41,7 +41,7 @@ run = nnx.jit(Decoder.__call__)
 def folder(tmp_path_factory):
     """A random decoder's files, in float32."""
     path = tmp_path_factory.mktemp("decoder")
-    whole = DecoderConfig(**{**vars(CONFIG), "hidden_states": (-1,)})
+    whole = DecoderConfig(**{**vars(CONFIG), "hidden_states": None})
     module = random_module(lambda: Decoder(whole, rngs=TracingRngs()))
     DECODER.export(module, path, jnp.float32)
     return path

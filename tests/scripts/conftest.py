@@ -32,9 +32,7 @@ def small(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("models") / "small"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            component, "_SHARD_BYTES", dict.fromkeys(("diffusers", "transformers"), 200_000)
-        )
+        patch.setattr(component, "_SHARD_BYTES", {"diffusers": 200_000, "transformers": 100_000})
         synthetic.write_random_model(folder, FLUX, SIZES, tokenizers=FOLDER)
     return folder
 

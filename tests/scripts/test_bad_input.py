@@ -1,15 +1,18 @@
 """Bad input to the scripts: one clear line, exit code 2, nothing half-written."""
 
+import hashlib
 import json
+import os
 import shutil
 
 import make_synthetic
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from quartz_jax.cli import arguments as cli
-from quartz_jax.cli import evaluate, generate, quantize
+from quartz_jax.cli import evaluate, generate, inspect, quantize, report
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -163,7 +166,8 @@ def test_another_family_in_a_file(refused, small, tmp_path):
     save_file({"joint_blocks.0.x": np.zeros(2, np.float32)}, tmp_path / "sd3.safetensors")
     argv = ("--model", tmp_path / "sd3.safetensors", "--text-encoders", small)
     line = refused(quantize.main, *argv, "--out", tmp_path / "x")
-    assert "holds no FLUX.1 transformer: sd3.safetensors is Stable Diffusion 3" in line
+    assert "holds no FLUX.1 transformer or " in line
+    assert "transformer: sd3.safetensors is Stable Diffusion 3" in line
 
 
 def test_the_autoencoder_s_file_of_a_folder(refused, tiny, tmp_path):
@@ -173,9 +177,29 @@ def test_the_autoencoder_s_file_of_a_folder(refused, tiny, tmp_path):
 
 
 def test_a_single_file_without_text_encoders(refused, single_files, tmp_path):
-    line = refused(quantize.main, "--model", single_files, "--out", tmp_path / "x")
-    assert "holds no text_encoder, text_encoder_2, tokenizer, tokenizer_2" in line
+    line = refused(generate.main, *drawn(tmp_path, "--model", single_files))
+    assert "lacks the component folders text_encoder, text_encoder_2, tokenizer, tokeni" in line
     assert "--text-encoders" in line
+    argv = ("--model", single_files, "--recipe", "text_encoder_2=w4a16", "--out", tmp_path / "x")
+    assert "holds no text_encoder_2, which a recipe is for" in refused(quantize.main, *argv)
+    argv = ("--model", single_files, "--schedule", "folder", "--out", tmp_path / "x")
+    assert "schedule is 'folder'; name the folder" in refused(quantize.main, *argv)
+
+
+def test_text_encoders_for_a_checkpoint_that_has_them(refused, tiny, quantized, tmp_path):
+    argv = ("--model", quantized, "--text-encoders", tiny)
+    assert "leave out --text-encoders" in refused(generate.main, *drawn(tmp_path, *argv))
+
+
+def test_a_tokenizer_whose_ids_its_encoder_has_not(refused, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "broken")
+    path = folder / "tokenizer" / "tokenizer.json"
+    value = json.loads(path.read_text())
+    last = max(value["model"]["vocab"], key=value["model"]["vocab"].get)
+    value["model"]["vocab"][last] = 10**6
+    path.write_text(json.dumps(value))
+    line = refused(quantize.main, "--model", folder, "--out", tmp_path / "x", "--dry-run")
+    assert "tokenizer gives ids up to 1000000, and its encoder takes" in line
 
 
 def test_text_encoders_for_a_folder_that_has_them(refused, small, tmp_path):
@@ -267,9 +291,10 @@ def test_an_output_that_would_replace_a_part_of_its_model(refused, broken, tmp_p
     assert "which it is made from" in line
 
 
-def test_an_output_inside_what_is_carried(refused, broken):
-    argv = ("--model", broken, "--out", broken / "vae" / "x")
-    assert f"lies in {broken / 'vae'}, which it is made from" in refused(quantize.main, *argv)
+@pytest.mark.parametrize("component", ["vae", "transformer"])
+def test_an_output_inside_a_component_of_its_model(refused, broken, component):
+    argv = ("--model", broken, "--out", broken / component / "x")
+    assert f"lies in {broken / component}, which it is made" in refused(quantize.main, *argv)
 
 
 def test_another_recipe_than_the_checkpoint_s_own(refused, quantized, tmp_path):
@@ -277,9 +302,15 @@ def test_another_recipe_than_the_checkpoint_s_own(refused, quantized, tmp_path):
     assert "is quantized as 'w4a8x'; leave out --recipe" in refused(generate.main, *argv)
 
 
-def test_comparing_a_checkpoint_with_bf16(refused, quantized, tmp_path):
-    argv = ("--model", quantized, "--compare", "--prompt", "a", "--out", tmp_path / "x.png")
-    assert "--compare needs a 16-bit model" in refused(generate.main, *argv)
+def test_comparing_a_checkpoint_with_nothing_or_a_model_with_another(
+    refused, tiny, quantized, tmp_path
+):
+    argv = drawn(tmp_path, "--model", quantized, "--compare")
+    assert "name the 16-bit model to compare it with" in refused(generate.main, *argv)
+    argv = drawn(tmp_path, "--model", tiny, "--compare", quantized)
+    assert "leave out what --compare names" in refused(generate.main, *argv)
+    argv = drawn(tmp_path, "--model", quantized, "--compare", tmp_path / "absent")
+    assert "model_index.json does not exist" in refused(generate.main, *argv)
 
 
 def test_quantizing_what_is_quantized(refused, quantized, tmp_path):
@@ -370,5 +401,54 @@ def test_a_strength_outside_its_range(refused, tmp_path, photo, strength):
     assert "must be above 0 and at most 1" in refused(generate.main, *argv)
 
 
+def test_an_output_in_place_of_its_input(refused, tmp_path, tiny):
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    (tmp_path / "e.json").write_text("{}")
+    argv = drawn(tmp_path, "--model", tiny, "--init-image", tmp_path / "x.png")
+    assert "which it is made from" in refused(generate.main, *argv)
+    argv = ("--results", tmp_path / "e.json", "--out", tmp_path / "e.json")
+    assert "which it is made from" in refused(report.main, *argv)
+
+
 def test_a_strength_without_an_image(refused, tmp_path):
     assert "add --init-image" in refused(generate.main, *drawn(tmp_path, "--strength", "0.5"))
+
+
+def test_a_negative_prompt_that_nothing_looks_at(refused, tiny, tmp_path):
+    argv = drawn(tmp_path, "--model", tiny, "--negative-prompt", "blurry")
+    assert "add --true-cfg" in refused(generate.main, *argv)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and names as POSIX has them")
+@pytest.mark.parametrize("script", ["generate", "quantize", "evaluate"])
+@pytest.mark.parametrize("name", ["loop.png", "q\udce9.png"])
+def test_an_output_that_leads_nowhere(refused, tmp_path, script, name):
+    mains = {"generate": generate.main, "quantize": quantize.main, "evaluate": evaluate.main}
+    needed = {"generate": ("--prompt", "a"), "quantize": (), "evaluate": ("--prompts", __file__)}
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    line = refused(mains[script], *needed[script], "--out", tmp_path / name)
+    assert "a link to itself" in line or "isn't UTF-8" in line
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_minutes_that_are_no_time(refused, minutes):
+    assert "is no finite number above 0" in refused(evaluate.main, f"--minutes={minutes}")
+
+
+def test_a_checkpoint_of_a_component_that_there_is_none_of(refused, quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "odd")
+    value = json.loads((folder / "quartz.json").read_text())
+    value["components"]["unet"] = value["components"]["transformer"]
+    del value["sha256"]
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    value["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "quartz.json").write_text(json.dumps(value))
+    line = refused(generate.main, *drawn(tmp_path, "--model", folder))
+    assert "holds unet: components are text_encoder" in line
+
+
+def test_inspecting_a_checkpoint_that_was_changed(refused, quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "changed")
+    assert cli.run(inspect.main, [str(folder)]) == 0
+    (folder / "vae" / "config.json").write_text("{}")
+    assert "vae is corrupt or was replaced" in refused(inspect.main, folder)

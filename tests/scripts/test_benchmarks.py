@@ -228,9 +228,10 @@ def test_a_step_s_figures_are_grouped_and_recorded(tmp_path, capsys, monkeypatch
 
 
 def test_a_synthetic_model_is_written_and_replaced_only_on_request(tmp_path, capsys, monkeypatch):
-    small = dataclasses.replace(FLUX, sizes={"flux1-dev": SIZES})
-    monkeypatch.setattr(make_synthetic, "MODELS", {"flux1-dev": small})
-    argv = ["--out", str(tmp_path / "x"), "--variant", "schnell"]
+    schnell = dataclasses.replace(SIZES["transformer"], guidance_embeds=False)
+    small = dataclasses.replace(FLUX, sizes={"flux1-schnell": SIZES | {"transformer": schnell}})
+    monkeypatch.setattr(make_synthetic, "MODELS", {"flux1-schnell": small})
+    argv = ["--out", str(tmp_path / "x"), "--model", "flux1-schnell"]
     make_synthetic.main(argv)
     config = json.loads((tmp_path / "x" / "transformer" / "config.json").read_text())
     assert config["guidance_embeds"] is False

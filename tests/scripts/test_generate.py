@@ -117,6 +117,13 @@ def test_compare_puts_bf16_beside_the_recipe_under_labels(make):
     assert 0 < result["ssim"] < 1
 
 
+def test_a_checkpoint_is_compared_with_its_16_bit_model(make, tiny, quantized):
+    out, result = make("--compare", tiny, model=quantized)
+    whole, expected = make("--compare", name="whole.png")
+    assert out.read_bytes() == whole.read_bytes()
+    assert (result["psnr"], result["ssim"]) == (expected["psnr"], expected["ssim"])
+
+
 def test_bf16_compared_with_itself_is_equal(make):
     result = make("--compare", "--recipe", "bf16")[1]
     assert result["psnr"] == pytest.approx(PSNR_OF_EQUAL)
@@ -143,3 +150,54 @@ def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path
     done = run_script("generate.py", "--out", tmp_path / "image.png", "--prompt")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith("error: no prompt was given")
+
+
+def test_a_model_that_paints_in_a_mask_takes_image_and_mask(make, photo, tmp_path_factory, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    from tiny_pipeline import make_tiny_flux
+
+    model = tmp_path_factory.mktemp("fill")
+    make_tiny_flux(model, kind=diffusers.FluxFillPipeline, extra_channels=16 + 256)
+    with pytest.raises(ValueError, match="references holds 0 images; give one, the picture"):
+        make(model=model)
+    out, _ = make("--image", photo, "--mask", photo, model=model)
+    other, _ = make("--image", photo, "--mask", out, model=model, name="other.png")
+    assert out.read_bytes() != other.read_bytes()
+
+
+def test_one_file_a_prompt_holds_what_the_sheet_does(make):
+    sheet, _ = make()
+    out, result = make("--separate", name="each.png")
+    files = [out.with_name(f"each-{i}.png") for i in (1, 2)]
+    assert result["out"] == [str(file) for file in files]
+    assert not out.exists()
+    with Image.open(sheet) as image:
+        for i, file in enumerate(files):
+            with Image.open(file) as one:
+                tile = image.crop((i * 48, 0, (i + 1) * 48, 32))
+                assert one.size == (48, 32) and one.tobytes() == tile.tobytes()
+
+
+def test_one_file_a_prompt_is_compared_too(make):
+    out, _ = make("--separate", "--compare", name="each.png")
+    with Image.open(out.with_name("each-2.png")) as image:
+        assert image.size[0] == 2 * 48 and image.size[1] > 32
+
+
+def test_a_negative_prompt_changes_the_picture(make):
+    plain = make("--true-cfg", 3)[0]
+    other = make("--true-cfg", 3, "--negative-prompt", "a blurry dog", name="other.png")[0]
+    assert plain.read_bytes() != other.read_bytes()
+
+
+def test_what_an_adapter_holds_for_text_encoders_is_left_out_when_asked(make, adapter, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    key = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
+    path = tmp_path / "both.safetensors"
+    save_file(load_file(adapter) | {key: np.zeros((4, 8), np.float32)}, path)
+    with pytest.raises(ValueError, match="--lora-transformer-only"):
+        make("--lora", path)
+    alone = make("--lora", adapter)[0]
+    left_out = make("--lora", path, "--lora-transformer-only", name="left_out.png")[0]
+    assert left_out.read_bytes() == alone.read_bytes()

@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from flax import nnx
 
 import models
 from quartz_jax import QuantizedLinear, dequantize, get_recipe, pipelines, quantize_model
-from quartz_jax.cli import generate, quantize
+from quartz_jax.cli import generate, inspect, quantize
 from quartz_jax.conversion import checkpoint
 from quartz_jax.conversion.model import stored_arrays
 from quartz_jax.io.files import work_folder
@@ -102,6 +103,25 @@ def test_single_files_give_the_arrays_of_the_diffusers_folder(small, single_file
     assert opened.pipeline.scheduler == models.load_component(small / "scheduler")
 
 
+def test_a_transformer_alone_is_converted_and_sampled_from_with_the_rest_beside(
+    small, single_files, tmp_path
+):
+    (tmp_path / "file").mkdir()  # not beside its autoencoder
+    file, shas = shutil.copy(single_files / "flux1-dev.safetensors", tmp_path / "file"), {}
+    for name, more in {"alone": [], "whole": ["--text-encoders", str(small)]}.items():
+        model = tmp_path / name
+        quantize.main(["--model", str(file), *more, "--out", str(model)])
+        beside = ["--text-encoders", str(small)] if name == "alone" else []
+        picture = tmp_path / f"{name}.png"
+        argv = ["--prompt", "a", "--size", "32x32", "--steps", "1", "--out", str(picture)]
+        generate.main(["--model", str(model), *beside, *argv])
+        shas[name] = picture.read_bytes()
+    assert not (tmp_path / "alone" / "vae").exists()
+    assert shas["alone"] == shas["whole"]
+    with pytest.raises(ValueError, match=r"lacks the component folders .* \(--text-encoders\)"):
+        generate.main(["--model", str(tmp_path / "alone"), "--prompt", "a"])
+
+
 @pytest.mark.parametrize(("recipe", "bound"), [("w4a16", 1e-5), ("w8a8", 0.03)])
 def test_a_quantized_t5_is_loaded_back_and_used(small, tmp_path, recipe, bound):
     """The bound of w8a8 is that of 8-bit inputs; w4a16 has 16-bit ones and differs by rounding."""
@@ -135,7 +155,31 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small, tmp_path, capsys):
     assert ["single_blocks.2.linear2", "quartz", "g16"] in [
         x.split()[:3] for x in text.splitlines()
     ]
-    assert "vae: " in text and "total: about " in text
+    assert "vae: " in text and " bytes at most; on the disk arrays are compressed" in text
+
+
+def test_sizes_of_the_plan_the_report_and_inspect_agree(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--model", str(small), "--out", str(out)]
+    quantize.main([*argv, "--dry-run"])
+    plan = capsys.readouterr().out
+    quantize.main(argv)
+    table = capsys.readouterr().out
+    inspect.main([str(out)])
+    described = capsys.readouterr().out
+    report = checkpoint.read_manifest(out).report
+    assert f"transformer: recipe w4a8x, 29 layers, {report.bytes:,} bytes of" in plan
+    rows = {line.split()[0]: line.split() for line in plan.splitlines()}
+    for layer in report.layers:
+        assert f"{layer.bytes:,}" in rows[layer.path]
+        assert f"{layer.bytes:,}" in next(x for x in table.splitlines() if layer.path in x).split()
+    assert f"{report.bytes:,}" in table.splitlines()[-1].split()
+    assert f"{report.bytes:,} bytes in memory" in described
+    on_disk = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    assert f"total: {on_disk:,} bytes" in described
+    limit = int(plan.splitlines()[-1].split()[1].replace(",", ""))
+    assert report.bytes <= limit
+    assert on_disk <= limit
 
 
 def test_killed_at_any_moment_and_run_again_it_gives_the_same(small, tmp_path):

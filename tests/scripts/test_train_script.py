@@ -28,6 +28,15 @@ def photos(tmp_path):
         (["flow", "export"], ["--work", "WORK"], "--out is missing"),
         (["flow", "distill"], ["--work", "WORK", "--minutes", "7"], "each of flow, distill"),
         (["flow"], ["--work", "WORK", "--batch-size", "0"], "--batch-size"),
+        # of no training at all, an untrained model would be exported
+        (["flow"], ["--work", "WORK", "--minutes", "0"], "0 is no finite number above 0"),
+        (["flow"], ["--work", "WORK", "--minutes", "nan"], "nan is no finite number above 0"),
+        (["flow"], ["--work", "WORK", "--minutes=-1"], "-1 is no finite number above 0"),
+        (["flow"], ["--work", "WORK", "--stop-after", "nan"], "nan is no finite number above 0"),
+        (["flow"], ["--work", "WORK", "--caption-dropout", "1"], "1 is outside 0 to below 1"),
+        (["flow"], ["--work", "WORK", "--caption-dropout", "nan"], "nan is outside 0 to below 1"),
+        (["export", "flow"], ["--work", "WORK", "--out", "WORK"], "run flow export"),
+        (["vae", "vae"], ["--work", "WORK"], "run vae"),
         (["flux"], ["--work", "WORK"], "invalid choice: 'flux'"),
     ],
 )

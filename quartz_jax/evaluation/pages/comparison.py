@@ -104,12 +104,13 @@ def comparison_page(results: dict[str, Any], images: Path, note: str = "", links
 
 def compare(results: dict[str, Any], images: Path) -> Comparison:
     """Return what the page shows of a results file; see `comparison_page`."""
-    done = {n: e for n, e in results["recipes"].items() if e.get("summary")}
+    prompts = results["settings"]["prompts"]
+    whole = {n: e for n, e in results["recipes"].items() if e.get("summary")}
+    done = {n: e for n, e in whole.items() if len(e["scores"]["psnr"]) == len(prompts)}
     compared = {n: e for n, e in done.items() if e["summary"]["weight_bits"] < 16}
     if not compared or "bf16" not in done:
         raise ValueError("the report needs bf16 and at least one finished recipe; evaluate them")
-    metric = next(m for m in _ORDER if m in next(iter(compared.values()))["scores"])
-    prompts = results["settings"]["prompts"]
+    metric = next(m for m in _ORDER if all(m in e["scores"] for e in compared.values()))
     return Comparison(
         done=done,
         ranked=sorted(compared, key=lambda n: _badness(compared[n], metric).mean()),

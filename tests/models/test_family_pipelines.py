@@ -1,0 +1,232 @@
+"""Pipelines of families after FLUX.1 against diffusers' in float32: images from the same noise."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+import models
+from models.checkpoint_io import export_params
+from models.stored_files import CheckpointError
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+import transformers  # noqa: E402 (needed beside diffusers alone)
+from qwen_tokenizer import qwen_tokenizer  # noqa: E402
+from transformer_cases import CASES  # noqa: E402
+
+PROMPTS = ["a cat", "two red hats on a table, in the rain"]  # of two lengths when padded
+SIZES = [(24, 40), (32, 32)]  # height, width
+STATES = (1, 2, 3)  # of a text encoder of 4 layers, for FLUX.2
+_VAE = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
+_LEVELS = {
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+
+
+def qwen3(tokenizer):
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def make_klein(distilled):
+    tokenizer = qwen_tokenizer()
+    config = CASES["FLUX.2 klein"].config | {"in_channels": 24, "joint_attention_dim": 72}
+    vae = diffusers.AutoencoderKLFlux2(**_VAE, **_LEVELS, latent_channels=6)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=qwen3(tokenizer),
+        tokenizer=tokenizer,
+        transformer=diffusers.Flux2Transformer2DModel(**config),
+        is_distilled=distilled,
+    )
+
+
+def make_zimage(shift):
+    tokenizer = qwen_tokenizer()
+    config = CASES["Z-Image"].config | {"cap_feat_dim": 24}
+    vae = diffusers.AutoencoderKL(
+        **_VAE, **_LEVELS, latent_channels=4, scaling_factor=0.36, shift_factor=0.12
+    )
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=vae,
+        text_encoder=qwen3(tokenizer),
+        tokenizer=tokenizer,
+        transformer=diffusers.ZImageTransformer2DModel(**config),
+    )
+
+
+MAKE = {
+    "FLUX.2 klein": lambda: make_klein(True),
+    "FLUX.2 klein base": lambda: make_klein(False),
+    "Z-Image": lambda: make_zimage(6.0),
+    "Z-Image-Turbo": lambda: make_zimage(3.0),
+}
+
+
+_KIN = ("FLUX.2 klein", "Z-Image-Turbo")  # which differ from others in guidance and schedule
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name, tmp_path_factory):
+    """Return a folder, and diffusers' pipeline of it."""
+    torch.manual_seed(0)
+    peer, folder = MAKE[name](), tmp_path_factory.mktemp("model")
+    for component in ("transformer", "text_encoder", "vae"):
+        module = getattr(peer, component).eval()
+        for parameter in module.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    peer.save_pretrained(folder)
+    if "FLUX" in name:
+        config = folder / "text_encoder" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_states": STATES}))
+    peer.set_progress_bar_config(disable=True)
+    return folder, peer
+
+
+@pytest.fixture(scope="module")
+def ours(model):
+    return models.load_pipeline(model[0], jnp.float32)
+
+
+def both(peer, ours, size, guidance=None, **options):
+    """Return our images and diffusers' from the same noise, guided by a scale of ours or not."""
+    shape = ours.canvas(*size).shape
+    noise = np.random.default_rng(0).normal(size=(len(PROMPTS), *shape)).astype(np.float32)
+    call = {"height": size[0], "width": size[1], "num_inference_steps": 3, "output_type": "np"}
+    theirs = dict(call)
+    if isinstance(peer, diffusers.Flux2KleinPipeline):
+        theirs["text_encoder_out_layers"] = STATES
+        theirs["guidance_scale"] = guidance or 1.0
+        rows, columns = (side // ours.denoiser.multiple for side in size)
+        packed = noise.transpose(0, 2, 1).reshape(len(PROMPTS), -1, rows, columns)
+        theirs["latents"] = torch.from_numpy(packed)
+        if "references" in options:
+            theirs["image"] = list(options["references"])
+    else:
+        theirs["guidance_scale"] = (guidance or 1.0) - 1
+        theirs["latents"] = torch.from_numpy(noise)
+    expected = peer(prompt=list(PROMPTS), **theirs).images
+    scale = {} if guidance is None else {"true_cfg_scale": guidance}
+    found = ours(PROMPTS, latents=jnp.asarray(noise), progress=False, **call, **scale, **options)
+    return found, expected
+
+
+def relative_error(found, expected):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_images_are_diffusers(name, model, ours, size):
+    if name in _KIN and size != SIZES[0]:
+        pytest.skip("the other kind of the model has both sizes")
+    guided = ours.defaults.true_cfg_scale != 1
+    found, expected = both(model[1], ours, size, 3.0 if guided else None)
+    assert found.shape == (2, *size, 3)
+    assert np.std(expected) > 0.02  # pictures of something
+    assert relative_error(found, expected) <= 1e-4
+
+
+def test_guidance_in_two_calls_gives_the_same(name, ours):
+    if ours.defaults.true_cfg_scale == 1:
+        pytest.skip("takes no guidance")
+    call = {"height": 24, "width": 40, "num_inference_steps": 1, "true_cfg_scale": 3.0}
+    call |= {"progress": False, "output_type": "latent"}
+    found = [
+        models.Sampler(**{**vars(ours), "guidance_in_two_calls": apart})(PROMPTS[:1], **call)
+        for apart in (False, True)
+    ]
+    assert relative_error(*found) <= 1e-5
+
+
+def test_references_are_looked_at_as_diffusers_does(name, model, ours):
+    if name != "FLUX.2 klein base":
+        pytest.skip("looks at no image, or as the base model does")
+    random = np.random.default_rng(1)
+    shapes = ((64, 72), (70, 69))  # the other one is cut to multiples
+    images = [Image.fromarray(random.integers(0, 256, (*x, 3), np.uint8)) for x in shapes]
+    found, expected = both(model[1], ours, SIZES[0], 3.0, references=tuple(images))
+    plain, _ = both(model[1], ours, SIZES[0], 3.0)
+    assert relative_error(plain, expected) > 1e-3  # they do something
+    assert relative_error(found, expected) <= 1e-4
+
+
+def test_defaults_are_the_schedule_s(name, ours):
+    found = ours.defaults.num_inference_steps, ours.defaults.true_cfg_scale
+    assert (
+        found
+        == {
+            "FLUX.2 klein": (4, 1.0),
+            "FLUX.2 klein base": (50, 4.0),
+            "Z-Image": (50, 5.0),
+            "Z-Image-Turbo": (9, 1.0),
+        }[name]
+    )
+
+
+def test_an_image_to_start_from_comes_back_at_little_strength(ours):
+    """The autoencoder's latents, with hardly any noise, decode to what encoding them would."""
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
+    noise = jnp.zeros((1, *ours.canvas(32, 32).shape))
+    latents = ours.encode_images(pixels, noise)
+    assert latents.shape == noise.shape
+    vae = ours.vae
+    expected = np.clip(np.asarray(vae.decode(vae.encode(pixels)[0])) / 2 + 0.5, 0, 1)
+    np.testing.assert_allclose(ours.decode(latents, 32, 32), expected, atol=1e-4)
+
+
+def test_a_single_file_is_the_same_model_of_its_family(name, model, ours, tmp_path):
+    if name in _KIN:
+        pytest.skip("has the same files as its other kind")
+    component = ours.family.components["transformer"]
+    tensors = export_params(ours.transformer, component.file.rules(ours.transformer.config, ()))
+    file = tmp_path / "model.safetensors"
+    save_file({f"model.diffusion_model.{key}": x for key, x in tensors.items()}, file)
+    with pytest.warns(UserWarning, match='say schedule "base"'):
+        found = models.load_pipeline(file, jnp.float32, text_encoders=model[0])
+    assert found.family is ours.family
+    assert found.transformer.config == ours.transformer.config
+    assert found.defaults.true_cfg_scale == 1
+    based = models.find_model(file, model[0], "base")
+    assert based.defaults(based.configs()).num_inference_steps == 50
+
+
+@pytest.mark.parametrize(
+    ("component", "change", "message"),
+    [
+        ("transformer", {"in_channels": 8}, "transformer takes .* the autoencoder gives"),
+        ("transformer", {"cap_feat_dim": 8, "joint_attention_dim": 8}, "text_encoder gives"),
+    ],
+)
+def test_components_that_do_not_fit_are_refused(model, component, change, message, tmp_path):
+    for path in model[0].iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / component).unlink()
+    (tmp_path / component).mkdir()
+    config = json.loads((model[0] / component / "config.json").read_text())
+    change = {key: value for key, value in change.items() if key in config}
+    (tmp_path / component / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=message):
+        models.load_pipeline(tmp_path, jnp.float32)
