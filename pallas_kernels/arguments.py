@@ -95,3 +95,19 @@ def check_k(k: int) -> None:
     """Refuse rows without elements, which have no scale."""
     if k < 1:
         raise ValueError(f"k is {k}; rows must have at least one element")
+
+
+def check_of_images(
+    name: str,
+    vectors: Any,  # [columns], or [images, columns]: of as many rows each
+    rows: int,
+    columns: int,
+) -> None:
+    """Refuse what isn't a vector for all rows, or one for each image of whole rows."""
+    if getattr(vectors, "ndim", 1) != 2:
+        check_array(name, vectors, (columns,), jnp.floating)
+        return
+    check_array(name, vectors, ("images", columns), jnp.floating)
+    images = vectors.shape[0]
+    if images < 1 or rows % images:
+        raise ValueError(f"{name} is of {images} images; {rows} rows aren't as many for each")

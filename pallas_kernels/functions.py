@@ -30,6 +30,12 @@ class Norm:
     epsilon: float = NORM_EPSILON  # added to the variance, or to the mean of squares
     kind: str = "layer"  # "layer" takes off the mean first; "rms" doesn't (arXiv 1910.07467)
 
+    @property
+    def images(self) -> int:
+        """How many images of a batch have vectors of their own, [images, k]; else 1."""
+        vectors = (v for v in (self.scale, self.shift) if v is not None)
+        return max(v.shape[0] if v.ndim > 1 else 1 for v in vectors)
+
 
 def as_norm(
     given: Any,  # what has a norm's fields
@@ -62,11 +68,6 @@ class Part:
     def dtype(self) -> jnp.dtype:
         """That of the array."""
         return self.array.dtype
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is columns as they are, or through GELU."""
-        return self.activation != "silu" and self.times is None
 
 
 def gelu(
@@ -120,11 +121,14 @@ def modulate(
     return round_to(y if norm.shift is None else y + norm.shift.astype(jnp.float32), x.dtype)
 
 
-def plain_why_not(norm: Norm | None) -> str | None:
-    """Say why a kernel that has layer norms with a shift alone can't do a norm, or return None."""
-    if norm is None or (norm.kind == "layer" and norm.shift is not None):
-        return None
-    return "has layer norms with a shift only, not RMS norms or norms without one"
+def modulate_images(
+    x: jax.Array,  # [m, k], as many rows of each image
+    norm: Norm,  # of [k] or [images, k]
+) -> jax.Array:
+    """Return `modulate` of each image's rows with its vectors, [m, k]."""
+    images = norm.images
+    norm = jax.tree.map(lambda v: v.reshape(-1, 1, v.shape[-1]), norm)
+    return modulate(x.reshape(images, -1, x.shape[-1]), norm).reshape(x.shape)
 
 
 def round_to(

@@ -139,11 +139,17 @@ class Epilogue:
     """
 
     bias: jax.Array | None = None  # [n], any float
-    gate: jax.Array | None = None  # [n], any float: multiplies the columns
+    # [n], any float: multiplies the columns; or [images, n], each for as many rows
+    gate: jax.Array | None = None
     residual: jax.Array | None = None  # [m, n], any float
     branch: Branch | None = None
     activation: str | None = None  # "gelu": its tanh form
     out_dtype: Any = jnp.bfloat16  # floating, of 16 bits or more
+
+    @property
+    def images(self) -> int:
+        """How many images have gates of their own, 1 if all rows share one or there's none."""
+        return 1 if self.gate is None or self.gate.ndim < 2 else self.gate.shape[0]
 
 
 def int8_values(

@@ -7,7 +7,7 @@ exact in bfloat16, then the whole result within one rounding; what differs is ma
 and the exit status is 1. Times are medians over batches of calls: the device's own record of its
 kernels where the profiler gives one, else wall time. 4-bit weights are of the kind that the name
 says and lie in the order that the kernel reads ("prepared") where it has one; a branch is one of
-rank 32 in bfloat16.
+rank 32 in bfloat16. "w4a16" multiplies bfloat16 by such weights, decoded in the call.
 `of bf16` and, for 4-bit weights, `of int8` are speeds relative to XLA's bfloat16 dot on the same
 values and to the fastest plain int8 kernel, both of this run.
 """
@@ -32,6 +32,7 @@ from pallas_kernels import aot, codec, device, timing
 from pallas_kernels.dispatch import Backend, Operation
 from pallas_kernels.functions import Norm, Part
 from pallas_kernels.matmul import MATMUL, MATMUL_INT8, xla
+from pallas_kernels.matmul.dequantize import DEQUANTIZE
 from pallas_kernels.matmul.shapes import SHAPES, Shape
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
@@ -49,7 +50,7 @@ HEADS, HEAD_DIM = 24, 128
 # Share of results that may fall either way of a rounding: a norm sums in an order of its own (a few
 # units in the last place of float32), GELU may be approximate (a few more, and a row's largest
 # element moves all of the row); one such unit is 2**-16 of a bfloat16's.
-DIFFERING = {"norm": 1e-4, "gelu": 1e-3, "rotation": 1e-3}
+DIFFERING = {"norm": 1e-4, "norm, rms": 1e-4, "gelu": 1e-3, "gated silu": 1e-3, "rotation": 1e-3}
 # Of a block that is rotated then, every element may fall either way.
 DIFFERING |= {f"{name}, Hadamard": 16 * share for name, share in DIFFERING.items()}
 # Kinds of 4-bit weights, by name
@@ -105,6 +106,7 @@ class Case:
     # (key, x, w, arrange, compiled function) to whether its results are right
     check: Callable[..., bool] | None = None
     weight_bytes: float  # of an element of w
+    bfloat16: bool = False  # what the matrix units multiply, else int8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += run_matmuls(name, SHAPES[name], options, copy_rate, pool)
         if not options.matmuls_only:
             for m, k in QUANTIZE_SHAPES:
-                rows += run_quantize(m, k, options, copy_rate)
+                rows += run_quantize(m * options.batch, k, options, copy_rate)
             for tokens, columns in QK_SHAPES:
                 rows += run_qk_norm_rope(tokens, columns, options, copy_rate)
     if options.out:
@@ -147,6 +149,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     add("--out", type=Path, help="JSON file for the results")
+    add("--batch", type=cli.positive, default=1, help="images, of which each has its own norm")
     add("--batches", type=cli.positive, default=5, help="batches whose median counts")
     add("--only", nargs="+", default=[""], help="only backends whose name contains one of these")
     only = parser.add_mutually_exclusive_group()
@@ -190,22 +193,21 @@ def run_matmuls(name: str, shape: Shape, options, copy_rate: float, pool) -> lis
     ]
     rows = []
     for case, arguments, future in zip(cases, sets, compiled, strict=True):
-        bfloat16 = case.weight_bytes == 2
-        moved = m * k * (2 if bfloat16 else 1) + n * k * case.weight_bytes + 2.0 * m * n
+        moved = m * k * (2 if case.bfloat16 else 1) + n * k * case.weight_bytes + 2.0 * m * n
         row = Row(work=name, backend=case.name, operations=2.0 * m * n * k, bytes_moved=moved)
         rows.append(row)
         with report_failure(row):
             function = future.result()
             if case.check:
                 row.exact = case.check(key, *operands[0], case.arrange, function)
-            rate = peak.get("bfloat16" if bfloat16 else "int8", float("inf"))
+            rate = peak.get("bfloat16" if case.bfloat16 else "int8", float("inf"))
             floor = max(moved / copy_rate, row.operations / rate)
             time_row(row, function, arguments, options.batches, floor)
         base = {r.backend: r.ms for r in rows if r.ms}
         plain = [ms for name, ms in base.items() if name.startswith("int8")]
         if row.ms and "bfloat16 xla" in base:
             row.of_bf16 = base["bfloat16 xla"] / row.ms
-        if row.ms and plain and case.weight_bytes < 1:
+        if row.ms and plain and case.weight_bytes < 1 and not case.bfloat16:
             row.of_int8 = min(plain) / row.ms
         show(row)
     return rows
@@ -214,7 +216,8 @@ def run_matmuls(name: str, shape: Shape, options, copy_rate: float, pool) -> lis
 def matmul_cases(shape: Shape) -> Iterator[Case]:
     """Yield what can run a shape here."""
     x, w = aot.abstract_rows(shape.m, shape.k), aot.abstract_rows(shape.n, shape.k)
-    yield Case(name="bfloat16 xla", function=bf16_dot, arrange=to_bfloat16, weight_bytes=2.0)
+    in_16_bits = {"arrange": to_bfloat16, "weight_bytes": 2.0, "bfloat16": True}
+    yield Case(name="bfloat16 xla", function=bf16_dot, **in_16_bits)
     for backend in able(MATMUL_INT8, x, w, Epilogue()):
         rest = {"check": check_exact, "weight_bytes": 1.0}
         name, run = f"int8 {backend.name}", call(backend.run)
@@ -224,6 +227,35 @@ def matmul_cases(shape: Shape) -> Iterator[Case]:
             yield Case(name=f"{name} prepared", function=run, arrange=arrange, **rest)
     for label, kind in FORMATS.items():
         yield from packed_cases(label, kind, x, w)
+    yield from dequantized_cases(FORMATS[BRANCH], w)
+
+
+def dequantized_cases(kind: dict, w: Int8Rows) -> Iterator[Case]:
+    """Yield what can multiply bfloat16 by weights in 4 bits, which are decoded to bfloat16."""
+    rest = {"weight_bytes": 0.5 + 0.5 / kind["group_size"], "bfloat16": True}
+    for backend in able(DEQUANTIZE, aot.abstract_packed(*w.shape, **kind), jnp.bfloat16):
+        yield Case(
+            name=f"w4a16 {backend.name}",
+            function=functools.partial(dequantized_dot, backend),
+            arrange=lambda x, w: (x.values.astype(jnp.bfloat16), encode(w, **kind)),
+            check=functools.partial(check_weights, backend, kind=kind),
+            **rest,
+        )
+
+
+def dequantized_dot(backend: Backend, x: jax.Array, w: PackedRows) -> jax.Array:
+    """Decode the weights and multiply."""
+    return bf16_dot(x, backend.run(w, jnp.bfloat16))
+
+
+def check_weights(
+    backend: Backend, key: jax.Array, x: Int8Rows, w: Int8Rows, *arguments, kind: dict
+) -> bool:
+    """Compare decoded weights with XLA's, with ==."""
+    packed = encode(w, **kind)
+    backends = backend, DEQUANTIZE.backend("xla")
+    found, right = (jax.jit(lambda w, run=b.run: run(w, jnp.bfloat16))(packed) for b in backends)
+    return bool(jnp.all(found == right))
 
 
 def packed_cases(label: str, kind: dict, x: Int8Rows, w: Int8Rows) -> Iterator[Case]:
@@ -387,14 +419,15 @@ def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
     *keys, vectors = jax.random.split(jax.random.key(options.seed), 5)
     sets = [(jax.random.normal(key, (m, k), jnp.bfloat16),) for key in keys]
     rows = []
-    for name, change in quantize_forms(k, vectors).items():
+    for name, change in quantize_forms(k, vectors, options.batch).items():
         settings = {"bits": 4, "group_size": 16, "step": "power", "rounding": "nearest"}
         settings |= {"range": "absmax"} | change
-        part = {"start": 0, "size": k, "activation": settings.pop("activation", None)}
+        part = {"start": 0, "size": k} | settings.pop("part", {})
         wanted = jax.jit(quantize_part(quantize_reference.quantize, part, settings))(*sets[0])
         for backend in backends:
             row = Row(work=f"quantize {m}x{k} {name}", backend=backend.name)
-            row.bytes_moved = m * k * (2.53125 if settings.get("packed") else 3.0)
+            written = 0.53125 if settings.get("packed") else 1
+            row.bytes_moved = m * (2.0 * k + written * part["size"])
             rows.append(row)
             function = jax.jit(quantize_part(backend.run, part, settings))
             right = functools.partial(same_integers, wanted, name)
@@ -402,9 +435,11 @@ def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
     return rows
 
 
-def quantize_forms(k: int, key: jax.Array) -> dict[str, dict]:
+def quantize_forms(k: int, key: jax.Array, images: int = 1) -> dict[str, dict]:
     """Return what is asked of a pass over rows of k elements, by name."""
-    shift, scale, multiplier = (jax.random.normal(key, (k,)) for key in jax.random.split(key, 3))
+    keys = jax.random.split(key, 3)
+    shift, scale = (jax.random.normal(key, (images, k)) for key in keys[:2])
+    multiplier = jax.random.normal(keys[2], (k,))
     forms = {
         "absmax": {},
         "minmax": {"range": "minmax"},
@@ -418,8 +453,11 @@ def quantize_forms(k: int, key: jax.Array) -> dict[str, dict]:
     before = {
         "": {},
         "norm": {"norm": Norm(shift=shift.astype(jnp.bfloat16), scale=1 + scale)},
-        "gelu": {"activation": "gelu"},
+        "norm, rms": {"norm": Norm(scale=1 + scale, kind="rms")},
+        "gelu": {"part": {"activation": "gelu"}},
     }
+    if k % 256 == 0:  # of whole blocks of every rotation
+        before["gated silu"] = {"part": {"activation": "silu", "size": k // 2, "times": k // 2}}
     after = {"": {}} | {f"Hadamard {n}": {"rotation": n} for n in SIZES if k % n == 0}
     for bits, (first, a), (last, b) in itertools.product((4, 8), before.items(), after.items()):
         if bits == 4 and b.get("rotation", 16) != 16:

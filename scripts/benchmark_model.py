@@ -4,7 +4,8 @@
 
 Weights are random (normal, deviation 1 / sqrt(inputs)) and made on the device; speed doesn't depend
 on them. Each recipe is quantized from the same weights. `queued` is the time a step when steps are
-enqueued without waiting, which is how the sampler runs; `kernels` is the device's own record; the
+enqueued without waiting, which is how the sampler runs; `kernels` is the device's own record, and
+`gaps` is what the first has beyond it, when no kernel runs. A step is of `--batch` images; the
 peak of memory is what the compiler plans for a step, weights included.
 """
 
@@ -44,10 +45,12 @@ MODELS = {name: family for family in FAMILIES for name in family.sizes}
 GROUPS = {
     "sdpa": "attention",
     "fmha": "attention",
+    "attention": "attention",
     "mosaic_gpu": "matmuls",
     "matmul_int8": "matmuls",
     "few_rows": "modulation matmuls",
     "decode": "decoding",
+    "dequantize": "decoding",
     "qk_norm_rope": "norms and rotations of q and k",
     "quantize": "quantize passes",
     "nvjet": "matmuls",
@@ -66,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     weights_key, inputs_key = jax.random.split(jax.random.key(args.seed))
     family = MODELS[args.model]
     model = random_model(family, family.sizes[args.model][family.main], weights_key)
-    step = Step.of(family, args.model, model, inputs_key, (height, width), args.text_tokens)
+    step = Step.of(
+        family, args.model, model, inputs_key, (height, width), args.text_tokens, args.batch
+    )
     results = {}
     if args.together:
         subjects = {name: in_recipe(model, name, args.expand, weights_key) for name in args.recipes}
@@ -85,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         show(name, results[name], results.get("bf16"))
     if args.out:
         record = {"environment": provenance.environment(), "seed": args.seed}
-        record |= {"model": args.model, "results": results}
+        record |= {"model": args.model, "batch": args.batch, "results": results}
         provenance.write_results(args.out, record)
 
 
@@ -115,6 +120,8 @@ def random_array(key: jax.Array, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax
     if leaf.dtype == jnp.uint8:
         first, second = random_nibbles(key, leaf.shape, name)
         return first | (second << 4)
+    if leaf.dtype == jnp.bool_:
+        return jnp.zeros(leaf.shape, leaf.dtype)
     if leaf.dtype == jnp.int8:
         return jax.random.randint(key, leaf.shape, -127, 128, jnp.int8)
     if name == "scale":
@@ -155,7 +162,7 @@ def random_normal(key: jax.Array, shape: tuple[int, ...], deviation: float) -> j
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """A denoising step of one image, and what it is called with."""
+    """A denoising step of one or more images, and what it is called with."""
 
     static: tuple  # the family's denoiser, and the scheduler
     arguments: tuple  # arrays, as `denoising_step` takes them
@@ -169,6 +176,7 @@ class Step:
         key: jax.Array,
         size: tuple[int, int],  # height, width
         text_tokens: int,
+        batch: int = 1,  # images
     ) -> "Step":
         """Return the first step of a published model in its family's first schedule."""
         denoiser = family.denoiser(Configs(family.sizes[name]))
@@ -177,10 +185,10 @@ class Step:
         canvas, keys = denoiser.canvas(*size), jax.random.split(key)
         texts = {
             x: jax.random.normal(keys[0], shape.shape, jnp.bfloat16)
-            for x, shape in denoiser.shapes(1, text_tokens).items()
+            for x, shape in denoiser.shapes(batch, text_tokens).items()
         }
         conditions = denoiser.prepare(model, texts, canvas)
-        latents = jax.random.normal(keys[1], (1, *canvas.shape))
+        latents = jax.random.normal(keys[1], (batch, *canvas.shape))
         level = denoiser.levels(scheduler, 4, canvas, 1.0)[0]
         guidance = np.float32(3.5) if denoiser.guided else None
         memory = scheduler.memory(latents)
@@ -211,11 +219,13 @@ def measure(model: nnx.Module, subject: Step, steps: int) -> dict:
     for name, seconds in kernels.items():
         group = next((g for part, g in GROUPS.items() if part in name.lower()), "the rest")
         groups[group] = groups.get(group, 0) + 1e3 * seconds
+    times = statistics.median(queued(step, inputs, steps) for _ in range(5))
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
         "first_call_s": first,
-        "queued_ms": statistics.median(queued(step, inputs, steps) for _ in range(5)),
+        "queued_ms": times,
         "kernels_ms": 1e3 * sum(kernels.values()),
+        "gaps_ms": times - 1e3 * sum(kernels.values()) if kernels else None,
         "groups_ms": groups,
         "largest_kernels_ms": {name: 1e3 * t for name, t in list(kernels.items())[:40]},
         "peak_bytes": held + memory.temp_size_in_bytes,
@@ -238,6 +248,8 @@ def show(name: str, result: dict, base: dict | None) -> None:
     if result["first_call_s"]:
         line += f", first call {result['first_call_s']:6.1f} s"
     line += f", kernels {result['kernels_ms']:7.2f} ms"
+    if result["gaps_ms"] is not None:
+        line += f", gaps {result['gaps_ms']:5.2f} ms"
     line += f", weights {result['weight_bytes'] / 2**30:6.2f} GiB"
     line += f", peak {result['peak_bytes'] / 2**30:6.2f} GiB"
     if base:
@@ -255,6 +267,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", choices=MODELS, default="flux1-dev", help="whose sizes to take")
     add("--recipes", nargs="+", metavar="RECIPE", default=["bf16", "w8a8", "w4a8x", "w4a4"])
     add("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels, multiples of 16")
+    add("--batch", type=cli.positive, default=1, help="images of a step")
     add("--text-tokens", type=cli.positive, default=512)
     add("--steps", type=cli.positive, default=5, help="steps that are enqueued together")
     add("--expand", action="store_true", help="4-bit weights decoded to int8 beforehand")

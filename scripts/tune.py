@@ -172,7 +172,8 @@ def _triton_configs(m: int) -> Iterator[triton.Config]:
 
 def _few_rows_configs(m: int) -> Iterator[triton_few_rows.Config]:
     for n, words, warps in itertools.product((1, 2, 4, 8), (32, 64, 128), (1, 2, 4, 8)):
-        yield triton_few_rows.Config(tile_n=n, words=words, warps=warps)
+        for passes in (1, 2, 4) if words == 128 and n > 1 else (1,):
+            yield triton_few_rows.Config(tile_n=n, passes=passes, words=words, warps=warps)
 
 
 def _int8(x: Int8Rows, w: Int8Rows) -> tuple:

@@ -101,7 +101,9 @@ def attention_int8_fp8(
     # covers whole.
     rows = heads.tokens + -heads.tokens % 8 if heads.tokens > TILE else tq
     kernel = plgpu.kernel(
-        functools.partial(_kernel, config=config, octaves=scale * LOG2_E),
+        compat.named(
+            functools.partial(_kernel, config=config, octaves=scale * LOG2_E), "attention"
+        ),
         out_type=jax.ShapeDtypeStruct((batch, rows, count * d), jnp.bfloat16),
         grid=(processors,),
         grid_names=("sm",),

@@ -11,6 +11,7 @@ from pallas_kernels.arguments import (
     check_array,
     check_choices,
     check_k,
+    check_of_images,
     check_stretched_steps,
 )
 from pallas_kernels.dispatch import Backend, Implementation, Operation
@@ -312,7 +313,9 @@ def check_epilogue(epilogue: Any, m: int, n: int) -> None:
     """Refuse what doesn't fit a result of [m, n]."""
     if not isinstance(epilogue, Epilogue):
         raise ValueError(f"epilogue is a {type(epilogue).__name__}; it must be an Epilogue")
-    shapes = {"bias": (n,), "gate": (n,), "residual": (m, n)}
+    if epilogue.gate is not None:
+        check_of_images("gate", epilogue.gate, m, n)
+    shapes = {"bias": (n,), "residual": (m, n)}
     for name, shape in shapes.items():
         array = getattr(epilogue, name)
         if array is not None:

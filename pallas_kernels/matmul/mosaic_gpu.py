@@ -34,7 +34,7 @@ from jax.extend.mlir.dialects import arith, vector
 
 from pallas_kernels import codec, compat, device
 from pallas_kernels.functions import gelu
-from pallas_kernels.matmul import tuned
+from pallas_kernels.matmul import images, tuned
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows, int8_values
 
 TILE_K = 128  # bytes of k in a tile: the widest swizzle of shared memory
@@ -226,6 +226,8 @@ def matmul_prepared(
     config = config or choose_config(m, n, decode=decode, rank=rank, sms=sms)
     most = most_stages(config.tokens, decode=decode, rank=rank)
     config = dataclasses.replace(config, stages=min(config.stages, most))
+    slots, part = _slots(config.tokens, epilogue.residual is not None)
+    x, epilogue, crop = images.apart(x, epilogue, part)
     # Copies clip at the end of an array, but it must hold whole rows of the swizzle.
     row_unit = config.tokens if interpret else 8
     values = _pad(x.values, row_unit, TILE_K)
@@ -250,15 +252,17 @@ def matmul_prepared(
         for name, array in given.items()
         if array is not None
     }
-    slots, part = _slots(config.tokens, residual is not None)
+    body = functools.partial(
+        _kernel,
+        config=config,
+        rows=x.shape[0] // epilogue.images,
+        images=epilogue.images,
+        levels=w.levels,
+        activation=epilogue.activation,
+        interpret=interpret,
+    )
     kernel = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            config=config,
-            levels=w.levels,
-            activation=epilogue.activation,
-            interpret=interpret,
-        ),
+        compat.named(body, "matmul"),
         out_type=jax.ShapeDtypeStruct((values.shape[0], columns), epilogue.out_dtype),
         grid=(sms,),
         grid_names=("sm",),
@@ -270,7 +274,8 @@ def matmul_prepared(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=compat.gpu_interpret_params() if interpret else False,
     )
-    return kernel(values, w.tiles, vectors, residual, branch)[:m, :n]
+    y = kernel(values, w.tiles, vectors, residual, branch)
+    return crop(y)[:, :n]
 
 
 def _slots(tokens: int, residual: bool) -> tuple[int, int]:
@@ -284,9 +289,13 @@ def _slots(tokens: int, residual: bool) -> tuple[int, int]:
 
 
 def _flat(x: jax.Array, multiple: int) -> jax.Array:
-    """Return float32, or int32 as it is, [n padded with zeros] of an [n] or [n, 1] array."""
+    """Return float32, or int32 as it is, flat: an [n] or [n, 1] array, or rows [images, n].
+
+    Each n is padded with zeros.
+    """
     wide = x if x.dtype == jnp.int32 else x.astype(jnp.float32)
-    return codec.pad(wide.reshape(-1), multiple)
+    rows = wide.reshape(1, -1) if x.ndim == 1 or x.shape[1] == 1 else wide
+    return codec.pad(rows, multiple).reshape(-1)
 
 
 def _multiprocessors() -> int:
@@ -348,6 +357,8 @@ def _kernel(
     out,  # [m, n padded]
     *,
     config: Config,
+    rows: int,  # of an image, whole parts if there are several
+    images: int,  # whose gates follow each other
     levels: str,
     activation: str | None,
     interpret: bool,
@@ -486,9 +497,10 @@ def _kernel(
     def write(acc, row, token):
         """Scale, round and write a tile of [ROWS, tokens] sums, transposed."""
 
-        def load_rows(name):
+        def load_rows(name, image=0):
             layout = plgpu.Layout.WGMMA.reduce(1)
-            ref = vectors[name].at[pl.ds(row, ROWS)]
+            first = row + image * vectors["w_scale"].shape[0]
+            ref = vectors[name].at[pl.ds(first, ROWS)]
             return compat.gpu_load(ref, layout=layout, optimized=False)
 
         def load_tokens(name, start):
@@ -502,7 +514,10 @@ def _kernel(
         def along(v):
             return lax.broadcast_in_dim(v, (ROWS, part), [1])
 
-        of_row = {name: load_rows(name) for name in vectors if not name.startswith("x_")}
+        once = vectors.keys() - (
+            ("x_scale", "x_lo") if images == 1 else ("x_scale", "x_lo", "gate")
+        )
+        of_row = {name: load_rows(name) for name in sorted(once)}
         scale = of_row["w_scale"]
         if branch is not None:
             plgpu.barrier_wait(branch_filled)
@@ -524,7 +539,11 @@ def _kernel(
             if activation == "gelu":
                 y = gelu(y)
             if "gate" in vectors:
-                y = y * down(of_row["gate"])
+                gate = of_row.get("gate")
+                if gate is None:
+                    # Past the last row of all, results are dropped.
+                    gate = load_rows("gate", jnp.minimum(start // rows, images - 1))
+                y = y * down(gate)
             slot = out_tiles.at[warpgroup, i % slots]
             if residual is not None:
                 plgpu.barrier_wait(added.at[warpgroup * slots + i % slots])

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import codec, device
-from pallas_kernels.matmul import reference
+from pallas_kernels.matmul import images, reference
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows, int8_values
 
 _LOW_NIBBLES = 0x0F0F0F0F
@@ -174,7 +174,9 @@ def matmul_prepared(
     operand = jnp.dtype(operand or _best_operand(device.current(), weights.step, x.value_bits))
     _check(x, weights, operand)
     m, n = x.shape[0], weights.n
-    tiles = tile_m, tile_k, tile_n = tile_sizes(m, n, weights.k, weights.group_size)
+    rows = m // epilogue.images
+    tiles = tile_m, tile_k, tile_n = tile_sizes(rows, n, weights.k, weights.group_size)
+    x, epilogue, crop = images.apart(x, epilogue, tile_m)
     values, offset = _as_operand(x.values, x.lo is not None, operand)
     values = _pad(values, tile_m, tile_k)
     k_tiles, m_tiles = values.shape[1] // tile_k, values.shape[0] // tile_m
@@ -194,23 +196,29 @@ def matmul_prepared(
     if x.lo is not None:
         scales |= {"x_lo": _pad(x.lo, tile_m, 1), "column": weights.column}
     y = _call(values, weights, scales, _pad_epilogue(epilogue, tiles), plan, tiles, operand)
-    return y[:m, :n]
+    return crop(y)[:, :n]
 
 
 def _pad_epilogue(epilogue: Epilogue, tiles: tuple[int, int, int]) -> Epilogue:
-    """Return an epilogue of float32 columns [1, n], its arrays padded to whole tiles."""
+    """Return an epilogue of float32 columns, its arrays padded to whole tiles.
+
+    Columns are [1, n], a gate of several images [images, 1, n].
+    """
     tile_m, _, tile_n = tiles
 
     def column(array):
         return None if array is None else _pad(array.astype(jnp.float32)[None], 1, tile_n)
 
-    branch, residual = epilogue.branch, epilogue.residual
+    branch, residual, gate = epilogue.branch, epilogue.residual, epilogue.gate
+    if gate is not None:
+        gate = _pad(gate.astype(jnp.float32).reshape(epilogue.images, -1), 1, tile_n)
+        gate = gate if epilogue.images == 1 else gate[:, None]
     if branch is not None:
         branch = Branch(input=_pad(branch.input, tile_m, 128), up=_pad(branch.up, tile_n, 128))
     return dataclasses.replace(
         epilogue,
         bias=column(epilogue.bias),
-        gate=column(epilogue.gate),
+        gate=gate,
         residual=None if residual is None else _pad(residual, tile_m, tile_n),
         branch=branch,
     )
@@ -244,7 +252,9 @@ def _call(x, weights, scales, epilogue, plan, tiles, operand) -> jax.Array:
     column = block((1, tile_n), lambda n, m, k: (0, n))
     tile = block((tile_m, tile_n), lambda n, m, k: (m, n))
     rank = 0 if epilogue.branch is None else epilogue.branch.up.shape[1]
-    specs = {"bias": column, "gate": column, "residual": tile}
+    of_image = x.shape[0] // epilogue.images  # whole tiles if there are several images
+    gate = block((None, 1, tile_n), lambda n, m, k: (m * tile_m // of_image, 0, n))
+    specs = {"bias": column, "gate": column if epilogue.images == 1 else gate, "residual": tile}
     specs["branch"] = Branch(
         input=block((tile_m, rank), lambda n, m, k: (m, 0)),
         up=block((tile_n, rank), lambda n, m, k: (n, 0)),

@@ -55,7 +55,7 @@ def scale_sums(
 
 def finish(
     y: jax.Array,  # [m, n], float32
-    epilogue: Epilogue,  # its columns [n] or [1, n]
+    epilogue: Epilogue,  # its columns [n] or [1, n], and its gate of as many images as divide m
 ) -> jax.Array:
     """Return residual + gate * activation(y + branch + bias), in float32, then cast."""
     if epilogue.branch is not None:
@@ -65,7 +65,10 @@ def finish(
     if epilogue.activation == "gelu":
         y = gelu(y)
     if epilogue.gate is not None:
-        y = epilogue.gate.astype(jnp.float32) * y
+        gate = epilogue.gate.astype(jnp.float32)
+        if epilogue.images > 1:
+            gate = jnp.repeat(gate, y.shape[0] // epilogue.images, axis=0)
+        y = gate * y
     if epilogue.residual is not None:
         y = epilogue.residual.astype(jnp.float32) + y
     return y.astype(epilogue.out_dtype)

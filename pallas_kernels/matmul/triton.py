@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
-from pallas_kernels.matmul import reference, tuned
+from pallas_kernels.matmul import images, reference, tuned
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
 
 BAND = 8  # tiles of x that meet the same tiles of w before the next ones do
@@ -70,6 +70,8 @@ def _call(
     (m, k), n = x.shape, w.shape[0]
     config = config or Config(**tuned.lookup("triton_int8", m, n, k) or {})
     tile = config.tile_m, config.tile_n
+    x, epilogue, crop = images.apart(x, epilogue, config.tile_m)
+    rows = x.shape[0] // epilogue.images
     sums = None if x.lo is None else jnp.sum(w.values, axis=1, dtype=jnp.int32)
     scales = pad_scales(x, w.scale, sums, *tile)
     epilogue = pad_epilogue(epilogue, *tile)
@@ -90,14 +92,14 @@ def _call(
             pl.BlockSpec((config.tile_m, width), lambda i: (walk(i)[0], 0)),
             pl.BlockSpec((config.tile_n, width), lambda i: (walk(i)[1], 0)),
             scale_specs(scales, *tile, walk),
-            epilogue_specs(epilogue, *tile, walk),
+            epilogue_specs(epilogue, *tile, walk, rows),
         ],
         out_specs=pl.BlockSpec(tile, walk),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="matmul_int8",
     )(*values, scales, epilogue)
-    return y[:m, :n]
+    return crop(y)[:, :n]
 
 
 def decoding(
@@ -165,6 +167,53 @@ def decode(
     return lax.bitcast_convert_type(pairs, jnp.int8).reshape(codes.shape[0], -1)[:rows]
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
+def dequantize(
+    w: PackedRows,  # [n, k]
+    dtype: Any,  # of 16 bits
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Return decoded weights times their scale, [n, k]; see `dequantize.dequantize`."""
+    n, group_size = w.shape[0], w.group_size
+    codes, shifts = pad(w.codes, DECODE_ROWS, group_size), pad(w.shifts, DECODE_ROWS, 1)
+    scale = codec.pad(w.scale[:, 0], DECODE_ROWS)
+    blocks = shifts.shape[1]
+    part = min(max(DECODE_BYTES // group_size, 1), blocks & -blocks)
+    codes = codes.reshape(codes.shape[0], blocks, group_size)
+    spec = pl.BlockSpec((DECODE_ROWS, part, group_size), lambda i, j: (i, j, 0))
+    pairs = pl.pallas_call(
+        functools.partial(
+            _dequantize_kernel, step=w.step, levels=w.levels, dtype=dtype, interpret=interpret
+        ),
+        out_shape=jax.ShapeDtypeStruct(codes.shape, jnp.int32),
+        grid=(codes.shape[0] // DECODE_ROWS, blocks // part),
+        in_specs=[
+            spec,
+            pl.BlockSpec((DECODE_ROWS, part), lambda i, j: (i, j)),
+            pl.BlockSpec((DECODE_ROWS,), lambda i, j: (i,)),
+        ],
+        out_specs=spec,
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="dequantize",
+    )(codes, shifts, scale)
+    return lax.bitcast_convert_type(pairs, dtype).reshape(codes.shape[0], -1)[:n, : w.k]
+
+
+def dequantize_why_not(target: device.Device, w: Int8Rows | PackedRows, dtype: Any) -> str | None:
+    """Say why the device can't run `dequantize` with these arguments, or return None."""
+    if reason := device.triton_why_not(target):
+        return reason
+    if not isinstance(w, PackedRows):
+        return "decodes 4-bit weights, not int8"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"writes bfloat16 and float16, not {jnp.dtype(dtype)}"
+    if w.size > device.TRITON_MAX_BYTES:
+        return f"takes up to 2**31 - 1 elements, not {w.shape}"
+    return "needs at least one element" if 0 in w.shape else None
+
+
 def why_not(target: device.Device, x: Int8Rows, w: Any, epilogue: Epilogue) -> str | None:
     """Say why the device can't run these kernels with these arguments, or return None."""
     if reason := device.triton_why_not(target):
@@ -202,14 +251,16 @@ def pad_epilogue(epilogue: Epilogue, tile_m: int, tile_n: int) -> Epilogue:
     def column(array):
         return None if array is None else codec.pad(array.astype(jnp.float32), tile_n)
 
-    branch, residual = epilogue.branch, epilogue.residual
+    branch, residual, gate = epilogue.branch, epilogue.residual, epilogue.gate
+    if epilogue.images == 1 and gate is not None:
+        gate = gate.reshape(-1)
     if branch is not None:
         rank = max(16, pl.next_power_of_2(branch.up.shape[1]))  # what Triton multiplies
         branch = Branch(input=pad(branch.input, tile_m, rank), up=pad(branch.up, tile_n, rank))
     return dataclasses.replace(
         epilogue,
         bias=column(epilogue.bias),
-        gate=column(epilogue.gate),
+        gate=column(gate),
         residual=None if residual is None else pad(residual, tile_m, tile_n),
         branch=branch,
     )
@@ -224,11 +275,22 @@ def scale_specs(
     return {name: row if name in _OF_X else column for name in scales}
 
 
-def epilogue_specs(epilogue: Epilogue, tile_m: int, tile_n: int, walk: Callable) -> Epilogue:
+def epilogue_specs(
+    epilogue: Epilogue,
+    tile_m: int,
+    tile_n: int,
+    walk: Callable,
+    rows: int,  # of an image, whole tiles if there are several
+) -> Epilogue:
     """Return the blocks of `pad_epilogue`'s arrays, in an epilogue."""
     block: Any = pl.BlockSpec  # stands where an array will
     column = block((tile_n,), lambda i: (walk(i)[1],))
-    specs = {"bias": column, "gate": column, "residual": block((tile_m, tile_n), walk)}
+
+    def of_image(i):
+        return walk(i)[0] * tile_m // rows, walk(i)[1]
+
+    gate = column if epilogue.images == 1 else block((None, tile_n), of_image)
+    specs = {"bias": column, "gate": gate, "residual": block((tile_m, tile_n), walk)}
     if epilogue.branch is not None:
         rank = epilogue.branch.up.shape[1]
         specs["branch"] = Branch(
@@ -290,11 +352,8 @@ def _decode_kernel(
     levels: str,
     interpret: bool,
 ):
-    codes, shifts = codes_ref[...], shifts_ref[...].astype(jnp.int32)
-    both = [step_of(s, step).astype(jnp.uint8)[..., None] for s in (shifts & 15, shifts >> 4)]
-    second = lax.broadcasted_iota(jnp.int32, codes.shape, 2) >= codes.shape[2] // 2
-    first, last = (jnp.broadcast_to(s, codes.shape) for s in both)
-    steps = jnp.where(second, last, first)
+    codes = codes_ref[...]
+    steps = _steps_of(shifts_ref[...], codes.shape, step, jnp.uint8)
     if interpret:
         pairs = decoding_jnp(codes, steps.astype(jnp.int32), 0, 2, levels)
         out_ref[...] = pairs.astype(jnp.int16)
@@ -306,6 +365,74 @@ def _decode_kernel(
         pack=4,
         result_shape_dtypes=(jax.ShapeDtypeStruct(codes.shape, jnp.int16),),
     )[0]
+
+
+def _steps_of(shifts: jax.Array, shape: tuple[int, ...], step: str, dtype) -> jax.Array:
+    """Return the step of each byte of codes, [rows, blocks, group_size], of two groups a block."""
+    wide = shifts.astype(jnp.int32)
+    both = [step_of(s, step).astype(dtype)[..., None] for s in (wide & 15, wide >> 4)]
+    second = lax.broadcasted_iota(jnp.int32, shape, 2) >= shape[2] // 2
+    first, last = (jnp.broadcast_to(s, shape) for s in both)
+    return jnp.where(second, last, first)
+
+
+def _dequantize_kernel(
+    codes_ref,  # [rows, blocks, group_size], uint8
+    shifts_ref,  # [rows, blocks], uint8: of two groups each
+    scale_ref,  # [rows], float32
+    out_ref,  # [rows, blocks, group_size], int32: two 16-bit floats each
+    *,
+    step: str,
+    levels: str,
+    dtype: Any,
+    interpret: bool,
+):
+    codes = codes_ref[...]
+    steps = _steps_of(shifts_ref[...], codes.shape, step, jnp.float32)
+    scale = jnp.broadcast_to(scale_ref[...][:, None, None], codes.shape)
+    if interpret:
+        nibbles = jnp.stack([codes & 15, codes >> 4], axis=-1).astype(jnp.int32)
+        level = codec.level_of((nibbles ^ 8) - 8, levels).astype(jnp.float32)
+        pairs = (level * steps[..., None] * scale[..., None]).astype(dtype)
+        out_ref[...] = lax.bitcast_convert_type(pairs, jnp.int32)
+        return
+    out_ref[...] = plgpu.elementwise_inline_asm(
+        dequantizing(levels, dtype),
+        args=[codes, steps, scale],
+        constraints="=r,=r,=r,=r,r,f,f,f,f,f,f,f,f",
+        pack=4,
+        result_shape_dtypes=(jax.ShapeDtypeStruct(codes.shape, jnp.int32),),
+    )[0]
+
+
+def dequantizing(levels: str, dtype: Any) -> str:
+    """Return assembly from eight codes ($4), their step ($5) and scale ($9) to words of two floats.
+
+    Levels plus 128, bytes, are found as in `decoding`; below the bits of 2**23 they are floats.
+    Level times step is exact, times the scale it is rounded to float32 and then to the dtype.
+    """
+    positive, negative = (", ".join(map(hex, table)) for table in TABLES[levels])
+    convert = "cvt.rn.bf16x2.f32" if dtype == jnp.bfloat16 else "cvt.rn.f16x2.f32"
+    lines = ["xor.b32 f, $4, 0x88888888;"]
+    for half in range(2):
+        lines.append(
+            f"shr.u32 a{half}, $4, {16 * half}; shr.u32 b, f, {16 * half}; "
+            f"prmt.b32 a{half}, {positive}, a{half}; prmt.b32 b, {negative}, b; "
+            f"sub.u32 a{half}, a{half}, b; add.u32 a{half}, a{half}, 0x80808080;"
+        )
+    for i in range(4):
+        half, first = divmod(2 * i, 4)
+        for name, at in (("x", first), ("y", first + 1)):
+            lines.append(
+                f"prmt.b32 b, a{half}, 0x4B000000, 0x765{at}; mov.b32 {name}, b; "
+                f"sub.rn.f32 {name}, {name}, 0f4B000080; mul.rn.f32 {name}, {name}, $5; "
+                f"mul.rn.f32 {name}, {name}, $9;"
+            )
+        lines.append(f"{convert} w{i}, y, x;")
+    # Written last, since a result may share its register with what is still read.
+    lines += [f"mov.b32 ${i}, w{i};" for i in range(4)]
+    registers = ".reg .b32 f, a0, a1, b, w0, w1, w2, w3; .reg .f32 x, y;"
+    return "\n".join(["{", registers, *lines, "}"])
 
 
 def _walk(i: jax.Array, m_tiles: int, n_tiles: int) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ which the ordinary cores have.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import device
-from pallas_kernels.matmul import reference, triton, tuned
+from pallas_kernels.matmul import images, reference, triton, tuned
 from pallas_kernels.operands import Epilogue, Int8Rows, PackedRows
 
 MAX_ROWS = 64  # of x; more are bound by arithmetic
@@ -29,9 +30,10 @@ class Config:
     """Sizes of one program."""
 
     tile_m: int = 4  # rows of x
-    tile_n: int = 8  # weight rows
-    words: int = 64  # of eight codes, of a weight row at once, at most
-    warps: int = 4
+    tile_n: int = 4  # weight rows at once
+    passes: int = 1  # as many weight rows after each other, for which x stays in registers
+    words: int = 128  # of eight codes, of a weight row at once, at most
+    warps: int = 2
 
 
 # Under jit of its own a kernel that a program calls many times is lowered once.
@@ -48,11 +50,12 @@ def matmul(
     m, n = x.shape[0], w.shape[0]
     config = config or Config(**tuned.lookup("triton_few_rows", m, n, x.k) or {})
     # A byte of shifts serves two groups: group_size bytes of codes. A zero code decodes to zero.
-    codes = triton.pad(w.codes, config.tile_n, w.group_size)
-    shifts = triton.pad(w.shifts, config.tile_n, 1)
+    tile = min(config.tile_m, pl.next_power_of_2(m)), config.tile_n * config.passes
+    codes = triton.pad(w.codes, tile[1], w.group_size)
+    shifts = triton.pad(w.shifts, tile[1], 1)
     words = codes.reshape(*shifts.shape, w.group_size // 4, 4)
     words = lax.bitcast_convert_type(words, jnp.int32)
-    tile = min(config.tile_m, pl.next_power_of_2(m)), config.tile_n
+    x, epilogue, crop = images.apart(x, epilogue, tile[0])
     values = triton.pad(x.values, tile[0], 2 * w.group_size)
     rows = values.shape[0]
     pairs = lax.bitcast_convert_type(values.reshape(rows, *words.shape[1:], 2, 4), jnp.int32)
@@ -68,7 +71,12 @@ def matmul(
 
     y = pl.pallas_call(
         functools.partial(
-            _kernel, step=w.step, levels=w.levels, words=config.words, interpret=interpret
+            _kernel,
+            step=w.step,
+            levels=w.levels,
+            words=config.words,
+            passes=config.passes,
+            interpret=interpret,
         ),
         out_shape=jax.ShapeDtypeStruct((rows, codes.shape[0]), epilogue.out_dtype),
         grid=(m_tiles * n_tiles,),
@@ -77,7 +85,7 @@ def matmul(
             pl.BlockSpec((tile[1], *words.shape[1:]), lambda i: (walk(i)[1], 0, 0)),
             pl.BlockSpec((tile[1], shifts.shape[1]), lambda i: (walk(i)[1], 0)),
             triton.scale_specs(scales, *tile, walk),
-            triton.epilogue_specs(epilogue, *tile, walk),
+            triton.epilogue_specs(epilogue, *tile, walk, x.shape[0] // epilogue.images),
             None if added is None else pl.BlockSpec(tile, walk),
         ],
         out_specs=pl.BlockSpec(tile, walk),
@@ -85,7 +93,7 @@ def matmul(
         interpret=interpret,
         name="matmul_few_rows",
     )(pairs, words, shifts, scales, epilogue, added)
-    return y[:m, :n]
+    return crop(y)[:, :n]
 
 
 def why_not(target: device.Device, x: Int8Rows, w: Any, epilogue: Epilogue) -> str | None:
@@ -108,26 +116,39 @@ def _kernel(
     step: str,
     levels: str,
     words: int,
+    passes: int,
     interpret: bool,
 ):
-    rows, blocks, block = words_ref.shape
+    tile_n, blocks, block = words_ref.shape
+    rows = tile_n // passes
     # The largest power of two that cuts the row into equal parts.
     part = min(max(words // block, 1), blocks & -blocks)
     dot = _dot_jnp if interpret else _dot
     decode = _decode_jnp if interpret else _decode
     asymmetric = "x_lo" in scales
 
-    def load(start):
+    unrolled = blocks // part <= UNROLLED
+    starts = range(0, blocks, part)
+
+    def load(at, start):
         span = pl.ds(start, part)
-        return plgpu.load(words_ref.at[:, span]), plgpu.load(shifts_ref.at[:, span])
+        return plgpu.load(words_ref.at[at, span]), plgpu.load(shifts_ref.at[at, span])
+
+    def load_x(m, start, half):
+        at = pl.ds(m, 1), pl.ds(start, part), slice(None)
+        return plgpu.load(x_ref.at[(*at, pl.ds(half, 1))]).reshape(1, part, block)
+
+    kept = {}
+    if unrolled and passes > 1:
+        every = itertools.product(range(x_ref.shape[0]), starts, range(2))
+        kept = {which: load_x(*which) for which in every}
 
     def multiply(carry, start, codes, shifts):
         halves = decode(codes, _steps(shifts, codes.shape, step), levels)
         sums = []
         for m, acc in enumerate(carry[: x_ref.shape[0]]):
-            at = pl.ds(m, 1), pl.ds(start, part), slice(None)
             for i, w in enumerate(halves):
-                x = plgpu.load(x_ref.at[(*at, pl.ds(i, 1))]).reshape(1, part, block)
+                x = kept[m, start, i] if kept else load_x(m, start, i)
                 acc = dot(w, jnp.broadcast_to(x, w.shape), acc)
             sums.append(acc)
         if asymmetric:
@@ -135,36 +156,44 @@ def _kernel(
             sums.append(dot(halves[1], ones, dot(halves[0], ones, carry[-1])))
         return tuple(sums)
 
-    carry = (jnp.zeros((rows, part, block), jnp.int32),) * (x_ref.shape[0] + asymmetric)
-    if blocks // part <= UNROLLED:
-        starts = range(0, blocks, part)
-        for start, loaded in zip(starts, [load(start) for start in starts], strict=True):
-            carry = multiply(carry, start, *loaded)
+    def run(at):
+        """Multiply by some weight rows and write the results."""
+        carry = (jnp.zeros((rows, part, block), jnp.int32),) * (x_ref.shape[0] + asymmetric)
+        if unrolled:
+            for start, loaded in zip(starts, [load(at, start) for start in starts], strict=True):
+                carry = multiply(carry, start, *loaded)
+        else:
+            carry = lax.fori_loop(
+                0, blocks // part, lambda i, c: multiply(c, i * part, *load(at, i * part)), carry
+            )
+        sums = [jnp.sum(jnp.sum(acc, axis=2), axis=1) for acc in carry]
+        _write(sums, scales, epilogue, added, out_ref, at)
+
+    if passes == 1:
+        run(slice(None))
     else:
-        carry = lax.fori_loop(
-            0, blocks // part, lambda i, c: multiply(c, i * part, *load(i * part)), carry
-        )
-    sums = [jnp.sum(jnp.sum(acc, axis=2), axis=1) for acc in carry]
-    _write(sums, scales, epilogue, added, out_ref)
+        pl.loop(0, passes)(lambda i: run(pl.ds(i * rows, rows)))
 
 
-def _write(sums: list[jax.Array], scales, epilogue, added, out_ref):
-    """Scale and store one row of x at a time."""
-    columns = {name: ref[...] for name, ref in scales.items() if name in ("w_scale",)}
+def _write(sums: list[jax.Array], scales, epilogue, added, out_ref, at):
+    """Scale and store some columns, one row of x at a time."""
+    columns = {name: plgpu.load(ref.at[at]) for name, ref in scales.items() if name in ("w_scale",)}
     columns |= {"sums": sums[-1]} if "x_lo" in scales else {}
     rows = {name: ref for name, ref in scales.items() if name not in columns}
-    whole = jax.tree.map(lambda ref: ref[...], dataclasses.replace(epilogue, residual=None))
+    whole = jax.tree.map(
+        lambda ref: plgpu.load(ref.at[at]), dataclasses.replace(epilogue, residual=None)
+    )
     for m in range(out_ref.shape[0]):
         row = pl.ds(m, 1)
         values = columns | {name: plgpu.load(ref.at[row]) for name, ref in rows.items()}
         before, product = jax.tree.map(
-            lambda ref: plgpu.load(ref.at[row]),  # noqa: B023 (called at once)
+            lambda ref: plgpu.load(ref.at[row, at]),  # noqa: B023 (called at once)
             (epilogue.residual, added),
         )
         y = triton.finish(
             sums[m][None, :], values, dataclasses.replace(whole, residual=before), product
         )
-        plgpu.store(out_ref.at[row], y)
+        plgpu.store(out_ref.at[row, at], y)
 
 
 def _steps(shifts: jax.Array, shape: tuple[int, ...], step: str) -> jax.Array:

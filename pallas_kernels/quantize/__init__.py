@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.arguments import check_array, check_choices, check_k, check_tuple
+from pallas_kernels.arguments import (
+    check_array,
+    check_choices,
+    check_k,
+    check_of_images,
+    check_tuple,
+)
 from pallas_kernels.dispatch import Backend, Implementation, Operation
 from pallas_kernels.functions import Norm, Part, join
 from pallas_kernels.gradients import remembering
@@ -49,10 +55,10 @@ def quantize(
     step: str = "power",
     levels: str = "uniform",
     rounding: str = "nearest",
-    norm: Norm | None = None,  # shift [k] and scale [k]
+    norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k], floating
     rotation: int | None = None,
-    wide: Sequence[bool] | np.ndarray | None = None,  # [ceil(k / group_size)]
+    wide: Sequence[bool] | np.ndarray | jax.Array | None = None,  # [ceil(k / group_size)]
     packed: bool = False,
     implementation: Implementation = None,
 ) -> Int8Rows | PackedRows:
@@ -74,12 +80,12 @@ def quantize(
       rounding: "nearest" or "truncate", for 4 bits.
       norm: take norm(x) * norm.scale + norm.shift, which is `functions.modulate`: computed in
         float32 and rounded to the dtype of x. Backends sum a row in orders of their own, so
-        that values at a rounding boundary may differ.
+        that values at a rounding boundary may differ. Vectors of several images, [images, k], are
+        for as many rows each.
       multiplier: of each channel, in float32 and not rounded: `channels.scale_channels`.
       rotation: rotate blocks of 16, 64 or 256 channels by a regular Hadamard matrix, not rounded:
         `channels.rotate`. A row whose sums overflow float32 has scale NaN.
-      wide: True for the groups that stay at 8 bits, though the others have 4. It is static: of
-        Python or NumPy booleans.
+      wide: True for the groups that stay at 8 bits, though the others have 4.
       packed: return the 4-bit form instead of the decoded values.
       implementation: a backend's name, several in order of preference, or None for the best.
 
@@ -99,8 +105,8 @@ def quantize(
     check_choices(levels=levels, step=step)
     if packed and bits == 8:
         raise ValueError("packed is True with bits=8; only 4-bit codes are packed")
-    k = _check_x(x)
-    _check_channels(k, norm, multiplier, rotation)
+    m, k = _check_x(x)
+    _check_channels(m, k, norm, multiplier, rotation)
     wide = _check_wide(wide, -(-k // group_size), bits, packed)
     given = x, norm, multiplier
     run = functools.partial(
@@ -112,13 +118,13 @@ def quantize(
         rounding=rounding,
         levels=levels,
         rotation=rotation,
-        wide=wide,
         packed=packed,
         implementation=implementation,
     )
     arrays = partitioned(
-        lambda x, norm, multiplier: run(x, norm=norm, multiplier=multiplier),
+        lambda wide, x, norm, multiplier: run(x, norm=norm, multiplier=multiplier, wide=wide),
         lambda: axes_of(x[0].array if isinstance(x, tuple) else x),
+        wide,
         *lax.stop_gradient(given),
     )
     if packed:
@@ -141,16 +147,16 @@ def quantize(
     return remembering(rows, functools.partial(reference.before, rotation=rotation), *given)
 
 
-def _check_x(x: jax.Array | tuple[Part, ...]) -> int:
-    """Refuse what isn't rows or parts of rows; return their elements."""
+def _check_x(x: jax.Array | tuple[Part, ...]) -> tuple[int, int]:
+    """Refuse what isn't rows or parts of rows; return their shape."""
     if isinstance(x, list | tuple):
         _check_parts(x)
-        k = sum(part.size for part in x)
+        m, k = x[0].array.shape[0], sum(part.size for part in x)
     else:
         check_array("x", x, ("m", "k"), jnp.floating)
-        k = x.shape[1]
+        m, k = x.shape
     check_k(k)
-    return k
+    return m, k
 
 
 def _check_parts(parts: tuple[Part, ...]) -> None:
@@ -170,16 +176,20 @@ def _check_parts(parts: tuple[Part, ...]) -> None:
 
 
 def _check_channels(
-    k: int, norm: Norm | None, multiplier: jax.Array | None, rotation: int | None
+    m: int, k: int, norm: Norm | None, multiplier: jax.Array | None, rotation: int | None
 ) -> None:
     """Refuse a norm, a multiplier or a rotation that rows of k channels can't have."""
     if norm is not None:
         if not isinstance(norm, Norm):
             raise ValueError(f"norm is a {type(norm).__name__}; it must be a Norm or None")
         check_choices(**{"norm.kind": norm.kind})
-        if norm.shift is not None:
-            check_array("norm.shift", norm.shift, (k,), jnp.floating)
-        check_array("norm.scale", norm.scale, (k,), jnp.floating)
+        for name, vectors in (("norm.scale", norm.scale), ("norm.shift", norm.shift)):
+            if vectors is not None:
+                check_of_images(name, vectors, m, k)
+                if vectors.ndim == 2 and vectors.shape[0] not in (1, norm.images):
+                    raise ValueError(
+                        f"{name} is of {vectors.shape[0]} images and the norm of {norm.images}"
+                    )
     if multiplier is not None:
         check_array("multiplier", multiplier, (k,), jnp.floating)
     if rotation is None:
@@ -191,21 +201,19 @@ def _check_channels(
 
 
 def _check_wide(
-    wide: Sequence[bool] | np.ndarray | None, groups: int, bits: int, packed: bool
-) -> tuple[bool, ...] | None:
-    """Return the mask of wide groups as a tuple, or None where there are none."""
+    wide: Sequence[bool] | np.ndarray | jax.Array | None, groups: int, bits: int, packed: bool
+) -> jax.Array | np.ndarray | None:
+    """Return the mask of wide groups, or None where it is known that there are none."""
     if wide is None:
         return None
-    if isinstance(wide, jax.core.Tracer):
-        raise ValueError("wide is traced; it must be static, of Python or NumPy booleans")
-    mask = np.asarray(wide)
+    mask = wide if isinstance(wide, jax.Array) else np.asarray(wide)
     if mask.dtype != bool or mask.shape != (groups,):
         raise ValueError(
             f"wide is {mask.dtype}{list(mask.shape)}; it must be None or one boolean for each of "
             f"{groups} groups"
         )
-    if bits == 8 or not mask.any():
+    if bits == 8 or (isinstance(mask, np.ndarray) and not mask.any()):
         return None
     if packed:
         raise ValueError("wide is given with packed=True; groups of 8 bits can't be packed")
-    return tuple(mask.tolist())
+    return mask

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import codec, compat, device
-from pallas_kernels.functions import Norm, Part, plain_why_not
+from pallas_kernels.functions import Norm, Part
 from pallas_kernels.quantize import channels
 
 _LANES = 128
@@ -33,6 +33,7 @@ _CHUNK_ELEMENTS = 2**15  # in flight at once: more would spill registers
 _CHUNK_COLUMNS = 2048  # the same; each register's width of them is unrolled
 _VMEM_BYTES = 48 * 2**20
 _INFINITY_BITS = 0x7F800000
+_OF_IMAGES = {"norm_scale", "norm_shift"}  # inputs of which each image may have its own row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class _Plan:
     levels: str
     rounding: str
     epsilon: float  # of the norm
+    centered: bool  # a layer norm, not an RMS norm
     rotation: int | None  # channels of a block
     packed: bool  # codes and shifts are written, else decoded values
 
@@ -67,17 +69,17 @@ def quantize(
     step: str,
     rounding: str,
     levels: str = "uniform",
-    norm: Norm | None = None,  # of [k]
+    norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     rotation: int | None = None,  # channels of a block
-    wide: tuple[bool, ...] | None = None,  # [groups]
+    wide: jax.Array | None = None,  # bool [groups]
     packed: bool = False,
 ) -> tuple[jax.Array | None, ...]:
     """Quantize each row; see `reference.quantize`."""
-    m, k = x.shape
+    (m, k), images = x.shape, 1 if norm is None else norm.images
     unit = max(2 * _LANES if packed else _LANES, rotation or 0)
     width = -(-k // unit) * unit
-    rows = min(max(_BLOCK_ELEMENTS // width // 32, 1) * 32, _BLOCK_ROWS, m)
+    rows = min(max(_BLOCK_ELEMENTS // width // 32, 1) * 32, _BLOCK_ROWS, m // images)
     columns = min(_CHUNK_ELEMENTS // rows, _CHUNK_COLUMNS)
     plan = _Plan(
         k=k,
@@ -90,10 +92,13 @@ def quantize(
         levels=levels,
         rounding=rounding,
         epsilon=0.0 if norm is None else norm.epsilon,
+        centered=norm is None or norm.kind == "layer",
         rotation=rotation,
         packed=packed,
     )
-    out = _call(_inputs(x, norm, multiplier, wide, plan), rows, plan)
+    inputs = _inputs(x, norm, multiplier, wide, plan)
+    out = _call(inputs | {"x": inputs["x"].reshape(images, -1, width)}, rows, plan)
+    out = {key: array.reshape(m, -1) for key, array in out.items()}
     scale, lo = out["scale"], out.get("lo")
     if not packed:
         return out["values"][:, :k], scale, lo
@@ -102,34 +107,33 @@ def quantize(
     return codes[:, : groups * group_size // 2], shifts[:, : -(-groups // 2)], scale, lo
 
 
-def why_not(
-    target: device.Device, x: jax.Array | tuple[Part, ...], norm: Norm | None = None, **kwargs
-) -> str | None:
+def why_not(target: device.Device, x: jax.Array | tuple[Part, ...], **kwargs) -> str | None:
     """Say why the device can't run the kernel, or return None."""
     if target.platform != "tpu":
         return f"needs a TPU, not {target.platform}"
     shapes = [part.array.shape for part in x] if isinstance(x, tuple) else [x.shape]
-    if any(0 in shape for shape in shapes):
-        return "needs at least one element"
-    return plain_why_not(norm)
+    return "needs at least one element" if any(0 in shape for shape in shapes) else None
 
 
 def _inputs(
     x: jax.Array,
     norm: Norm | None,
     multiplier: jax.Array | None,
-    wide: tuple[bool, ...] | None,
+    wide: jax.Array | None,
     plan: _Plan,
 ) -> dict[str, jax.Array]:
     """Return the kernel's arrays by name: x, those of its channels, and constant matrices."""
     vectors: dict[str, jax.Array] = {}
+    if norm is not None:
+        vectors["norm_scale"] = norm.scale
     if norm is not None and norm.shift is not None:
-        vectors |= {"norm_shift": norm.shift, "norm_scale": norm.scale}
+        vectors["norm_shift"] = norm.shift
     if multiplier is not None:
         vectors["multiplier"] = multiplier
-    inputs = {"x": x} | {name: v.astype(jnp.float32)[None] for name, v in vectors.items()}
+    rows = {name: v.astype(jnp.float32).reshape(-1, plan.k) for name, v in vectors.items()}
+    inputs = {"x": x} | rows
     if wide is not None:
-        inputs["wide"] = -jnp.asarray(np.repeat(wide, plan.group_size)[None], jnp.int32)
+        inputs["wide"] = -jnp.repeat(jnp.asarray(wide, jnp.int32), plan.group_size)[None]
     inputs = {name: codec.pad(a[:, : plan.k], plan.width) for name, a in inputs.items()}
     if plan.bits == 4:
         inputs["same_group"] = _same_group(plan.group_size)
@@ -142,9 +146,10 @@ def _inputs(
 
 
 def _call(inputs: dict[str, jax.Array], rows: int, plan: _Plan) -> dict[str, jax.Array]:
-    """Run the kernel over blocks of rows."""
-    x = inputs["x"]
-    m, width = x.shape
+    """Run the kernel over blocks of rows, x [images, m, width]; of an image's norm, one row."""
+    rest = dict(inputs)
+    x = rest.pop("x")
+    images, m, width = x.shape
     outputs = {"scale": (1, jnp.float32)}
     if plan.packed:
         outputs |= {"codes": (width // 2, jnp.int8), "shifts": (plan.shift_columns, jnp.int8)}
@@ -153,7 +158,7 @@ def _call(inputs: dict[str, jax.Array], rows: int, plan: _Plan) -> dict[str, jax
     if plan.asymmetric:
         outputs["lo"] = (1, jnp.float32)
     scratch = {}
-    if "norm_shift" in inputs:
+    if "norm_scale" in inputs:
         scratch["normed"] = pltpu.VMEM((rows, width), x.dtype)
     if "multiplier" in inputs or plan.rotation:
         scratch["rotated"] = pltpu.VMEM((rows, width), jnp.float32)
@@ -161,25 +166,32 @@ def _call(inputs: dict[str, jax.Array], rows: int, plan: _Plan) -> dict[str, jax
         scratch["shift_sums"] = pltpu.VMEM((rows, plan.shift_columns), jnp.float32)
 
     def block(columns):
-        return pl.BlockSpec((rows, columns), lambda i: (i, 0))
+        return pl.BlockSpec((None, rows, columns), lambda image, i: (image, i, 0))
 
-    whole = {key: pl.BlockSpec(array.shape, lambda i: (0, 0)) for key, array in inputs.items()}
+    specs = {key: pl.BlockSpec(array.shape, lambda image, i: (0, 0)) for key, array in rest.items()}
+    for name in _OF_IMAGES & rest.keys():
+        apart = rest[name].shape[0] > 1
+        rest[name] = rest[name][:, None]
+        specs[name] = pl.BlockSpec(
+            (None, 1, width),
+            lambda image, i, apart=apart: (image if apart else 0, 0, 0),
+        )
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        grid=(-(-m // rows),),
-        in_specs=[whole | {"x": block(width)}],
+        grid=(images, -(-m // rows)),
+        in_specs=[specs | {"x": block(width)}],
         out_specs={key: block(columns) for key, (columns, _) in outputs.items()},
         out_shape={
-            key: jax.ShapeDtypeStruct((m, columns), dtype)
+            key: jax.ShapeDtypeStruct((images, m, columns), dtype)
             for key, (columns, dtype) in outputs.items()
         },
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_BYTES
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM_BYTES
         ),
         interpret=device.current().platform != "tpu",
         name="quartz_quantize",
-    )(inputs)
+    )(rest | {"x": x})
 
 
 def _kernel(in_refs, out_refs, scratch_refs, *, plan: _Plan):
@@ -236,7 +248,7 @@ def _modulate(in_refs, normed_ref, plan: _Plan) -> None:
     def load(i):
         return x_ref[:, _chunk(i, plan)].astype(jnp.float32)
 
-    average = mean(load)
+    average = mean(load) if plan.centered else 0.0
     variance = mean(lambda i: jnp.square(masked(i, load(i) - average))) + plan.epsilon
     multiplier = lax.rsqrt(variance)
     # The chip's own root isn't specified to float32's precision: one step of Newton's method.
@@ -246,7 +258,8 @@ def _modulate(in_refs, normed_ref, plan: _Plan) -> None:
     def write(i, _):
         at = _chunk(i, plan)
         normed = (load(i) - average) * multiplier
-        y = normed * in_refs["norm_scale"][:, at] + in_refs["norm_shift"][:, at]
+        y = normed * in_refs["norm_scale"][:, at]
+        y = y + in_refs["norm_shift"][:, at] if "norm_shift" in in_refs else y
         normed_ref[:, at] = masked(i, y).astype(normed_ref.dtype)
         return _
 

@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import codec
-from pallas_kernels.functions import Norm, Part, join, modulate
+from pallas_kernels.functions import Norm, Part, join, modulate_images
 from pallas_kernels.quantize.channels import rotate, scale_channels
 
 
@@ -18,10 +17,10 @@ def quantize(
     step: str,
     rounding: str,
     levels: str = "uniform",
-    norm: Norm | None = None,  # of [k]
+    norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     rotation: int | None = None,  # channels of a block
-    wide: tuple[bool, ...] | None = None,  # [groups]
+    wide: jax.Array | None = None,  # bool [groups]
     packed: bool = False,
 ) -> tuple[jax.Array | None, ...]:
     """Quantize each row; see `pallas_kernels.quantize.quantize`.
@@ -44,7 +43,7 @@ def quantize(
 
 def before(
     x: jax.Array | tuple[Part, ...],  # [m, k], floating
-    norm: Norm | None = None,  # of [k]
+    norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     *,
     rotation: int | None = None,  # channels of a block
@@ -52,7 +51,7 @@ def before(
     """Return the floats that are quantized, [m, k]: float32 behind a multiplier or a rotation."""
     x = join(x)
     if norm is not None:
-        x = modulate(x, norm)
+        x = modulate_images(x, norm)
     if multiplier is not None:
         x = scale_channels(x, multiplier)
     return x if rotation is None else rotate(x.astype(jnp.float32), rotation)
@@ -61,8 +60,8 @@ def before(
 def _keep(
     values: jax.Array,  # [m, k]
     decoded: jax.Array,  # [m, k]
-    wide: tuple[bool, ...],  # [groups]
+    wide: jax.Array,  # bool [groups]
     group_size: int,
 ) -> jax.Array:
     """Return the 8-bit values of wide groups, and what 4 bits left of the others."""
-    return jnp.where(np.repeat(wide, group_size)[: values.shape[1]], values, decoded)
+    return jnp.where(jnp.repeat(wide, group_size)[: values.shape[1]], values, decoded)

@@ -4,6 +4,10 @@ The same bits as `pallas_kernels.codec`: where a compiler could contract or appr
 operation, the PTX instruction with IEEE rounding is named. Rounding to an integer is the addition
 of 2**23, which leaves it in the low bits of the mantissa. Stage 2 works on those bits as they are,
 below the exponent; what is stored are the lowest ones.
+
+A pass is bound by instructions before it is by memory, so what layers use most does several
+elements in one: pairs of bfloat16 are widened and rounded together, and stage 2 of symmetric rows
+works on four bytes of a word. Interpreted, the plain forms compute the same.
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
-from pallas_kernels.functions import SQRT_2_PI, Norm, Part, join, plain_why_not
+from pallas_kernels.functions import SQRT_2_PI, Norm, Part, join
 from pallas_kernels.quantize import channels
 
 MAX_K = 32768  # elements of a row that registers hold
@@ -29,7 +33,17 @@ _INFINITY_BITS = 0x7F800000
 _ROUNDED = 0x4B000000  # the bits of 2**23, below which an integer is found
 _GELU_LINEAR = -2 * math.log2(math.e) * SQRT_2_PI
 _GELU_CUBIC = _GELU_LINEAR * 0.044715
+_LOG2_E = math.log2(math.e)
 _ROUND = "add.rn.f32 t, t, 0f4B000000; mov.b32 $0, t;"  # the magnitude in the lowest bits
+
+
+# The bytes of w, 0 to 127, with the signs of the words $5 to $8, into $0: a permute copies a sign
+# to a whole byte, and bytes are negated without borrowing from each other.
+_SIGNED = (
+    "prmt.b32 e, $5, $6, 0x00fb; prmt.b32 f, $7, $8, 0x00fb; prmt.b32 n, e, f, 0x5410; "
+    "sub.u32 v, 0x80808080, w; xor.b32 v, v, 0x80808080; lop3.b32 $0, n, v, w, 0xca; }"
+)
+_Columns = tuple[int, int, str | None, int | None]  # start, size, activation and times of a part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +55,7 @@ class _Span:
     start: int  # of the row
     size: int
     activation: str | None
+    times: int | None  # of that array, the first column of those that multiply
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +63,7 @@ class _Plan:
     """What the kernel needs to know besides its arrays."""
 
     k: int  # elements of a row; the spans may hold more
+    rows: int  # that share the vectors of a norm
     spans: tuple[_Span, ...]
     bits: int  # 4 or 8
     group_size: int
@@ -59,27 +75,36 @@ class _Plan:
     packed: bool  # codes and shifts are written, else decoded values
     interpret: bool
 
+    @property
+    def in_bytes(self) -> bool:
+        """Whether stage 2 takes four elements at once."""
+        form = self.step == "power" or self.levels == "stretched"
+        plain = self.signed and self.rounding == "nearest" and not self.packed
+        return form and plain and not self.interpret
+
 
 def quantize(
     x: jax.Array | tuple[Part, ...],  # [m, k], floating
     *,
-    norm: Norm | None = None,  # of [k]
+    norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     rotation: int | None = None,  # channels of a block
-    wide: tuple[bool, ...] | None = None,  # [groups]
+    wide: jax.Array | None = None,  # bool [groups]
     **options,  # of `_quantize`
 ) -> tuple[jax.Array | None, ...]:
     """Quantize each row; see `reference.quantize`."""
     parts = x if isinstance(x, tuple) else (Part(array=x, start=0, size=x.shape[1]),)
-    # Columns that are no whole groups, or start where no wide load can, are copied first; so are
-    # products of columns.
+    # Columns that are no whole groups, or start where no wide load can, are copied first.
     whole = max(_ALIGNED, rotation or 0)
-    if any(part.start % _ALIGNED or part.size % whole or not part.plain for part in parts):
+    starts = {start for part in parts for start in (part.start, part.times or 0)}
+    if any(start % _ALIGNED for start in starts) or any(part.size % whole for part in parts):
         joined = join(parts)
         parts = (Part(array=joined, start=0, size=joined.shape[1]),)
     arrays = tuple(part.array for part in parts)
-    columns = tuple((part.start, part.size, part.activation) for part in parts)
-    # An operand, so that layers with masks of their own share a program.
+    columns = tuple((part.start, part.size, part.activation, part.times) for part in parts)
+    if norm is not None:
+        images = norm.images
+        norm = jax.tree.map(lambda v: jnp.broadcast_to(v, (images, v.shape[-1])), norm)
     mask = None if wide is None else jnp.asarray(wide, jnp.int8)
     return _quantize(arrays, norm, multiplier, mask, columns=columns, rotation=rotation, **options)
 
@@ -102,11 +127,11 @@ def quantize(
 )
 def _quantize(
     arrays: tuple[jax.Array, ...],  # [m, wide], floating
-    norm: Norm | None,
+    norm: Norm | None,  # of [images, k]
     multiplier: jax.Array | None,  # [k]
     mask: jax.Array | None,  # [groups], int8: 1 where 8 bits stay
     *,
-    columns: tuple[tuple[int, int, str | None], ...],  # of each array: start, size, activation
+    columns: tuple[_Columns, ...],  # of each array
     bits: int,
     group_size: int,
     range: str,
@@ -117,18 +142,21 @@ def _quantize(
     packed: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array | None, ...]:
-    m, k = arrays[0].shape[0], sum(size for _, size, _ in columns)
+    m, k = arrays[0].shape[0], sum(size for _, size, *_ in columns)
     # The first elements again change no extreme of the row; those are whole blocks of a rotation.
     missing = -k % max(group_size, 16)
     if missing:
         arrays = (jnp.pad(arrays[0], [(0, 0), (0, missing)], mode="wrap"),)
-        columns = ((0, k + missing, columns[0][2]),)
-        vectors = norm, multiplier
-        norm, multiplier = jax.tree.map(lambda v: jnp.pad(v, (0, missing), mode="wrap"), vectors)
+        columns = ((0, k + missing, None, None),)
+        norm, multiplier = jax.tree.map(
+            lambda v: jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, missing)], mode="wrap"),
+            (norm, multiplier),
+        )
     width = k + missing
     warps = 4 if width <= 4096 else 8
     plan = _Plan(
         k=k,
+        rows=m if norm is None else m // norm.images,
         spans=_spans(columns, ELEMENTS * 32 * warps),
         bits=bits,
         group_size=group_size,
@@ -162,22 +190,15 @@ def _quantize(
     return stored[0][:, : groups * group_size // 2], codec.pack(stored[1][:, :groups]), scale, lo
 
 
-def why_not(
-    target: device.Device,
-    x: jax.Array | tuple[Part, ...],
-    norm: Norm | None = None,
-    **kwargs,
-) -> str | None:
+def why_not(target: device.Device, x: jax.Array | tuple[Part, ...], **kwargs) -> str | None:
     """Say why the device can't run this kernel with these arguments, or return None."""
-    if reason := device.triton_why_not(target) or plain_why_not(norm):
+    if reason := device.triton_why_not(target):
         return reason
-    if isinstance(x, tuple):
-        rows, k = x[0].array.shape[0], sum(part.size for part in x)
-    else:
-        rows, k = x.shape
+    arrays = [part.array for part in x] if isinstance(x, tuple) else [x]
+    rows, k = arrays[0].shape[0], sum(p.size for p in x) if isinstance(x, tuple) else x.shape[1]
     if not 0 < k <= MAX_K:
         return f"needs 1 to {MAX_K} elements a row, not {k}"
-    if rows * k > device.TRITON_MAX_BYTES:
+    if rows * max(k, *(array.shape[1] for array in arrays)) > device.TRITON_MAX_BYTES:
         return f"takes up to 2**31 - 1 elements, not {rows} rows of {k}"
     return None if rows else "needs at least one row"
 
@@ -186,7 +207,7 @@ def _kernel(x_refs, norm, multiplier_ref, mask_ref, out_refs, scale_ref, lo_ref,
     row = pl.program_id(0)
     parts = [_load(x_refs[span.array], row, span, plan.interpret) for span in plan.spans]
     if norm is not None:
-        parts = _modulate(parts, norm, plan, x_refs[0].dtype)
+        parts = _modulate(parts, norm, row, plan, x_refs[0].dtype)
     if multiplier_ref is not None:
         pairs = zip(plan.spans, parts, strict=True)
         parts = [_scale_channels(part, multiplier_ref, span, plan) for span, part in pairs]
@@ -200,12 +221,36 @@ def _kernel(x_refs, norm, multiplier_ref, mask_ref, out_refs, scale_ref, lo_ref,
 
 
 def _load(x_ref, row, span: _Span, interpret: bool) -> jax.Array:
-    """Return float32 elements, through the activation and rounded to their dtype."""
-    x = plgpu.load(x_ref.at[row, pl.ds(span.column, span.size)])
-    wide = x.astype(jnp.float32)
-    if span.activation is None:
-        return wide
-    return _gelu(wide, interpret).astype(x.dtype).astype(jnp.float32)
+    """Return float32 elements, through activation and product and rounded to their dtype."""
+
+    def load(column):
+        x = plgpu.load(x_ref.at[row, pl.ds(column, span.size)])
+        return _widen(x, interpret)
+
+    y = load(span.column)
+    if span.activation is None and span.times is None:
+        return y
+    if span.activation is not None:
+        y = {"gelu": _gelu, "silu": _silu}[span.activation](y, interpret)
+    y = y if span.times is None else y * load(span.times)
+    return _round_to(y, x_ref.dtype, interpret)
+
+
+def _widen(x: jax.Array, interpret: bool) -> jax.Array:
+    """Return float32, two elements of bfloat16 at once."""
+    if interpret or x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32)
+    code = "{ .reg .b32 t; mov.b32 t, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }"
+    bits = _assemble(code, "=r,=r,r", [x], jnp.int32, pack=2)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _round_to(y: jax.Array, dtype, interpret: bool) -> jax.Array:
+    """Return float32 with the precision of a dtype, two elements of bfloat16 at once."""
+    if interpret or dtype != jnp.bfloat16:
+        return y.astype(dtype).astype(jnp.float32)
+    pairs = _assemble("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [y], jnp.bfloat16, pack=2)
+    return _widen(pairs, interpret)
 
 
 def _gelu(y: jax.Array, interpret: bool) -> jax.Array:
@@ -226,23 +271,41 @@ def _gelu(y: jax.Array, interpret: bool) -> jax.Array:
     return _assemble(code, "=f,f", [y], jnp.float32)
 
 
-def _modulate(parts: list, norm: Norm, plan: _Plan, dtype) -> list:
-    """Return layer_norm(x) * scale + shift, rounded to dtype; see `functions.modulate`."""
+def _silu(y: jax.Array, interpret: bool) -> jax.Array:
+    """Return `functions.silu(y)` by the instructions of `_gelu`."""
+    if interpret:
+        return y / (1 + jnp.exp2(y * jnp.float32(-_LOG2_E)))
+    code = (
+        f"{{ .reg .f32 t; mul.rn.f32 t, $1, {_literal(-_LOG2_E)}; ex2.approx.ftz.f32 t, t; "
+        "add.rn.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 t, t; mul.rn.f32 $0, t, $1; }"
+    )
+    return _assemble(code, "=f,f", [y], jnp.float32)
+
+
+def _modulate(parts: list, norm: Norm, row, plan: _Plan, dtype) -> list:
+    """Return norm(x) * scale + shift, rounded to dtype; see `functions.modulate`."""
 
     def mean(values):
         pairs = zip(plan.spans, values, strict=True)
         inside = [_within(value, span, plan.k, 0.0) for span, value in pairs]
         return _reduce(jnp.add, jnp.sum, inside) * jnp.float32(1 / plan.k)
 
-    center = mean(parts)
-    parts = [part - center for part in parts]
+    if norm.kind == "layer":
+        center = mean(parts)
+        parts = [part - center for part in parts]
     factor = lax.rsqrt(mean([part * part for part in parts]) + jnp.float32(norm.epsilon))
-    vectors: tuple[Any, Any] = norm.shift, norm.scale  # in a kernel, refs
+    scale_ref: Any = norm.scale  # in a kernel, refs
+    shift_ref: Any = norm.shift
+
+    def vector(ref, span):
+        part = plgpu.load(ref.at[row // plan.rows, pl.ds(span.start, span.size)])
+        return _widen(part, plan.interpret)
+
     modulated = []
     for span, part in zip(plan.spans, parts, strict=True):
-        at = pl.ds(span.start, span.size)
-        shift, scale = (plgpu.load(ref.at[at]).astype(jnp.float32) for ref in vectors)
-        modulated.append((part * factor * scale + shift).astype(dtype).astype(jnp.float32))
+        y = part * factor * vector(scale_ref, span)
+        y = y if shift_ref is None else y + vector(shift_ref, span)
+        modulated.append(_round_to(y, dtype, plan.interpret))
     return modulated
 
 
@@ -340,28 +403,44 @@ def _scale_row(
 def _store(part, span: _Span, row, lo, multiplier, mask_ref, out_refs, plan: _Plan) -> None:
     """Take a span through stage 1 and 2 and write it."""
     at = pl.ds(span.start, span.size)
-    if plan.bits == 8:
-        values = _round_product(part, lo, multiplier, plan.interpret, keep_sign=plan.signed)
-        values = values if plan.signed else values ^ 128
-        plgpu.store(out_refs[0].at[row, at], values.astype(jnp.int8))
+    if plan.bits == 8 and plan.signed:
+        plgpu.store(out_refs[0].at[row, at], _signed_bytes(part, multiplier, plan.interpret))
         return
     rounded = _round_product(part, lo, multiplier, plan.interpret)
+    if plan.bits == 8:
+        plgpu.store(out_refs[0].at[row, at], (rounded ^ 128).astype(jnp.int8))
+        return
     rounded = _within(rounded, span, plan.k, _ROUNDED).reshape(-1, plan.group_size)
-    decoded, shifts, codes = _encode(rounded, plan)
-    groups = pl.ds(span.start // plan.group_size, len(shifts))
+    groups = pl.ds(span.start // plan.group_size, rounded.shape[0])
+    if plan.packed:
+        _store_packed(part, rounded, span, row, groups, out_refs, plan)
+        return
+    if plan.in_bytes:
+        values = _decoded_bytes(part.reshape(rounded.shape), rounded, plan)
+    else:
+        values = _to_bytes(_encode(rounded, plan)[0], part, plan)
     if mask_ref is not None:
         keep = plgpu.load(mask_ref.at[groups]).astype(jnp.int32)[:, None] > 0
-        decoded = jnp.where(keep, rounded, decoded)
+        values = jnp.where(keep, _to_bytes(rounded, part, plan), values)
+    plgpu.store(out_refs[0].at[row, at], values.reshape(part.shape))
+
+
+def _to_bytes(magnitudes: jax.Array, part: jax.Array, plan: _Plan) -> jax.Array:
+    """Return the int8 of magnitudes [groups, group_size] with the signs of x, or of values."""
+    if not plan.signed:
+        return (magnitudes ^ 128).astype(jnp.int8)
+    negative = (_bits(part) >> 31).reshape(magnitudes.shape)
+    return ((magnitudes ^ negative) - negative).astype(jnp.int8)
+
+
+def _store_packed(part, rounded, span: _Span, row, groups, out_refs, plan: _Plan) -> None:
+    """Write the codes and shifts of a span."""
+    _, shifts, codes = _encode(rounded, plan)
     negative = _bits(part) >> 31 if plan.signed else 0
-    if plan.packed:
-        codes = (codes.reshape(part.shape) ^ negative) - negative
-        half = pl.ds(span.start // 2, span.size // 2)
-        plgpu.store(out_refs[0].at[row, half], _pack(codes))
-        plgpu.store(out_refs[1].at[row, groups], shifts.reshape(-1).astype(jnp.uint8))
-    else:
-        decoded = decoded.reshape(part.shape)
-        values = (decoded ^ negative) - negative if plan.signed else decoded ^ 128
-        plgpu.store(out_refs[0].at[row, at], values.astype(jnp.int8))
+    codes = (codes.reshape(part.shape) ^ negative) - negative
+    half = pl.ds(span.start // 2, span.size // 2)
+    plgpu.store(out_refs[0].at[row, half], _pack(codes))
+    plgpu.store(out_refs[1].at[row, groups], shifts.reshape(-1).astype(jnp.uint8))
 
 
 def _within(values: jax.Array, span: _Span, k: int, otherwise: float) -> jax.Array:
@@ -406,6 +485,75 @@ def _encode_integer_step(
     return decoded, p - 1, jnp.where(nine, 7, jnp.where(seven, 6, code))
 
 
+def _decoded_bytes(x: jax.Array, rounded: jax.Array, plan: _Plan) -> jax.Array:
+    """Return what `_encode` decodes with the signs of x, int8 [groups, group_size].
+
+    Four elements that lie side by side in a thread are one word; as they are of one group, what
+    the group shares is taken from the first of them.
+    """
+    peak = jnp.max(rounded, axis=1)[:, None]
+    peak = lax.bitcast_convert_type(peak, jnp.float32) - 2.0**23
+    if plan.step == "power":
+        power = lax.bitcast_convert_type(_bits(peak) & _INFINITY_BITS, jnp.float32)
+        step = jnp.maximum(power, 4.0) * 0.25
+        code, shared = bytes_of_powers(), [(_bits(step + 2.0**23) - _ROUNDED) * 0x01010101]
+    else:
+        # 37 is odd: no quotient is half-way.
+        step = jnp.maximum(peak * jnp.float32(4 / 37) + 2.0**23 - 2.0**23, 1.0)
+        number = _bits(step + 2.0**23) - _ROUNDED
+        low, high = number * 0x03020100, number * 0x09070504
+        code, shared = bytes_of_stretched(), [_reciprocal_above(step), low, high]
+    args = [rounded, _bits(x), *(jnp.broadcast_to(v, x.shape) for v in shared)]
+    kinds = ["f" if a.dtype == jnp.float32 else "r" for a in args for _ in range(4)]
+    return _assemble(code, ",".join(["=r", *kinds]), args, jnp.int8, pack=4)
+
+
+def _reciprocal_above(step: jax.Array) -> jax.Array:
+    """Return (1 + 2**-9) / step within 2**-22: times a magnitude, halves round up.
+
+    That moves no other: a magnitude is up to 14 steps large and at least 1/28 from other halves.
+    """
+    divisor = step * jnp.float32(1 / (1 + 2.0**-9))
+    return _assemble("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], jnp.float32)
+
+
+def bytes_of_powers() -> str:
+    """Return assembly of stage 2 with powers of two.
+
+    It takes four magnitudes above `_ROUNDED` ($1 to $4), the bits of four x ($5 to $8) and the
+    group's step in each byte ($9), and makes four int8 ($0). Half a step is added, what lies below
+    a step dropped, and one step taken off where the sum has reached eight.
+    """
+    return (
+        "{ .reg .b32 e, f, n, v, w; "
+        "prmt.b32 e, $1, $2, 0x0040; prmt.b32 f, $3, $4, 0x0040; prmt.b32 w, e, f, 0x5410; "
+        "shr.u32 v, $9, 1; and.b32 v, v, 0x7f7f7f7f; add.u32 w, w, v; "
+        "sub.u32 v, 0x01010100, $9; and.b32 w, w, v; shr.u32 v, w, 3; and.b32 v, v, $9; "
+        "sub.u32 w, w, v; " + _SIGNED
+    )
+
+
+def bytes_of_stretched() -> str:
+    """Return assembly of stage 2 with stretched levels.
+
+    It takes four magnitudes above `_ROUNDED` ($1 to $4), the bits of four x ($5 to $8), the
+    group's `_reciprocal_above` ($9) and eight levels times its step ($13 and $17), and makes four
+    int8 ($0). Past five levels lie two apart: min(r, r / 2 + 5 / 2) numbers them all.
+    """
+    lines = ["{ .reg .b32 e, f, n, v, w; .reg .f32 r, t; .reg .b32 q0, q1, q2, q3; "]
+    lines += [
+        f"mov.b32 r, ${1 + i}; sub.rn.f32 r, r, 0f4B000000; mul.rn.f32 r, r, $9; "
+        "fma.rn.f32 t, r, 0f3F000000, 0f40200000; min.f32 r, r, t; min.f32 r, r, 0f40E80000; "
+        f"add.rn.f32 r, r, 0f4B000000; mov.b32 q{i}, r; "
+        for i in range(4)
+    ]
+    lines.append(
+        "shl.b32 q1, q1, 4; add.u32 q0, q0, q1; shl.b32 q3, q3, 4; add.u32 q2, q2, q3; "
+        "shl.b32 q2, q2, 8; add.u32 q0, q0, q2; prmt.b32 w, $13, $17, q0; "
+    )
+    return "".join(lines) + _SIGNED
+
+
 def _nearest_multiple(rounded: jax.Array, p: jax.Array, plan: _Plan) -> jax.Array:
     """Return magnitudes over the steps [groups, 1], halves rounded up, plus `_ROUNDED`.
 
@@ -431,15 +579,25 @@ def _pack(codes: jax.Array) -> jax.Array:
     return jnp.sum(nibbles, axis=1).astype(jnp.uint8)
 
 
-def _spans(columns: tuple[tuple[int, int, str | None], ...], largest: int) -> tuple[_Span, ...]:
+def _spans(columns: tuple[_Columns, ...], largest: int) -> tuple[_Span, ...]:
     """Cut a row into spans whose lengths are powers of two, as Triton wants them."""
     spans, start = [], 0
-    for array, (column, rest, activation) in enumerate(columns):
-        while rest:
-            size = min(largest, 1 << (rest.bit_length() - 1))
-            place = {"array": array, "column": column, "start": start, "size": size}
-            spans.append(_Span(activation=activation, **place))
-            column, start, rest = column + size, start + size, rest - size
+    for array, (column, whole, activation, times) in enumerate(columns):
+        at = 0
+        while at < whole:
+            size = min(largest, 1 << ((whole - at).bit_length() - 1))
+            spans.append(
+                _Span(
+                    array=array,
+                    column=column + at,
+                    start=start + at,
+                    size=size,
+                    activation=activation,
+                    times=None if times is None else times + at,
+                )
+            )
+            at += size
+        start += whole
     return tuple(spans)
 
 
@@ -486,23 +644,15 @@ def _round_product(
     lo: jax.Array | None,
     multiplier: jax.Array,
     interpret: bool,
-    *,
-    keep_sign: bool = False,
 ) -> jax.Array:
-    """Return round_half_even(|x| * multiplier), or of x - lo, in the lowest eight bits of int32.
+    """Return round_half_even(|x| * multiplier), or of x - lo, plus `_ROUNDED`, int32.
 
     Each operation is rounded by itself; x counts as zero where it is subnormal and lo is given.
-    Of an x whose sign is kept they are two's complement; else what is above them is `_ROUNDED`.
     """
-    base = 1.5 * 2.0**23 if keep_sign else 2.0**23
     if interpret:
-        wide = x if keep_sign else jnp.abs(x)
-        wide = wide if lo is None else channels.without_subnormals(x) - lo
-        return _bits(jnp.round(wide * multiplier) + base)
+        wide = jnp.abs(x) if lo is None else channels.without_subnormals(x) - lo
+        return _bits(jnp.round(wide * multiplier) + 2.0**23)
     multiplier = jnp.broadcast_to(multiplier, x.shape)
-    if keep_sign:
-        code = f"{{ .reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 t, t, {_literal(base)}; "
-        return _assemble(code + "mov.b32 $0, t; }", "=r,f,f", [x, multiplier], jnp.int32)
     if lo is None:
         code = "{ .reg .f32 t; abs.f32 t, $1; mul.rn.f32 t, t, $2; " + _ROUND + " }"
         return _assemble(code, "=r,f,f", [x, multiplier], jnp.int32)
@@ -511,8 +661,30 @@ def _round_product(
     return _assemble(code, "=r,f,f,f", [x, lo, multiplier], jnp.int32)
 
 
-def _assemble(code: str, constraints: str, args: list[jax.Array], dtype) -> jax.Array:
+def _signed_bytes(x: jax.Array, multiplier: jax.Array, interpret: bool) -> jax.Array:
+    """Return round_half_even(x * multiplier), int8, four elements at once."""
+    if interpret:
+        return _bits(jnp.round(x * multiplier) + 1.5 * 2.0**23).astype(jnp.int8)
+    args = [x, jnp.broadcast_to(multiplier, x.shape)]
+    return _assemble(bytes_of_products(), "=r" + 8 * ",f", args, jnp.int8, pack=4)
+
+
+def bytes_of_products() -> str:
+    """Return assembly from four x ($1 to $4) and their factors ($5 to $8) to four int8 ($0)."""
+    lines = ["{ .reg .f32 a0, a1, a2, a3; .reg .b32 b0, b1, b2, b3, e, f; "]
+    lines += [
+        f"mul.rn.f32 a{i}, ${1 + i}, ${5 + i}; "
+        f"add.rn.f32 a{i}, a{i}, {_literal(1.5 * 2.0**23)}; mov.b32 b{i}, a{i}; "
+        for i in range(4)
+    ]
+    lines.append("prmt.b32 e, b0, b1, 0x0040; prmt.b32 f, b2, b3, 0x0040; ")
+    return "".join([*lines, "prmt.b32 $0, e, f, 0x5410; }"])
+
+
+def _assemble(
+    code: str, constraints: str, args: list[jax.Array], dtype, *, pack: int = 1
+) -> jax.Array:
     result = jax.ShapeDtypeStruct(args[0].shape, dtype)
     return plgpu.elementwise_inline_asm(
-        code, args=args, constraints=constraints, pack=1, result_shape_dtypes=(result,)
+        code, args=args, constraints=constraints, pack=pack, result_shape_dtypes=(result,)
     )[0]

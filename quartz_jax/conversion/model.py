@@ -152,7 +152,8 @@ def quantize_layer(
     n, k = weight.shape
     assert recipe.weight is not None
     rows = n
-    if recipe.weight.rows_apart and not recipe.transforms and recipe.rounding == Nearest():
+    plain = not (recipe.transforms or recipe.wide) and recipe.rounding == Nearest()
+    if recipe.weight.rows_apart and plain:
         rows = 2 ** int(math.log2(max(_ELEMENTS_AT_ONCE // k, 1)))
     slices, squares = [], np.zeros(4)
     for start in range(0, n, rows):

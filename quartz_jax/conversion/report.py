@@ -165,14 +165,14 @@ def measure_layer(
     return LayerReport(
         path=path,
         weight=recipe.words(),
-        activation=str(activation or "bf16"),
+        activation=recipe.input_words(),
         relative_error=float(np.sqrt(error / (exact or 1))),
         elements=weight.size,
         weight_bytes=weight.nbytes + sum(x.nbytes for x in jax.tree.leaves(ops)),
         bias_bytes=0 if bias is None else 2 * bias.size,
         shifts=_count_shifts(weight) if isinstance(weight, PackedRows) else None,
         execution=how_it_runs(weight, activation),
-        input_bits=16.0 if activation is None else activation.bits(weight.k),
+        input_bits=16.0 if activation is None else activation.bits(weight.k) + 4 * recipe.wide,
         output_error=float(np.sqrt(output_error / output)) if output else None,
     )
 

@@ -125,7 +125,7 @@ class Conversion:
             stored = sum(part.bytes for part in source.parts)
             before = sum(part.bytes_bf16 for part in source.parts)
             rows = [
-                (path, layer.words(), str(layer.activation or "bf16"), *_layer_bytes(part, path))
+                (path, layer.words(), layer.input_words(), *_layer_bytes(part, path))
                 for part in source.parts
                 for path, layer in part.layers.items()
             ]

@@ -26,7 +26,7 @@ def quartz_matmul(
     *,
     bias: jax.Array | None = None,  # [n], any float
     activation: str | None = None,
-    gate: jax.Array | None = None,  # [n], any float
+    gate: jax.Array | None = None,  # [n] or [images, n], any float
     residual: jax.Array | None = None,  # [..., n], any float
     branch: Branch | None = None,  # input [m, r] and up [n, r], m rows of x
     out_dtype: Any = jnp.bfloat16,
@@ -50,7 +50,7 @@ def quartz_matmul(
         Or the same prepared for one backend, see `pallas_kernels.matmul.prepare`.
       bias: added to every row.
       activation: "gelu" applies its tanh form, or None.
-      gate: multiplies every row.
+      gate: multiplies every row; or one for each image of as many rows.
       residual: added last.
       branch: a product in 16 bits, added before the bias.
       out_dtype: of the result.

@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import regex
 
+from pallas_kernels.arguments import CHOICES
 from quartz_jax import schema
 from quartz_jax.formats import Format, Int, Quartz, Stored
 from quartz_jax.io.files import read_json
 from quartz_jax.recipes.earlier import from_version_2
 from quartz_jax.recipes.sites import ROLES, Site
 from quartz_jax.rounding import Nearest, Rounding
-from quartz_jax.transforms import Layer, Transform
+from quartz_jax.transforms import Layer, Transform, Wide
 from quartz_jax.transforms.base import HIGHEST, Need
+from quartz_jax.transforms.wide import rounded_input, widen
 
 FORMAT_VERSION = 3  # of a recipe's JSON
 MAIN = ""  # key of the recipe for the component sampled with, whatever its family calls it
@@ -35,6 +37,9 @@ class LayerRecipe:
     activation: Format | None = None  # of the input; None leaves it 16-bit
     transforms: tuple[Transform, ...] = ()
     rounding: Rounding = Nearest()  # of the weight  # noqa: RUF009 (frozen)
+    # Of the input's groups, the share that keeps eight bits where the others have four: those that
+    # calibration finds the dearest, beside the others in one dot
+    wide: float = 0.0
 
     def __post_init__(self):
         for name, kind in (("weight", Format), ("activation", Format)):
@@ -52,6 +57,7 @@ class LayerRecipe:
             raise ValueError(f"weight is {self.weight}; weights must be symmetric (absmax)")
         if getattr(self.activation, "search", False):
             raise ValueError(f"activation is {self.activation}; only weights can be searched")
+        self._check_wide()
         blocks = [f.scale_block for f in (self.weight, self.activation) if f and f.scale_block]
         if len(set(blocks)) > 1:
             raise ValueError(
@@ -59,17 +65,34 @@ class LayerRecipe:
                 "same where both have one"
             )
 
+    def _check_wide(self) -> None:
+        if isinstance(self.wide, bool) or not 0 <= self.wide < 1:
+            raise ValueError(f"wide is {self.wide!r}; it must be a share, from 0 to below 1")
+        kind, sizes = self.activation, CHOICES["group_size"]
+        if not self.wide or (
+            isinstance(kind, Quartz) and kind.scale_block is None and kind.group_size in sizes
+        ):
+            return
+        raise ValueError(
+            f"wide is {self.wide} and activation {kind}; only groups of a Quartz activation with "
+            f"one scale a row, of {', '.join(map(str, sizes))} channels, can keep eight bits"
+        )
+
     @property
     def needs(self) -> frozenset[Need]:
         """The statistics of its inputs that it reads; the mean too, where a Gram matrix shifts."""
         needs = frozenset().union(self.rounding.needs, *(t.needs for t in self.transforms))
+        needs |= {"absmax"} if self.wide else frozenset()
         return needs | {"mean"} if "gram" in needs else needs
 
     def fit(self, layer: Layer) -> Layer:
         """Return the layer behind all transforms; traceable."""
         for i, transform in enumerate(self.transforms):
             layer = transform.fit(layer, self._from(i + 1))
-        return layer
+        if not self.wide:
+            return layer
+        assert isinstance(self.activation, Quartz)
+        return widen(layer, self.wide, self.activation.group_size)
 
     def store(self, layer: Layer) -> Stored:
         """Return the weight of a fitted layer in its format; traceable."""
@@ -86,7 +109,9 @@ class LayerRecipe:
         fitted = quick.fit(layer)
         rows, weight = fitted.seen.rows, fitted.weight
         assert rows is not None
-        given = rows if self.activation is None else self.activation(rows)
+        last = fitted.ops[-1] if fitted.ops else None
+        wide = last.groups if isinstance(last, Wide) else None
+        given = rounded_input(rows, self.activation, wide)
         # x w - x' w' = (x - x') w + x' (w - w'): products of small differences
         error = jnp.matmul(rows - given, weight.T, precision=HIGHEST)
         rest = jnp.matmul(given, (weight - self.rounded(weight)).T, precision=HIGHEST)
@@ -99,6 +124,12 @@ class LayerRecipe:
 
     def _from(self, index: int) -> "LayerRecipe":
         return dataclasses.replace(self, transforms=self.transforms[index:])
+
+    def input_words(self) -> str:
+        """Return what the input becomes, in words."""
+        if self.activation is None:
+            return "bf16"
+        return f"{self.activation}{f' {self.wide:.0%} wide' if self.wide else ''}"
 
     def words(self) -> str:
         """Return what is done to the weight, in words."""

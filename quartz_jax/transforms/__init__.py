@@ -11,6 +11,7 @@ from quartz_jax.transforms.base import (
     Seen,
     TakeOut,
     Transform,
+    Wide,
     run_ops,
 )
 from quartz_jax.transforms.low_rank import LowRank
@@ -38,5 +39,6 @@ __all__ = [
     "Sort",
     "TakeOut",
     "Transform",
+    "Wide",
     "run_ops",
 ]

@@ -244,6 +244,21 @@ class TakeOut(Op):
 
 
 @pytree
+class Wide(Op):
+    """Marks groups of channels that keep eight bits; leaves x as it is."""
+
+    groups: jax.Array  # bool [groups of the input's format]
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        """Return x."""
+        return x, None
+
+    def see(self, seen: Seen) -> Seen:
+        """Return the statistics as they are."""
+        return seen
+
+
+@pytree
 class Layer:
     """A linear on its way through the transforms."""
 

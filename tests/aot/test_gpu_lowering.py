@@ -13,7 +13,8 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import aot, device
-from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu
+from pallas_kernels.matmul import MATMUL, MATMUL_INT8, mosaic_gpu, triton_few_rows
+from pallas_kernels.matmul.dequantize import DEQUANTIZE
 from pallas_kernels.matmul.shapes import SHAPES, Shape
 from pallas_kernels.operands import Branch, Epilogue
 from pallas_kernels.qk_norm_rope import QK_NORM_ROPE, Stream
@@ -149,6 +150,13 @@ def few_rows_call(shape, **where):
     return fused_call(dataclasses.replace(shape, m=2), **where)
 
 
+def passes_call(shape, **where):
+    """Few rows by programs that go through several times as many weight rows."""
+    _, args, _ = few_rows_call(shape, **where)
+    config = triton_few_rows.Config(tile_n=4, passes=4, warps=1)
+    return lambda *a, implementation: triton_few_rows.matmul(*a, config=config), args, {}
+
+
 def quantize_call(shape, range="absmax", step="power", **where):
     options = {"bits": 4, "group_size": 16, "range": range, "step": step, "rounding": "nearest"}
     return QUANTIZE, [spec((shape.m, shape.k), jnp.bfloat16, **where)], options
@@ -183,6 +191,34 @@ def rotated_call(shape, rotation=16, **where):
     return run, [*args, *vectors], options
 
 
+def gated_call(shape, **where):
+    """Two images: an RMS norm of each behind a product of columns, 8 bits."""
+
+    def run(wide, scale, **options):
+        part = Part(array=wide, start=0, size=shape.k, activation="silu", times=shape.k)
+        return QUANTIZE((part,), norm=Norm(scale=scale, kind="rms"), **options)
+
+    _, _, options = quantize_call(shape)
+    args = [spec((2 * shape.m, 2 * shape.k), jnp.bfloat16, **where)]
+    return run, [*args, spec((2, shape.k), jnp.float32, **where)], options | {"bits": 8}
+
+
+def images_call(shape, **where):
+    """Gates of two images and a residual."""
+    operation, (x, w, _), options = fused_call(
+        dataclasses.replace(shape, m=2 * shape.m), 16, "integer", "stretched", **where
+    )
+    epilogue = Epilogue(
+        gate=spec((2, shape.n), jnp.bfloat16), residual=spec((2 * shape.m, shape.n), jnp.bfloat16)
+    )
+    return operation, (x, w, placed(epilogue, where)), options
+
+
+def dequantize_call(shape, dtype=jnp.bfloat16, **where):
+    _, (_, w, _), _ = fused_call(shape, 32, "integer", "stretched", **where)
+    return lambda w, **options: DEQUANTIZE(w, dtype, **options), (w,), {}
+
+
 def qk_norm_rope_call(shape, **where):
     """Two streams, and columns behind the values."""
     heads, d, tokens = 24, 128, (shape.m, 3 * shape.m)
@@ -203,9 +239,13 @@ TRITON_FORMS = {
     "int8": (int8_call, "triton"),
     "fused": (fused_call, "triton"),
     "few rows": (few_rows_call, "triton_few_rows"),
+    "few rows in passes": (passes_call, "triton_few_rows"),
     "quantize": (quantize_call, "triton"),
     "quantize parts after a norm, packed": (quantize_parts_call, "triton"),
     "quantize rotated channels": (rotated_call, "triton"),
+    "quantize gated parts of images": (gated_call, "triton"),
+    "gates of images": (images_call, "triton"),
+    "dequantize": (dequantize_call, "triton"),
     "qk norm rope": (qk_norm_rope_call, "triton"),
 }
 
@@ -226,7 +266,8 @@ def lower(gpu, call, implementation):
 @pytest.mark.parametrize("name", FLUX)
 @pytest.mark.parametrize("make", [int8_call, fused_call])
 def test_mosaic_kernels_lower_for_h100_at_flux_shapes(name, make):
-    assert "mosaic_gpu" in lower(H100, make(FLUX[name]), "mosaic_gpu")
+    # The name by which profiles tell it from attention.
+    assert "matmul_mosaic_gpu" in lower(H100, make(FLUX[name]), "mosaic_gpu")
 
 
 @pytest.mark.parametrize("name", FLUX)
@@ -240,6 +281,11 @@ def test_triton_kernels_lower_for_a100_at_flux_shapes(name, make):
 def test_every_triton_kernel_lowers_for_every_gpu(form, gpu):
     make, implementation = TRITON_FORMS[form]
     assert "triton" in lower(gpu, make(ODD), implementation)
+
+
+@pytest.mark.parametrize("m", [4608, 333])
+def test_gates_of_images_lower_for_hopper(m):
+    assert "mosaic_gpu" in lower(H100, images_call(Shape(m=m, n=3072, k=3072)), "mosaic_gpu")
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
@@ -376,8 +422,9 @@ def test_fused_triton_decodes_bytes_at_once_for_the_int8_matrix_unit(gpu, tmp_pa
 
 
 @on_gpus
-def test_few_rows_multiply_four_bytes_at_once(gpu, tmp_path):
-    ptx = compile_for(gpu, few_rows_call, "triton_few_rows", tmp_path)
+@pytest.mark.parametrize("make", [few_rows_call, passes_call])
+def test_few_rows_multiply_four_bytes_at_once(gpu, make, tmp_path):
+    ptx = compile_for(gpu, make, "triton_few_rows", tmp_path)
     assert "dp4a.s32.s32" in ptx
     assert "mma" not in ptx
 
@@ -393,6 +440,25 @@ def test_quantize_rounds_as_ieee_demands(gpu, make, tmp_path):
     # GELU's exponential and reciprocal alone may be approximate.
     assert ("ex2.approx" in ptx, "rcp.approx" in ptx) == (make is quantize_parts_call,) * 2
     assert "div.full" not in ptx
+
+
+def test_stage_2_takes_four_bytes_of_a_group_at_once(tmp_path):
+    """A thread's four elements are neighbours: there's one store of as many bytes as it has."""
+
+    def make(shape, **where):
+        return quantize_call(dataclasses.replace(shape, k=1024), **where)
+
+    ptx = compile_for(H100, make, "triton", tmp_path)
+    assert ptx.count("sub.u32 v, 0x80808080, w") == 2  # of eight elements of each of 128 threads
+    assert "st.global.v2.b32" in ptx
+    assert "prmt.b32 n, e, f, 0x5410" in ptx
+
+
+@on_gpus
+def test_decoding_to_16_bits_stores_whole_vectors(gpu, tmp_path):
+    ptx = compile_for(gpu, dequantize_call, "triton", tmp_path)
+    assert "cvt.rn.bf16x2.f32 w3, y, x" in ptx
+    assert "st.global.v4.b32" in ptx
 
 
 @pytest.mark.parametrize(("rotation", "shuffled"), [(16, 0.5), (64, 2.5), (256, 4.5)])

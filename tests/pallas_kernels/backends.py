@@ -27,6 +27,7 @@ MADE_FOR = {
 # What a backend may refuse: nothing else.
 MAY_REFUSE = {
     "mosaic_gpu": "writes 16-bit floats only",
+    "triton": r"decodes 4-bit weights, not int8|writes bfloat16 and float16, not float32",
     "triton_few_rows": r"serves up to \d+ rows on this device, not \d+",
 }
 

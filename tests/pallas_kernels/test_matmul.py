@@ -12,8 +12,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels import matmul
-from pallas_kernels.matmul import MATMUL, MATMUL_INT8
+from pallas_kernels import device, matmul
+from pallas_kernels.matmul import MATMUL, MATMUL_INT8, triton_few_rows
 from pallas_kernels.matmul.shapes import SHAPES
 from pallas_kernels.operands import Branch, Epilogue, Int8Rows, PackedRows
 
@@ -221,6 +221,10 @@ class TestMatmul:
     def test_epilogue(self, subject, m, names):
         check_epilogue(subject, m, names.split(), packed=True)
 
+    @pytest.mark.parametrize(("images", "rows"), [(2, 1), (3, 7), (2, 64)])
+    def test_gates_of_images_together_are_as_each_by_itself(self, subject, images, rows):
+        check_images(subject, images, rows, packed=True)
+
 
 @pytest.mark.parametrize("subject", subjects(MATMUL_INT8))
 class TestMatmulInt8:
@@ -238,6 +242,40 @@ class TestMatmulInt8:
     @pytest.mark.parametrize("names", ["bias", "lo activation gate residual branch"])
     def test_epilogue(self, subject, names):
         check_epilogue(subject, 37, names.split(), packed=False)
+
+    def test_gates_of_images_together_are_as_each_by_itself(self, subject):
+        check_images(subject, 2, 37, packed=False)
+
+
+def check_images(subject, images, rows, *, packed):
+    """Compare a batch with its images one by one, with ==."""
+    n, k, rank, m = 140, 200, 20, images * rows
+    rng = np.random.default_rng(rows)
+    weights, values = random_weights(rng, n, k, 16, "power")
+    weights = weights if packed else Int8Rows(values=values, scale=weights.scale)
+    scale, lo = rng.random((2, m, 1)).astype(np.float32)
+    x = Int8Rows(values=activations(rng, m, k, True), scale=scale, lo=lo)
+    inner, up = (rng.standard_normal((size, rank)).astype(jnp.bfloat16) for size in (m, n))
+    epilogue = Epilogue(
+        bias=rng.standard_normal(n).astype(np.float32),
+        gate=rng.standard_normal((images, n)).astype(jnp.bfloat16),
+        residual=rng.standard_normal((m, n)).astype(jnp.bfloat16),
+        branch=Branch(input=inner, up=up),
+        activation="gelu",
+    )
+    if subject.refuses(x, weights, epilogue):
+        return
+    together = run(subject, x, weights, epilogue)
+    for i in range(images):
+        at = slice(i * rows, (i + 1) * rows)
+        alone = dataclasses.replace(
+            epilogue,
+            gate=epilogue.gate[i],
+            residual=epilogue.residual[at],
+            branch=Branch(input=inner[at], up=up),
+        )
+        part = jax.tree.map(lambda rows: rows[at], x)  # noqa: B023
+        np.testing.assert_array_equal(together[at], run(subject, part, weights, alone))
 
 
 def check_epilogue(subject, m, names, *, packed):
@@ -277,6 +315,35 @@ def check_epilogue(subject, m, names, *, packed):
     wanted, rest = finish(sums, **options)
     bound = 2.0**-8 * np.abs(wanted) + 4e-6 * (gate * terms + rest)
     assert np.max(np.abs(y.astype(np.float64) - wanted) / bound) <= 1
+
+
+@pytest.mark.skipif(ON_HARDWARE and device.current().platform != "gpu", reason="for GPUs")
+@pytest.mark.parametrize("k", [96, 96 * 33])  # a row at once, and in a loop
+def test_few_rows_go_through_weight_rows_in_any_passes(k):
+    rng = np.random.default_rng(k)
+    w, values = random_weights(rng, 21, k, 16, "stretched")
+    lo = rng.integers(-9, 9, (3, 1)).astype(np.float32)
+    x = Int8Rows(values=activations(rng, 3, k, True), scale=ones(3), lo=lo)
+    epilogue = Epilogue(
+        bias=rng.integers(-9, 9, 21).astype(np.float32),
+        gate=rng.integers(1, 9, (3, 21)).astype(np.float32),
+        residual=rng.integers(-9, 9, (3, 21)).astype(np.float32),
+        out_dtype=jnp.float32,
+    )
+    found = [
+        triton_few_rows.matmul(
+            x,
+            w,
+            epilogue,
+            config=triton_few_rows.Config(tile_n=2, passes=passes, words=32),
+            interpret=not ON_HARDWARE,
+        )
+        for passes in (1, 4)
+    ]
+    np.testing.assert_array_equal(*found)
+    sums = int_dot(x.values, values) + (128 + lo) * values.sum(axis=1, dtype=np.float64)
+    wanted = epilogue.residual + epilogue.gate * (sums + epilogue.bias)
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-6, atol=1)
 
 
 M, N, K = 5, 7, 70
@@ -333,6 +400,7 @@ BAD_PACKED = [
 BAD_EPILOGUES = [
     ({"bias": np.ones((N, 1), np.float32)}, "bias has shape"),
     ({"gate": np.ones((M,), np.float32)}, "gate has shape"),
+    ({"gate": np.ones((2, N), np.float32)}, "gate is of 2 images; 5 rows aren't as many for each"),
     ({"residual": np.ones((M, M), np.float32)}, "residual has shape"),
     ({"bias": np.ones(N, np.int32)}, "bias has dtype int32; it must be floating"),
     ({"activation": "relu"}, "activation is 'relu'"),

@@ -33,6 +33,9 @@ LEVELS = (0, 1, 2, 3, 4, 5, 7, 9)  # of stretched codes
 configs = pytest.mark.parametrize(
     "config", CONFIGS, ids=lambda config: "-".join(map(str, config.values()))
 )
+# Inputs of linears in families beside FLUX.1: FLUX.2, Z-Image, SD3, PixArt, DiT, Sana, SDXL.
+FAMILIES = [320, 640, 1152, 2240, 3840, 4096, 10240, 16384]
+GATED = [(0, 640, jnp.bfloat16), (704, 64, jnp.float32), (3, 700, jnp.bfloat16)]
 FLUX = [(4608, 3072), (4608, 12288), (4608, 15360)] if ON_HARDWARE else []
 
 
@@ -51,8 +54,10 @@ def compiled(function, config):
 
 def run(function, x, *, norm=None, multiplier=None, **config):
     """Call under jit; return NumPy arrays."""
+    wide = config.pop("wide", None)
     call = compiled(function, tuple(sorted(config.items())))
-    arrays = call(x, {"norm": norm, "multiplier": multiplier})
+    wide = None if wide is None else np.asarray(wide)
+    arrays = call(x, {"norm": norm, "multiplier": multiplier, "wide": wide})
     return [None if a is None else np.asarray(a) for a in arrays]
 
 
@@ -152,6 +157,54 @@ class TestQuantize:
         options = {"group_size": 16, "rotation": rotation, "multiplier": multiplier, "wide": wide}
         assert_same(subject, x, **options, **STRETCHED)
 
+    @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[4]], ids=str)
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+    @pytest.mark.parametrize("kind", ["layer", "rms"])
+    @pytest.mark.parametrize("shifted", [False, True])
+    def test_norms_of_every_kind(self, subject, kind, shifted, dtype, config):
+        check_norm(subject, 9, 700, dtype, config, packed=False, kind=kind, shifted=shifted)
+
+    @pytest.mark.parametrize("images", [2, 3])
+    @pytest.mark.parametrize("form", ["both", "one shift", "scale alone"])
+    @pytest.mark.parametrize("k", [640, 2240])
+    def test_images_together_are_as_each_by_itself(self, subject, images, form, k):
+        rng = np.random.default_rng(k)
+        x = rng.standard_normal((images * 10, k)).astype(jnp.bfloat16)
+        scale = rng.standard_normal((images, k)).astype(np.float32)
+        shift = rng.standard_normal((images, k)).astype(jnp.bfloat16)
+        shift = {"both": shift, "one shift": shift[0], "scale alone": None}[form]
+        kind = "rms" if form == "scale alone" else "layer"
+        norm = Norm(scale=scale, shift=shift, kind=kind)
+        options = {"group_size": 16, **CONFIGS[2]}
+        together = run(subject, x, norm=norm, **options)
+        for i in range(images):
+            at = slice(10 * i, 10 * i + 10)
+            alone = jax.tree.map(lambda v: v[i] if v.ndim > 1 else v, norm)  # noqa: B023
+            values, found, _ = run(subject, x[at], norm=alone, **options)
+            np.testing.assert_array_equal(together[0][at], values)
+            np.testing.assert_array_equal(together[1][at], found)
+
+    @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3]], ids=str)
+    @pytest.mark.parametrize("activation", [None, "gelu", "silu"])
+    @pytest.mark.parametrize(("start", "times", "dtype"), GATED)
+    def test_parts_that_multiply_each_other(self, subject, start, times, dtype, activation, config):
+        rng = np.random.default_rng(3)
+        x = (4 * rng.standard_normal((5, 1344))).astype(dtype)
+        place = {"start": start, "times": times, "size": 640, "activation": activation}
+        bounds = np.asarray(x, np.float64)[:, start : start + 640], x[:, times : times + 640]
+        low, high = product_interval(*bounds, activation, dtype)
+
+        def gated(x, **options):
+            return subject((quantize.Part(array=x, **place),), **options)
+
+        check_interval(run(gated, x, group_size=16, **config), low, high, config)
+
+    @pytest.mark.parametrize("k", FAMILIES)
+    def test_inputs_as_long_as_those_of_families(self, subject, k):
+        x = random_input(np.random.default_rng(k), 3, k, jnp.bfloat16)
+        assert_same(subject, x, group_size=16, **CONFIGS[0])
+        assert_same(subject, x, group_size=32, **STRETCHED)
+
     @pytest.mark.parametrize("packed", [False, True])
     def test_stretched_levels_are_those_of_every_magnitude_and_peak(self, subject, packed):
         """The input's stage 1 is its own integers; wide groups keep them."""
@@ -238,7 +291,7 @@ def stretched(group):
     return decoded
 
 
-def check_norm(subject, m, k, dtype, config, *, packed):
+def check_norm(subject, m, k, dtype, config, *, packed, kind="layer", shifted=True):
     """Hold the result of a norm against all that float32 sums in any order may make of it.
 
     Orders of summation differ between backends by a few units in the last place of float32, so
@@ -248,7 +301,9 @@ def check_norm(subject, m, k, dtype, config, *, packed):
     rng = np.random.default_rng(k)
     x = (rng.standard_normal((m, k)) * 3 + rng.standard_normal((m, 1))).astype(dtype)
     shift, scale = rng.standard_normal((2, k)).astype(dtype) / 4
-    norm = Norm(shift=shift, scale=1 + scale.astype(np.float32), epsilon=k * 1e-4)
+    shift = shift if shifted else None
+    scale = 1 + scale.astype(np.float32)
+    norm = Norm(shift=shift, scale=scale, epsilon=k * 1e-4, kind=kind)
     found = run(subject, x, norm=norm, group_size=16, packed=packed, **config)
     check_interval(found, *normed_interval(x, norm), config, packed=packed)
 
@@ -285,18 +340,28 @@ def check_interval(found, low, high, config, *, packed=False):
 
 def gelu_interval(x):
     """Return bounds of GELU(x), its tanh form, in the dtype of x, as float64."""
-    wide = np.asarray(x, np.float64)
-    twice = np.sqrt(8 / np.pi) * (wide + 0.044715 * wide**3)
-    y = wide / (1 + np.exp(-twice))
+    return product_interval(np.asarray(x, np.float64), np.float64(1), "gelu", x.dtype)
+
+
+def product_interval(x, factor, activation, dtype):
+    """Return bounds of activation(x) * factor in a dtype, x and they float64."""
+    exponent = {
+        "gelu": np.sqrt(8 / np.pi) * (x + 0.044715 * x**3),
+        "silu": x,
+        None: np.full_like(x, np.inf),
+    }[activation]
+    y = x / (1 + np.exp(-exponent)) * np.asarray(factor, np.float64)
     # The exponential has the rounding of its argument; it vanishes where float32 has nothing left.
-    error = (1e-6 + 2.5e-7 * np.abs(twice)) * np.abs(y) + 1e-36
-    return tuple((y + sign * error).astype(x.dtype).astype(np.float64) for sign in (-1, 1))
+    error = 1e-6 + 2.5e-7 * np.where(np.isfinite(exponent), np.abs(exponent), 0)
+    error = error * np.abs(y) + 1e-36
+    return tuple((y + sign * error).astype(dtype).astype(np.float64) for sign in (-1, 1))
 
 
 def normed_interval(x, norm):
-    """Return bounds of layer_norm(x) * scale + shift in the dtype of x, as float64."""
-    wide, shift, scale = (np.asarray(a, np.float64) for a in (x, norm.shift, norm.scale))
-    wide = wide - wide.mean(axis=1, keepdims=True)
+    """Return bounds of norm(x) * scale + shift in the dtype of x, as float64."""
+    given = (x, 0 if norm.shift is None else norm.shift, norm.scale)
+    wide, shift, scale = (np.asarray(a, np.float64) for a in given)
+    wide = wide - wide.mean(axis=1, keepdims=True) if norm.kind == "layer" else wide
     wide /= np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + norm.epsilon)
     y = wide * scale + shift
     # The mean is off in units of the standard deviation, the rest in those of the element.
@@ -349,6 +414,7 @@ PART = quantize.Part(array=np.ones((3, 8), np.float32), start=0, size=8)
         ({"bits": 8, "packed": True}, "packed is True with bits=8"),
         ({"norm": (np.ones(37), np.ones(37))}, "norm is a tuple; it must be a Norm or None"),
         ({"norm": norm_of(3, 37)}, r"norm.shift has shape \[3\]; it must be \[37\]"),
+        ({"norm": norm_of(37, (2, 37))}, "norm.scale is of 2 images; 3 rows aren't as many for"),
         ({"norm": dataclasses.replace(norm_of(37, 37), kind="batch")}, "norm.kind is 'batch'"),
         ({"norm": norm_of(37, 3)}, r"norm.scale has shape \[3\]; it must be \[37\]"),
         ({"multiplier": np.ones(3)}, r"multiplier has shape \[3\]; it must be \[37\]"),

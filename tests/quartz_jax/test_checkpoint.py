@@ -118,6 +118,22 @@ def test_every_op_and_format_comes_back_bit_for_bit(tmp_path, base, mixed):
     assert_same_bits(loaded, bits(model))
 
 
+def test_groups_that_keep_eight_bits_come_back(tmp_path, base):
+    layer = rule(r"layers\.\d\.down", Int(width=4), Quartz(), wide=0.25)
+    recipe = Recipe(name="wide", rules=(layer,))
+    model = build_stepped()
+    seen = observe(model, samples(), recipe.needs(sites(model)))
+    model, report = quantize_model(model, recipe, seen)
+    folder = save(tmp_path / "wide", base, model=model, recipe=recipe, report=report)
+    loaded, manifest = checkpoint.load(folder, lambda _: build_stepped())
+    assert manifest.components["transformer"].recipe == recipe
+    (op,) = loaded.layers[0].down.ops.get_value()
+    assert op.groups.dtype == bool
+    assert int(op.groups.sum()) == max(round(op.groups.size / 4), 1)
+    assert_same_bits(loaded, bits(model))
+    np.testing.assert_array_equal(place(loaded)[0](X), model(X))
+
+
 class Buffers(nnx.Module):
     """A linear, and arrays that are no weights."""
 

@@ -12,7 +12,7 @@ from flax import nnx
 from layers import layer_of
 from test_transforms import FORMS
 
-from models.linear import Linear, Part, modulation, normalize
+from models.linear import Linear, Norm, Part, modulation, normalize
 from pallas_kernels.operands import Epilogue
 from quartz_jax import (
     BlockRows,
@@ -39,6 +39,7 @@ from quartz_jax.transforms import (
     ResidualChannels,
     Rotate,
     Scale,
+    Seen,
     Shift,
     Smooth,
     Sort,
@@ -371,3 +372,53 @@ def test_gated_parts_are_as_if_multiplied_before(activation, gate_first):
     product = act(first) * second if gate_first else first * act(second)
     joined = jnp.concatenate([X[..., :24], product], axis=-1)
     assert relative_error(module(parts), module(joined)) < 1e-4
+
+
+@pytest.mark.parametrize("activation", [QUARTZ, Quartz(range="minmax"), STRETCHED], ids=str)
+@pytest.mark.parametrize("chain", [(), (Rotate(block=16),), (Smooth(alpha=0.5), Sort())], ids=str)
+def test_dear_groups_of_the_input_keep_eight_bits(chain, activation):
+    recipe = LayerRecipe(weight=INT8, activation=activation, transforms=chain, wide=0.4)
+    assert "absmax" in recipe.needs
+    made, report = quantize_layer("layer", LAYER.weight, BIAS, recipe, LAYER.seen)
+    module = QuantizedLinear(made.weight, nnx.Param(BIAS), activation, made.ops)
+    groups = np.asarray(made.ops[-1].groups)
+    assert groups.sum() == round(0.4 * -(-K // activation.group_size)) == 1
+
+    given, _ = run_ops(made.ops, X)
+    wide = np.repeat(groups, activation.group_size)[:K]
+    given = jnp.where(wide, Int(width=8, range=activation.range)(given), activation(given))
+    expected = simulated_dot(given, dequantize(made.weight)) + BIAS
+    assert relative_error(module(X), expected) < 1e-5
+    module.simulated = True
+    assert relative_error(module(X), expected) < 1e-5
+    assert report.execution == "int8"
+    assert report.activation == f"{activation} 40% wide"
+    assert report.input_bits == activation.bits(K) + 4 * 0.4
+
+
+def test_the_groups_that_keep_eight_bits_are_those_that_lose_most():
+    """Of inputs in two groups the one with large channels that large weights read."""
+    rows = np.random.default_rng(0).normal(size=(2, 64, 48)).astype(np.float32)
+    rows[..., 16:32] *= 8
+    rows[..., 32:] *= 9
+    weight = np.random.default_rng(1).normal(size=(8, 48)).astype(np.float32)
+    weight[:, 32:] /= 9
+    seen = Seen(absmax=jnp.asarray(np.abs(rows).max(axis=(0, 1))))
+    recipe = LayerRecipe(weight=INT8, activation=QUARTZ, wide=0.34)
+    made, _ = quantize_layer("layer", weight, None, recipe, seen)
+    np.testing.assert_array_equal(made.ops[-1].groups, [False, True, False])
+
+
+def test_a_batch_is_as_its_images_one_by_one():
+    shift, scale = (jnp.asarray(RNG.normal(size=(2, 1, K)), jnp.float32) for _ in range(2))
+    gate = jnp.asarray(RNG.normal(size=(2, 1, N)), jnp.float32)
+    residual = jnp.asarray(RNG.normal(size=(*X.shape[:-1], N)), jnp.float32)
+    module = layer(QUARTZ, QUARTZ, (Rotate(block=16),))
+    call = jax.jit(
+        lambda x, norm, gate, residual: module(x, norm=norm, gate=gate, residual=residual)
+    )
+    together = call(X, Norm(scale=scale, shift=shift), gate, residual)
+    for i in range(2):
+        at = slice(i, i + 1)
+        alone = call(X[at], Norm(scale=scale[at], shift=shift[at]), gate[at], residual[at])
+        np.testing.assert_allclose(together[at], alone, rtol=1e-6, atol=1e-5)

@@ -461,6 +461,10 @@ def test_a_recipe_file_is_accepted_in_place_of_a_name(tmp_path):
         ({"weight": Quartz(scale_block=32), "activation": Quartz(scale_block=64)}, "must be the"),
         ({"weight": "int8"}, "weight is 'int8'; it must be a number format"),
         ({"transforms": (Nearest(),)}, "which is no transform"),
+        ({"activation": QUARTZ, "wide": 1.0}, "wide is 1.0; it must be a share, from 0 to below 1"),
+        ({"activation": QUARTZ, "wide": True}, "wide is True; it must be a share"),
+        ({"activation": INT8, "wide": 0.1}, "wide is 0.1 and activation int8; only groups of a Qu"),
+        ({"wide": 0.1}, "wide is 0.1 and activation None; only groups of a Quartz activation"),
         ({"rounding": Smooth()}, "it must be a Rounding"),
     ],
 )

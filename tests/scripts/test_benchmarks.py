@@ -54,21 +54,21 @@ def test_ratios_are_those_of_the_times_in_the_file(tiny_shapes, tmp_path, capsys
     status, results = run_benchmark(tmp_path / "x.json")
     rows = {row["backend"]: row for row in results["rows"]}
     assert status == 0
-    packed = ["g16 xla", "g16 stretched xla", "g16 stretched branch xla"]
+    packed = ["g16 xla", "g16 stretched xla", "g16 stretched branch xla", "w4a16 xla"]
     assert list(rows) == ["bfloat16 xla", "int8 xla", *packed, "reference"]
-    assert [row["exact"] for row in rows.values()] == [None, *[True] * 5]
+    assert [row["exact"] for row in rows.values()] == [None, *[True] * 6]
     rotation = rows.pop("reference")
     assert rotation["work"] == "qk_norm_rope 1+3"
     assert rotation["bytes_moved"] == 2 * 4 * 9216 * 2
     for row in rows.values():
         assert row["ms"] == statistics.median(row["times_ms"])
         assert row["of_bf16"] == rows["bfloat16 xla"]["ms"] / row["ms"]
-        rate = 1e9 if row["backend"] == "bfloat16 xla" else 2e9
+        rate = 1e9 if row["backend"] in ("bfloat16 xla", "w4a16 xla") else 2e9
         bandwidth = row["bytes_moved"] / results["copy_bytes_per_second"]
         limit = max(row["operations"] / rate, bandwidth)
         assert row["of_limit"] == pytest.approx(1e3 * limit / row["ms"])
     assert rows["g16 xla"]["of_int8"] == rows["int8 xla"]["ms"] / rows["g16 xla"]["ms"]
-    assert rows["int8 xla"]["of_int8"] is None
+    assert rows["int8 xla"]["of_int8"] is rows["w4a16 xla"]["of_int8"] is None
     for line in capsys.readouterr().out.splitlines()[2:-1]:
         row = rows[line[29:61].strip()]
         shown = {name: float(x) for x, name in re.findall(r"([\d.]+) (ms|of bf16|of int8)", line)}
@@ -197,28 +197,34 @@ def test_a_search_without_a_result_writes_nothing(tunable, tmp_path):
 def test_a_step_s_figures_are_grouped_and_recorded(tmp_path, capsys, monkeypatch):
     config = dataclasses.replace(SIZES["transformer"], num_layers=0, num_single_layers=1)
     kernels = {"nvjet_x": 3e-3, "cudnn_sdpa": 2e-3, "my_gemm": 1e-3, "copy": 5e-4}
-    kernels["jit_qk_norm_rope__1"] = 1e-3
+    kernels |= {"jit_qk_norm_rope__1": 1e-3, "matmul_mosaic_gpu_kernel": 1e-3}
+    kernels |= {"attention_mosaic_gpu_kernel": 1e-3, "dequantize__1": 5e-4}
     small = dataclasses.replace(FLUX, sizes={"flux1-dev": SIZES | {"transformer": config}})
     monkeypatch.setattr(benchmark_model, "MODELS", {"flux1-dev": small})
     monkeypatch.setattr(benchmark_model.timing, "kernel_times", lambda *_: kernels)
     # Zeros are quick to compile.
     monkeypatch.setattr(benchmark_model, "random_normal", lambda _, shape, __: jnp.zeros(shape))
     argv = ["--recipes", "bf16", "--size", "16x16", "--text-tokens", "4", "--steps", "1"]
+    argv += ["--batch", "2"]
     benchmark_model.main([*argv, "--seed", "5", "--out", str(tmp_path / "x.json")])
     record = json.loads((tmp_path / "x.json").read_text())
     assert (record["seed"], set(record["environment"])) == (5, {"device", "versions"})
     result = record["results"]["bf16"]
     assert result["groups_ms"] == {
-        "matmuls": 4.0,
-        "attention": 2.0,
+        "matmuls": 5.0,
+        "attention": 3.0,
         "norms and rotations of q and k": 1.0,
+        "decoding": 0.5,
         "the rest": 0.5,
     }
-    assert result["weight_bytes"] < result["peak_bytes"] < 2 * result["weight_bytes"]
+    assert result["weight_bytes"] < result["peak_bytes"] < 3 * result["weight_bytes"]
     assert result["kernels_ms"] == pytest.approx(sum(result["groups_ms"].values()))
     out = capsys.readouterr().out
     assert f"step {result['queued_ms']:7.2f} ms" in out
-    assert re.search(r"matmuls +4.00 ms +53%", out)
+    assert record["batch"] == 2
+    assert result["gaps_ms"] == result["queued_ms"] - result["kernels_ms"]
+    assert f"gaps {result['gaps_ms']:5.2f} ms" in out
+    assert re.search(r"matmuls +5.00 ms +50%", out)
 
 
 def test_a_synthetic_model_is_written_and_replaced_only_on_request(tmp_path, capsys, monkeypatch):
