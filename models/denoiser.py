@@ -54,7 +54,7 @@ class Denoiser(abc.ABC):
     `output` around the model in each step, under jit; `decode`, under jit, an image at a time.
     """
 
-    configs: "Configs"  # of the components, by name
+    configs: "Configs"  # of the components, by name, and what the family's index_configs gave
 
     @property
     @abc.abstractmethod
