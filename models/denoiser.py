@@ -95,6 +95,10 @@ class Denoiser(abc.ABC):
           tokens: of each text; a family without text takes no notice.
         """
 
+    def calibration_texts(self) -> Sequence[str]:
+        """Return texts to calibrate on where none are given; () for those of any model of text."""
+        return ()
+
     def look(
         self,
         sampler: "Sampler",

@@ -19,6 +19,9 @@ from models.vae.params import AUTOENCODER_KL
 if TYPE_CHECKING:
     from models.sampler import Sampler
 
+_CALIBRATION = 64  # classes that recipes are calibrated on
+_GOLDEN = 0.6180339887498949  # whose multiples spread evenly, modulo 1
+
 
 class DiTDenoiser(PlanarDenoiser):
     """Classes in place of prompts, noise predicted, and a learned variance that isn't used."""
@@ -35,6 +38,12 @@ class DiTDenoiser(PlanarDenoiser):
     def shapes(self, texts: int, tokens: int) -> Conditions:
         """Return shapes in place of what `encode` gives."""
         return {"class_labels": jax.ShapeDtypeStruct((texts,), jnp.int32)}
+
+    def calibration_texts(self) -> Sequence[str]:
+        """Return numbers of classes, any first ones of which spread over all."""
+        count = self.configs["transformer"].num_embeds_ada_norm
+        parts = np.arange(_CALIBRATION) * _GOLDEN % 1
+        return [str(int(part * count)) for part in parts]
 
     def inputs(
         self,

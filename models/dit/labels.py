@@ -52,7 +52,9 @@ class Labels:
             listed = " and ".join(map(str, found))
             raise ValueError(f"class {text!r} is the name of {listed}; give the number")
         if not found or found[0] >= classes:
-            raise ValueError(f"{text[:80]!r} is no class of this model; {self._hint(wanted, classes)}")
+            raise ValueError(
+                f"{text[:80]!r} is no class of this model; {self._hint(wanted, classes)}"
+            )
         return found[0]
 
     def _hint(self, wanted: str, classes: int) -> str:

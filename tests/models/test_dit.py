@@ -5,11 +5,14 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import models
 from models.dit.family import DIT
 from models.dit.labels import Labels
 from models.stored_files import CheckpointError
+from quartz_jax.cli import generate, quantize
+from quartz_jax.pipelines import calibration_prompts
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -179,3 +182,23 @@ def test_malformed_labels_are_refused_when_the_model_is_found(folder, tmp_path, 
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"id2label": value}))
     with pytest.raises(CheckpointError, match=r"model_index.json: id2label must be an object"):
         models.find_model(tmp_path)
+
+
+def test_calibration_is_on_classes_spread_over_all(ours):
+    texts = calibration_prompts(ours)
+    numbers = [int(text) for text in texts]
+    assert len(set(numbers)) == len(texts) == 64
+    gaps = np.diff(sorted(numbers[:16]), prepend=0, append=1000)
+    assert gaps.max() < 150
+    assert ours.encode_prompts(texts)["class_labels"].tolist() == numbers
+
+
+def test_a_calibrated_recipe_is_made_and_the_checkpoint_draws_a_named_class(folder, tmp_path):
+    options = ["--calibration-samples", "2", "--calibration-steps", "1"]
+    quantize.main(
+        ["--model", f"{folder}", "--recipe", "w4a8x-gptq", "--out", f"{tmp_path}/q", *options]
+    )
+    call = ["--prompt", "tench", "--steps", "2", "--out", f"{tmp_path}/x.png"]
+    generate.main(["--model", f"{tmp_path}/q", *call])
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.size == (SIDES[0], SIDES[0])
