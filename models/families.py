@@ -12,11 +12,21 @@ from models.family import Family
 from models.flux.family import FLUX
 from models.flux.variants import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
 from models.flux2.family import FLUX2
+from models.pixart.family import PIXART
 from models.stored_files import Checkpoint, CheckpointError
 from models.zimage.family import ZIMAGE
 
 # Where a single file could be of several, the first that fits is taken.
-FAMILIES: tuple[Family, ...] = (FLUX, FLUX_KONTEXT, FLUX_FILL, FLUX_CONTROL, FLUX2, ZIMAGE, DIT)
+FAMILIES: tuple[Family, ...] = (
+    FLUX,
+    FLUX_KONTEXT,
+    FLUX_FILL,
+    FLUX_CONTROL,
+    FLUX2,
+    ZIMAGE,
+    DIT,
+    PIXART,
+)
 
 
 def components() -> Iterator[Component]:

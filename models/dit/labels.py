@@ -1,4 +1,4 @@
-"""From the texts that stand in place of prompts to classes: numbers, or names as a model has them."""
+"""From texts in place of prompts to classes: numbers, or names as a model has them."""
 
 import dataclasses
 import difflib

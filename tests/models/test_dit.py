@@ -57,7 +57,7 @@ def peer():
 
 @pytest.fixture(scope="module")
 def folder(peer, tmp_path_factory):
-    """A model as published: its transformer under a class's former name, its labels in the index."""
+    """A model as published: a class's former name, and labels in model_index.json."""
     folder = tmp_path_factory.mktemp("model")
     peer.save_pretrained(folder)
     edit(folder / "transformer" / "config.json", _class_name="Transformer2DModel")
@@ -169,7 +169,7 @@ def test_a_text_that_is_no_class_is_refused_in_one_line(ours, text, message):
 
 
 def test_without_names_a_number_is_asked_for():
-    with pytest.raises(ValueError, match="number from 0 to 9 .*no id2label"):
+    with pytest.raises(ValueError, match=r"number from 0 to 9 .*no id2label"):
         Labels().find("cock", 10)
 
 
