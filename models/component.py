@@ -115,6 +115,8 @@ class Component:
     module: Any  # the module's class
     folder: Naming  # in a folder with a config.json
     file: Naming | None = None  # in a single file, whose shapes are all that tells the config
+    # what its config.json holds where a class's name, since given up, doesn't tell kinds apart
+    formerly: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # from the config of a module that leaves parts of its checkpoint out to that of all of it
     whole: Callable[[Any], Any] = lambda config: config
 

@@ -54,7 +54,7 @@ class Denoiser(abc.ABC):
     `output` around the model in each step, under jit; `decode`, under jit, an image at a time.
     """
 
-    configs: "Configs"  # of the components, by name
+    configs: "Configs"  # of the components, by name, and what the family's index_configs gave
 
     @property
     @abc.abstractmethod
@@ -94,6 +94,10 @@ class Denoiser(abc.ABC):
           texts: rows.
           tokens: of each text; a family without text takes no notice.
         """
+
+    def calibration_texts(self) -> Sequence[str]:
+        """Return texts to calibrate on where none are given; () for those of any model of text."""
+        return ()
 
     def look(
         self,

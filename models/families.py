@@ -7,15 +7,26 @@ from typing import Any
 from flax import nnx
 
 from models.component import Component
+from models.dit.family import DIT
 from models.family import Family
 from models.flux.family import FLUX
 from models.flux.variants import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
 from models.flux2.family import FLUX2
+from models.pixart.family import PIXART
 from models.stored_files import Checkpoint, CheckpointError
 from models.zimage.family import ZIMAGE
 
 # Where a single file could be of several, the first that fits is taken.
-FAMILIES: tuple[Family, ...] = (FLUX, FLUX_KONTEXT, FLUX_FILL, FLUX_CONTROL, FLUX2, ZIMAGE)
+FAMILIES: tuple[Family, ...] = (
+    FLUX,
+    FLUX_KONTEXT,
+    FLUX_FILL,
+    FLUX_CONTROL,
+    FLUX2,
+    ZIMAGE,
+    DIT,
+    PIXART,
+)
 
 
 def components() -> Iterator[Component]:
@@ -52,6 +63,9 @@ def of_config(values: Mapping[str, Any], expected: Component | None = None) -> C
     Raises:
       CheckpointError: the class is unknown.
     """
+    for component in components():
+        if component.formerly and component.formerly.items() <= values.items():
+            return component
     names = [values.get("_class_name")]
     if isinstance(values.get("architectures"), list):
         names += values["architectures"]

@@ -72,6 +72,11 @@ class Family:
     misfits: Callable[[Mapping[str, Any], Mapping[str, Any]], Iterator[str]]
     # configs of every component by the published model's name, which its single file has too
     sizes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    # from configs to those of GenerationDefaults that sizes tell, over the schedule's
+    defaults_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda configs: {}
+    # from model_index.json to what the denoiser needs of it, by name: configs beside components';
+    # raises CheckpointError
+    index_configs: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda index: {}
     autoencoder_file: str = "ae.safetensors"  # beside a single file
     # the namings that adapters use for the main component's linears
     adapters: Sequence["AdapterNaming"] = ()

@@ -103,6 +103,11 @@ class ModelFiles:
                 raise CheckpointError(f"{path} is no {name} of {self.family.name}: {kind}")
         return configs
 
+    def index_configs(self) -> Mapping[str, Any]:
+        """Return what the family's denoiser needs of model_index.json, by name."""
+        with _naming("model_index.json"):
+            return self.family.index_configs(self.index)
+
     def defaults(self, configs: Mapping[str, Any]) -> GenerationDefaults:
         """Return what the model generates with by default; see `generation_defaults`."""
         known = {**configs, "scheduler": self.load_scheduler()}
@@ -144,6 +149,7 @@ def find_model(
     else:
         found = _find_single_files(path, files, text_encoders, schedule)
     _own_defaults(found.index)  # malformed ones are refused here
+    found.index_configs()
     found = found if schedule is None else _with_schedule(found, schedule, text_encoders)
     check_fit(found.family, found.configs())
     return found
@@ -416,6 +422,7 @@ def load_pipeline(
         models=models,
         tokenizers=tokenizers,
         scheduler=files.load_scheduler(),
+        index_configs=files.index_configs(),
         defaults=files.defaults({name: getattr(x, "config", None) for name, x in models.items()}),
     )
 
@@ -437,7 +444,8 @@ def generation_defaults(
       CheckpointError: an unknown key, or a value of wrong type or range.
     """
     name, _ = family.schedule_of(configs, index)
-    return _defaults({**family.schedules[name].defaults, **_own_defaults(index)})
+    told = {**family.schedules[name].defaults, **family.defaults_of(configs)}
+    return _defaults({**told, **_own_defaults(index)})
 
 
 def _own_defaults(index: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Sampler:
     tokenizers: Mapping[str, Any]  # of transformers, by name
     scheduler: Scheduler
     defaults: GenerationDefaults = dataclasses.field(default_factory=GenerationDefaults)
+    # what model_index.json tells the denoiser, by name: see `Family.index_configs`
+    index_configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # classifier-free guidance as a batch of twice the rows, or as two calls, which take less memory
     guidance_in_two_calls: bool = False
     # of the stages "load <component>", "encode prompts", "encode images", "step" and "decode"
@@ -159,7 +161,8 @@ class Sampler:
     @property
     def denoiser(self) -> Denoiser:
         """What the family does with models of these sizes."""
-        return self.family.denoiser(Configs({name: x.config for name, x in self.models.items()}))
+        configs = {name: x.config for name, x in self.models.items()}
+        return self.family.denoiser(Configs({**self.index_configs, **configs}))
 
     def canvas(self, height: int, width: int) -> Canvas:
         """Return what an image's latents look like; sides in pixels."""

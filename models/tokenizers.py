@@ -4,9 +4,9 @@ import contextlib
 import json
 import string
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -75,8 +75,21 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} holds no tokenizer that loads: {first}") from None
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], longest: int) -> np.ndarray:
-    """Return ids padded to the tokenizer's length or a shorter one, int32 [texts, length].
+class Tokens(NamedTuple):
+    """Texts of one length, padded."""
+
+    ids: np.ndarray  # int32 [texts, length]
+    mask: np.ndarray  # int32 [texts, length], 0 for padding
+
+    @classmethod
+    def of(cls, encoded: Mapping[str, Any]) -> Self:
+        """Take what a tokenizer of transformers returns."""
+        parts = (encoded["input_ids"], encoded["attention_mask"])
+        return cls(*(np.asarray(part, np.int32) for part in parts))
+
+
+def padded_tokens(tokenizer: Any, texts: Sequence[str], longest: int) -> Tokens:
+    """Return tokens padded to the tokenizer's length or a shorter one.
 
     Longer texts are truncated, and a warning says what is cut.
 
@@ -89,8 +102,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str], longest: int) -> np.ndarray:
     whole = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     for text, ids in zip(texts, whole, strict=True):
         warn_of_cut(tokenizer, text, ids, length - tokenizer.num_special_tokens_to_add())
-    encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
-    return np.asarray(encoded["input_ids"], np.int32)
+    options = {"max_length": length, "truncation": True, "return_attention_mask": True}
+    return Tokens.of(tokenizer(list(texts), padding="max_length", **options))
 
 
 def warn_of_cut(tokenizer: Any, prompt: str, ids: Sequence[int], kept: int) -> None:

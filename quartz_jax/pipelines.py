@@ -35,6 +35,7 @@ from quartz_jax.conversion.report import Report
 from quartz_jax.conversion.stream import Carried, Conversion, Source
 from quartz_jax.engine.place import Placement, place
 from quartz_jax.evaluation.paired import SamplingOptions, calibration_samples
+from quartz_jax.evaluation.prompts import read_lines
 from quartz_jax.recipes import MAIN, Recipe, get_recipe
 from quartz_jax.transforms import Seen
 
@@ -313,6 +314,11 @@ def _open_pipeline(
     return models.load_pipeline(
         model, dtype, text_encoders=text_encoders, schedule=schedule, **deferred
     )
+
+
+def calibration_prompts(pipeline: Sampler) -> list[str]:
+    """Return the prompts to calibrate a model on where none are given."""
+    return list(pipeline.denoiser.calibration_texts()) or read_lines(CALIBRATION_PROMPTS)
 
 
 def calibrate(

@@ -160,6 +160,13 @@ def random_normal(key: jax.Array, shape: tuple[int, ...], deviation: float) -> j
     return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(deviation)
 
 
+def random_condition(key: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return bfloat16 values of states, and ones of what counts or masks."""
+    if jnp.issubdtype(shape.dtype, jnp.floating):
+        return jax.random.normal(key, shape.shape, jnp.bfloat16)
+    return jnp.ones(shape.shape, shape.dtype)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """A denoising step of one or more images, and what it is called with."""
@@ -183,10 +190,8 @@ class Step:
         schedule, _ = family.schedule_of(family.sizes[name], family.index)
         scheduler = scheduler_from_json(family.schedules[schedule].scheduler)
         canvas, keys = denoiser.canvas(*size), jax.random.split(key)
-        texts = {
-            x: jax.random.normal(keys[0], shape.shape, jnp.bfloat16)
-            for x, shape in denoiser.shapes(batch, text_tokens).items()
-        }
+        shapes = denoiser.shapes(batch, text_tokens)
+        texts = {name: random_condition(keys[0], shape) for name, shape in shapes.items()}
         conditions = denoiser.prepare(model, texts, canvas)
         latents = jax.random.normal(keys[1], (batch, *canvas.shape))
         level = denoiser.levels(scheduler, 4, canvas, 1.0)[0]

@@ -7,8 +7,9 @@ from typing import Any
 from models.checkpoint_io import BLOCKS, WIDTHS, CheckpointError, check_bounds, config_from_json
 
 _CLASS = "DiTTransformer2DModel"
+FORMER_CLASS = "Transformer2DModel"  # of several kinds of transformer, in published files
 _SUPPORTED = {
-    "_class_name": (_CLASS,),
+    "_class_name": (_CLASS, FORMER_CLASS),
     "activation_fn": ("gelu-approximate",),
     "attention_bias": (True,),
     "norm_elementwise_affine": (False,),

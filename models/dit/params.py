@@ -2,7 +2,7 @@
 
 from models.checkpoint_io import Rule
 from models.component import Component, Naming
-from models.dit.config import DiTConfig
+from models.dit.config import FORMER_CLASS, DiTConfig
 from models.dit.modeling import DiT
 
 
@@ -40,4 +40,5 @@ TRANSFORMER = Component(
         telling="transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
         rules=lambda config, names: diffusers_rules(config),
     ),
+    formerly={"_class_name": FORMER_CLASS, "norm_type": "ada_norm_zero"},
 )

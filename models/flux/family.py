@@ -15,8 +15,8 @@ from models.flux.config import FluxConfig
 from models.flux.latents import image_ids, pack, unpack
 from models.flux.params import TRANSFORMER, bfl_rules, diffusers_rules
 from models.text_encoders.clip import CLIP_TEXT, CLIPTextConfig
-from models.text_encoders.t5 import T5_ENCODER, T5Config
-from models.tokenizers import token_ids
+from models.text_encoders.t5 import T5_ENCODER, T5_XXL
+from models.tokenizers import padded_tokens
 from models.vae.config import AutoencoderKLConfig
 from models.vae.params import AUTOENCODER_KL
 
@@ -58,8 +58,8 @@ class FluxDenoiser(Denoiser):
         says what is cut.
         """
         clip_length = self.configs["text_encoder"].max_position_embeddings
-        clip_ids = token_ids(sampler.tokenizers["tokenizer"], texts, clip_length)
-        t5_ids = token_ids(sampler.tokenizers["tokenizer_2"], texts, _MAX_T5_TOKENS)
+        clip_ids = padded_tokens(sampler.tokenizers["tokenizer"], texts, clip_length).ids
+        t5_ids = padded_tokens(sampler.tokenizers["tokenizer_2"], texts, _MAX_T5_TOKENS).ids
         _, pooled = sampler.run("text_encoder", "encode prompts", clip_ids)
         embeds = sampler.run("text_encoder_2", "encode prompts", t5_ids)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
@@ -201,9 +201,7 @@ def _sizes(dev: bool) -> dict[str, Any]:
         "text_encoder": CLIPTextConfig(
             hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=2
         ),
-        "text_encoder_2": T5Config(
-            d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
-        ),
+        "text_encoder_2": T5_XXL,
         "vae": AutoencoderKLConfig(
             block_out_channels=(128, 256, 512, 512),
             layers_per_block=2,

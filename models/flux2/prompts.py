@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.text_encoders.chat import Tokens, chat_tokens, qwen_turn
+from models.text_encoders.chat import chat_tokens, qwen_turn
 from models.text_encoders.decoder import Decoder, DecoderConfig, decoder_component
+from models.tokenizers import Tokens
 
 _LONGEST = 512  # tokens, the template's and padding included, which the transformer attends to
 _TEMPLATE = qwen_turn(thinking=False)

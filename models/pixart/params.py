@@ -2,7 +2,7 @@
 
 from models.checkpoint_io import Rule
 from models.component import Component, Naming
-from models.pixart.config import PixArtConfig
+from models.pixart.config import FORMER_CLASS, PixArtConfig
 from models.pixart.modeling import PixArtTransformer
 
 
@@ -48,4 +48,5 @@ TRANSFORMER = Component(
     folder=Naming(
         telling="adaln_single.linear.weight", rules=lambda config, names: diffusers_rules(config)
     ),
+    formerly={"_class_name": FORMER_CLASS, "norm_type": "ada_norm_single"},
 )

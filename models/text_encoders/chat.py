@@ -7,25 +7,16 @@ taken from the tokenizer's folder, whose own is a program.
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from models.stored_files import CheckpointError
-from models.tokenizers import warn_of_cut
+from models.tokenizers import Tokens, warn_of_cut
 
 _MARK = r"<\|\w+\|>|</?\w+>"  # such as <|im_start|> and </think>: tokens of their own
 
 
 # Qwen3's tokens of their own that templates have, behind that of padding.
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-
-
-class Tokens(NamedTuple):
-    """Texts of one length, padded."""
-
-    ids: np.ndarray  # int32 [texts, length]
-    mask: np.ndarray  # int32 [texts, length], 0 for padding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +87,4 @@ def chat_tokens(
     if multiple is not None:
         padding = {"padding": "longest", "pad_to_multiple_of": multiple, "padding_side": "right"}
     encoded = tokenizer(texts, max_length=longest, truncation=True, **padding)
-    return Tokens(*(np.asarray(encoded[name], np.int32) for name in ("input_ids", _MASK)))
-
-
-_MASK = "attention_mask"
+    return Tokens.of(encoded)

@@ -67,6 +67,12 @@ class T5Config:
         return {**names, "is_encoder_decoder": False, **dataclasses.asdict(self)}
 
 
+# The encoder of T5 v1.1 XXL, which image models read.
+T5_XXL = T5Config(
+    d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+)
+
+
 class T5Encoder(nnx.Module):
     """Token ids to hidden states after the final norm. Norms and softmax run in float32.
 

@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 
 from models.compiled import compiled
-from models.denoiser import Canvas, Conditions, Denoiser
+from models.denoiser import Canvas, Conditions
 from models.family import AdapterNaming, Family, Schedule, Tokenizer
 from models.fit import tokenizer_misfits
+from models.planar import PlanarDenoiser, latent_misfit
 from models.text_encoders.chat import QWEN_SPECIALS
 from models.vae.config import AutoencoderKLConfig
 from models.vae.params import AUTOENCODER_KL
@@ -24,20 +25,8 @@ if TYPE_CHECKING:
     from models.sampler import Sampler
 
 
-class ZImageDenoiser(Denoiser):
+class ZImageDenoiser(PlanarDenoiser):
     """Latents of [channels, height, width], one text encoder, and a velocity's opposite."""
-
-    @property
-    def multiple(self) -> int:
-        """What height and width must be multiples of, in pixels: of a latent token's side."""
-        return self.configs["transformer"].patch_size * self.configs["vae"].downsampling
-
-    def canvas(self, height: int, width: int) -> Canvas:
-        """Return the size of an image's latents."""
-        step = self.configs["vae"].downsampling
-        shape = (self.configs["transformer"].in_channels, height // step, width // step)
-        tokens = (height // self.multiple) * (width // self.multiple)
-        return Canvas(height=height, width=width, shape=shape, tokens=tokens)
 
     def encode(self, sampler: "Sampler", texts: Sequence[str]) -> Conditions:
         """Return text tokens [texts, tokens, channels], and how many of each count, int [texts]."""
@@ -80,22 +69,6 @@ class ZImageDenoiser(Denoiser):
         """Return the velocity."""
         return -prediction[:, :, 0].astype(jnp.float32)
 
-    def encode_image(
-        self, autoencoder: nnx.Module, image: jax.Array, noise: jax.Array, canvas: Canvas
-    ) -> jax.Array:
-        """Return latents, a draw from the distribution that the autoencoder gives."""
-        vae: Any = autoencoder
-        mean, logvar = (x.astype(jnp.float32) for x in vae.encode(image))
-        latents = mean + jnp.exp(0.5 * logvar) * noise.transpose(0, 2, 3, 1)
-        latents = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-        return latents.transpose(0, 3, 1, 2)
-
-    def decode(self, autoencoder: nnx.Module, latents: jax.Array, canvas: Canvas) -> jax.Array:
-        """Return the image of latents."""
-        vae: Any = autoencoder
-        latents = latents.transpose(0, 2, 3, 1)
-        return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0))
-
 
 def _refine(model: Any, cap_feats: jax.Array, cap_lengths: jax.Array) -> jax.Array:
     return model.prepare(cap_feats, cap_lengths)
@@ -112,13 +85,8 @@ def _schedule_of(configs: Mapping[str, Any], index: Mapping[str, Any]) -> tuple[
 
 def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Iterator[str]:
     """Yield why components of a Z-Image model don't fit, naming both sizes."""
-    transformer, vae = configs.get("transformer"), configs.get("vae")
-    encoder = configs.get("text_encoder")
-    if transformer and vae and transformer.in_channels != vae.latent_channels:
-        yield (
-            f"the transformer takes latents of {transformer.in_channels} channels, and the "
-            f"autoencoder gives {vae.latent_channels}"
-        )
+    transformer, encoder = configs.get("transformer"), configs.get("text_encoder")
+    yield from latent_misfit(configs)
     if transformer and encoder and transformer.cap_feat_dim != encoder.channels:
         yield (
             f"the transformer takes text tokens of {transformer.cap_feat_dim} channels, and "

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from models.text_encoders.chat import Tokens, chat_tokens, qwen_turn
+from models.text_encoders.chat import chat_tokens, qwen_turn
 from models.text_encoders.decoder import Decoder, DecoderConfig, decoder_component
+from models.tokenizers import Tokens
 
 _LONGEST = 512  # tokens, the template's included
 _MULTIPLE = 32  # what the transformer pads texts to; lengths that share a compiled program

@@ -103,9 +103,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _calibration_prompts(model: Path) -> Path:
+def _calibration_prompts(model: Path) -> Path | None:
     own = model / "calibration_prompts.txt"
-    return own if own.exists() else pipelines.CALIBRATION_PROMPTS
+    return own if own.exists() else None
 
 
 def _add_compared(parser: argparse.ArgumentParser) -> None:

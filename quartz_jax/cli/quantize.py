@@ -24,15 +24,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint.is_checkpoint(args.model):
         raise ValueError(f"{args.model} is quantized already; give the 16-bit model as --model")
     size = cli.parse_size(args.calibration_size)
-    prompts = read_lines(args.calibration)[: args.calibration_samples]
+    prompts = read_lines(args.calibration) if args.calibration else []
     calibration = None
     if any(recipe.calibrated for recipe in recipes.values()):
         opened = pipelines.open_16_bit(
             args.model, {}, text_encoders=args.text_encoders, schedule=args.schedule
         )
+        prompts = prompts or pipelines.calibration_prompts(opened.pipeline)
         calibration = pipelines.calibrate(
             opened.pipeline,
-            prompts,
+            prompts[: args.calibration_samples],
             seed=args.seed,
             steps=args.calibration_steps,
             size=size,
@@ -57,8 +58,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="quartz quantize", description=__doc__)
     add = parser.add_argument
-    model, prompts = pipelines.EMBEDDED_MODEL, pipelines.CALIBRATION_PROMPTS
-    add("--model", type=Path, default=model, help="16-bit model: folder or single file")
+    add(
+        "--model",
+        type=Path,
+        default=pipelines.EMBEDDED_MODEL,
+        help="16-bit model: folder or single file",
+    )
     add("--recipe", default="w4a8x", help=cli.COMPONENT_RECIPES)
     add("--text-encoders", type=Path, help="diffusers folder with what a single file lacks")
     cli.add_schedule(parser)
@@ -67,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print layers, formats and bytes; write nothing")
     calibration = parser.add_argument_group("for calibrated recipes")
     add = calibration.add_argument
-    add("--calibration", type=Path, default=prompts, help="prompts, one a line; default: ours")
+    add("--calibration", type=Path, help="prompts, one a line; default: ours")
     add("--calibration-samples", type=cli.positive, default=64, help="images to draw, at most")
     add("--calibration-steps", type=cli.positive, default=4, help="steps to look at, of each image")
     add("--calibration-size", metavar="WxH", help="multiples of 16; default: the model's")

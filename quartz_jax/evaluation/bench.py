@@ -59,7 +59,7 @@ class Options:
     guidance: float | None  # the same
     true_cfg: float | None  # the same
     seed0: int  # of the noise
-    calibration_prompts: Path  # one a line
+    calibration_prompts: Path | None  # one a line; None for what goes with the model's kind
     calibration: int  # prompts to calibrate on, at most
     calibration_rows: int  # tokens kept of a call of a layer
     networks: Path  # these seven: see `Judges`
@@ -145,12 +145,15 @@ class Bench:
         self.started = time.monotonic()
         prompts = read_prompts(options.prompts, options.count)
         self.prompts = prompts.texts
-        self.calibration_prompts = read_lines(options.calibration_prompts)[: options.calibration]
+        given = options.calibration_prompts
+        calibration = read_lines(given) if given else []
         check_output(options.out)
         names = ("networks", "real", "real_count", "inception", "clip", "lpips", "classes")
-        given = {name: getattr(options, name) for name in names}
-        self.judges = Judges(prompts, self.beside, **given)
+        judged = {name: getattr(options, name) for name in names}
+        self.judges = Judges(prompts, self.beside, **judged)
         self.original = pipelines.load_16_bit(options.model)
+        calibration = calibration or pipelines.calibration_prompts(self.original)
+        self.calibration_prompts = calibration[: options.calibration]
         self.sampling = paired.SamplingOptions.of(
             self.original, options.size, options.steps, options.guidance, options.true_cfg
         )

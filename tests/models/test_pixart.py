@@ -7,6 +7,7 @@ from flax import nnx
 from random_weights import random_module
 from transformer_cases import CASES
 
+import models
 from models.pixart.config import PixArtConfig
 from models.stored_files import CheckpointError
 
@@ -28,6 +29,15 @@ CASE = CASES["PixArt"]
 def test_an_unusable_config_is_refused_by_name(options, message):
     with pytest.raises(CheckpointError, match=message):
         PixArtConfig.from_json({**CASE.config, **options})
+
+
+@pytest.mark.parametrize("case", ["DiT", "PixArt"])
+def test_a_transformer_under_its_former_class_is_found_by_its_norm(case):
+    component, config = CASES[case].component, CASES[case].config
+    values = component.config.from_json(config).to_json() | {"_class_name": "Transformer2DModel"}
+    assert type(models.component_config(values)) is component.config
+    with pytest.raises(CheckpointError, match="class Transformer2DModel is not supported"):
+        models.component_config(values | {"norm_type": "layer_norm"})
 
 
 def test_what_is_masked_of_a_text_counts_for_nothing():

@@ -28,13 +28,13 @@ def make_tiny_flux(
       extra_channels: that a token has beside its latents'.
     """
     torch.manual_seed(0)
-    tokenizer, tokenizer_2 = _clip_tokenizer(), _t5_tokenizer()
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
     pipeline = kind(
         transformer=_transformer(
             guidance_embeds=dev, in_channels=16 + extra_channels, out_channels=16
         ),
-        text_encoder=_clip(tokenizer),
-        text_encoder_2=_t5(tokenizer_2),
+        text_encoder=clip(tokenizer),
+        text_encoder_2=t5(tokenizer_2),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         vae=_vae(),
@@ -76,7 +76,7 @@ def _vae():
     )
 
 
-def _clip_tokenizer():
+def clip_tokenizer():
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*letters, *(letter + "</w>" for letter in letters)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
@@ -84,13 +84,13 @@ def _clip_tokenizer():
     return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
 
 
-def _t5_tokenizer():
+def t5_tokenizer(length=TOKENS):
     letters = "▁abcdefghijklmnopqrstuvwxyz,.0123456789"
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -3.0) for c in letters)]
-    return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TOKENS)
+    return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=length)
 
 
-def _clip(tokenizer):
+def clip(tokenizer):
     return transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -106,7 +106,7 @@ def _clip(tokenizer):
     )
 
 
-def _t5(tokenizer):
+def t5(tokenizer):
     return transformers.T5EncoderModel(
         transformers.T5Config(
             vocab_size=len(tokenizer),

@@ -1,0 +1,69 @@
+"""What denoisers of latents that lie as channels, rows and columns have in common."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.denoiser import Canvas, Denoiser
+
+
+class PlanarDenoiser(Denoiser):
+    """Latents of [channels, height, width], a transformer of patches, and an AutoencoderKL."""
+
+    @property
+    def multiple(self) -> int:
+        """What height and width must be multiples of, in pixels: of a latent token's side."""
+        return self.configs["transformer"].patch_size * self.configs["vae"].downsampling
+
+    def canvas(self, height: int, width: int) -> Canvas:
+        """Return the size of an image's latents."""
+        step = self.configs["vae"].downsampling
+        shape = (self.configs["transformer"].in_channels, height // step, width // step)
+        tokens = (height // self.multiple) * (width // self.multiple)
+        return Canvas(height=height, width=width, shape=shape, tokens=tokens)
+
+    def output(self, prediction: Any, latents: jax.Array) -> jax.Array:
+        """Return the noise or velocity, without what may be learned of a variance behind it."""
+        return prediction[:, : latents.shape[1]].astype(jnp.float32)
+
+    def encode_image(
+        self, autoencoder: nnx.Module, image: jax.Array, noise: jax.Array, canvas: Canvas
+    ) -> jax.Array:
+        """Return latents, a draw from the distribution that the autoencoder gives."""
+        vae: Any = autoencoder
+        mean, logvar = (x.astype(jnp.float32) for x in vae.encode(image))
+        latents = mean + jnp.exp(0.5 * logvar) * noise.transpose(0, 2, 3, 1)
+        latents = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return latents.transpose(0, 3, 1, 2)
+
+    def decode(self, autoencoder: nnx.Module, latents: jax.Array, canvas: Canvas) -> jax.Array:
+        """Return the image of latents."""
+        vae: Any = autoencoder
+        latents = latents.transpose(0, 2, 3, 1)
+        return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0))
+
+
+def default_side(configs: Any) -> dict[str, int]:
+    """Return the height and width that a model of these configs draws unless told otherwise.
+
+    Args:
+      configs: by component; the transformer's has a `sample_size` in latent pixels.
+    """
+    transformer, vae = configs.get("transformer"), configs.get("vae")
+    if transformer is None or vae is None:
+        return {}
+    side = transformer.sample_size * vae.downsampling
+    return {"height": side, "width": side}
+
+
+def latent_misfit(configs: Any) -> list[str]:
+    """Return why a transformer can't denoise an autoencoder's latents, if so, naming both sizes."""
+    transformer, vae = configs.get("transformer"), configs.get("vae")
+    if not (transformer and vae) or transformer.in_channels == vae.latent_channels:
+        return []
+    return [
+        f"the transformer takes latents of {transformer.in_channels} channels, and the "
+        f"autoencoder gives {vae.latent_channels}"
+    ]
