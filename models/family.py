@@ -46,6 +46,8 @@ class Schedule:
     name: str  # in words, whose they are: "FLUX.1-dev's"
     scheduler: Mapping[str, Any]  # contents of the published scheduler_config.json
     defaults: Mapping[str, Any]  # of GenerationDefaults: num_inference_steps and the like
+    # what model_index.json says of it, beside the components
+    index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,8 @@ class Family:
     # from configs, perhaps with the scheduler, and model_index.json to the schedule that a model
     # takes which doesn't say it, and a warning where that is a guess
     schedule_of: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[str, str | None]]
-    # which schedule's defaults go with a scheduler
-    schedule_like: Callable[[Any], str]
+    # which schedule's defaults go with a scheduler and the model_index.json beside it
+    schedule_like: Callable[[Any, Mapping[str, Any]], str]
     # why components don't fit each other, from configs and tokenizers alone
     misfits: Callable[[Mapping[str, Any], Mapping[str, Any]], Iterator[str]]
     # configs of every component by the published model's name, which its single file has too

@@ -174,7 +174,7 @@ def _find_single_files(
     return ModelFiles(
         family=family,
         paths=paths,
-        index=family.index,
+        index={**family.index, **chosen.index},
         scheduler=dict(chosen.scheduler),
         schedule=chosen.name,
     )
@@ -216,7 +216,9 @@ def _with_schedule(
     if schedule == _FOLDER:
         folder = Path(text_encoders or "") / "scheduler"
         scheduler = read_json(folder / _SCHEDULER_CONFIG)
-        chosen = family.schedules[family.schedule_like(_folder_scheduler(folder))]
+        file = folder.parent / "model_index.json"
+        index = read_json(file) if file.exists() else {}
+        chosen = family.schedules[family.schedule_like(_folder_scheduler(folder), index)]
         words = f"that of {text_encoders}"
     elif schedule in family.schedules:
         chosen = family.schedules[schedule]
@@ -234,7 +236,8 @@ def _with_schedule(
 
 
 def _with_defaults(index: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:
-    return {**index, _DEFAULTS_KEY: {**index.get(_DEFAULTS_KEY, {}), **schedule.defaults}}
+    defaults = {**index.get(_DEFAULTS_KEY, {}), **schedule.defaults}
+    return {**index, **schedule.index, _DEFAULTS_KEY: defaults}
 
 
 def model_name(path: Path | str) -> str:

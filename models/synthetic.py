@@ -40,6 +40,7 @@ def write_random_model(
     *,
     tokenizers: Path | str | None = None,
     layout: str = "diffusers",
+    schedule: str | None = None,
     name: str = "",
     seed: int = 0,
     progress: bool = False,
@@ -57,12 +58,14 @@ def write_random_model(
         where it has no such that are made; their vocabularies need not fill the encoders'.
       layout: "diffusers" for the whole model, bfloat16, sharded as published; "file" for the single
         files of the main component and the autoencoder, in their makers' naming and dtypes.
+      schedule: of the family's, that the model is to be sampled by; None for the one that goes with
+        the sizes.
       name: of the single file; "" for that of the family's first published model.
       seed: of the weights.
       progress: show a bar on stderr.
 
     Raises:
-      ValueError: an unknown layout, or one that the family isn't published in.
+      ValueError: an unknown layout, or one that the family isn't published in; an unknown schedule.
       CheckpointError: the folder exists, or a tokenizer is missing.
     """
     folder = Path(folder)
@@ -70,6 +73,10 @@ def write_random_model(
         raise ValueError(f"layout is {layout!r}; use one of {', '.join(LAYOUTS)}")
     if layout == "file" and family.components[family.main].file is None:
         raise ValueError(f"layout is 'file', and {family.name} has no single files")
+    chosen = schedule or family.schedule_of(sizes, family.index)[0]
+    if chosen not in family.schedules:
+        known = ", ".join(family.schedules)
+        raise ValueError(f"schedule is {schedule!r}; of {family.name} there are {known}")
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; choose another folder")
     _check_tokenizers(family, tokenizers)
@@ -87,12 +94,11 @@ def write_random_model(
         return
     for part, component in family.components.items():
         write.folder(folder / part, component, sizes[part])
-    schedule, _ = family.schedule_of(sizes, family.index)
-    scheduler = dict(family.schedules[schedule].scheduler)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    found = family.schedules[chosen]
+    _write_json(folder / "scheduler" / "scheduler_config.json", found.scheduler)
     for part, tokenizer in family.tokenizers.items():
         _write_tokenizer(folder / part, tokenizer, tokenizers)
-    _write_json(folder / "model_index.json", family.index)
+    _write_json(folder / "model_index.json", {**family.index, **found.index})
 
 
 def is_random_model(folder: Path) -> bool:

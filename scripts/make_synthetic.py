@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         family.sizes[args.model],
         tokenizers=EMBEDDED_MODEL,
         layout=args.layout,
+        schedule=args.schedule,
         name=args.model,
         seed=args.seed,
         progress=True,
@@ -47,6 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder to make")
     add("--model", choices=MODELS, default="flux1-dev", help="whose sizes to take")
     add("--layout", choices=LAYOUTS, default="diffusers", help="folder or single files")
+    add("--schedule", metavar="NAME", help="what it is sampled by, as quartz generate has it")
     add("--seed", type=cli.seed, default=0, help="of the weights")
     add("--overwrite", action="store_true", help="replace what this made at --out")
     return parser.parse_args(argv)

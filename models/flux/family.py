@@ -240,7 +240,7 @@ FLUX = Family(
         ),
     },
     schedule_of=_schedule_of,
-    schedule_like=lambda scheduler: "dev" if scheduler.use_dynamic_shifting else "schnell",
+    schedule_like=lambda scheduler, index: "dev" if scheduler.use_dynamic_shifting else "schnell",
     misfits=misfits,
     adapters=(
         AdapterNaming(

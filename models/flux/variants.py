@@ -196,7 +196,7 @@ FLUX_KONTEXT = dataclasses.replace(
     denoiser=FluxKontextDenoiser,
     schedules={"kontext": _schedule("Kontext", 28, 2.5)},
     schedule_of=lambda configs, index: ("kontext", None),
-    schedule_like=lambda scheduler: "kontext",
+    schedule_like=lambda scheduler, index: "kontext",
     sizes={"flux1-kontext-dev": FLUX.sizes["flux1-dev"]},
 )
 FLUX_FILL = dataclasses.replace(
@@ -206,7 +206,7 @@ FLUX_FILL = dataclasses.replace(
     denoiser=FluxFillDenoiser,
     schedules={"fill": _schedule("Fill", 50, 30.0)},
     schedule_of=lambda configs, index: ("fill", None),
-    schedule_like=lambda scheduler: "fill",
+    schedule_like=lambda scheduler, index: "fill",
     misfits=_fill_misfits,
     sizes={"flux1-fill-dev": _wider(384)},
 )
@@ -217,7 +217,7 @@ FLUX_CONTROL = dataclasses.replace(
     denoiser=FluxControlDenoiser,
     schedules={"canny": _schedule("Canny", 50, 30.0), "depth": _schedule("Depth", 30, 10.0)},
     schedule_of=lambda configs, index: ("canny", None),
-    schedule_like=lambda scheduler: "canny",
+    schedule_like=lambda scheduler, index: "canny",
     misfits=_control_misfits,
     sizes={name: _wider(128) for name in ("flux1-canny-dev", "flux1-depth-dev")},
 )

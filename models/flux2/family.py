@@ -16,7 +16,7 @@ from models.family import AdapterNaming, Family, Schedule, Tokenizer
 from models.fit import tokenizer_misfits
 from models.flux2.config import Flux2Config
 from models.flux2.params import TRANSFORMER, diffusers_rules
-from models.flux2.prompts import TEXT_ENCODER, TextConfig, encode_tokens, text_tokens
+from models.flux2.prompts import TEMPLATE, TEXT_ENCODER, TextConfig, encode_tokens, text_tokens
 from models.flux2.schedule import empirical_mu
 from models.pictures import to_pixels
 from models.schedulers import Level, Scheduler
@@ -210,6 +210,8 @@ def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Itera
         )
     if encoder and "tokenizer" in tokenizers:
         yield from tokenizer_misfits("tokenizer", tokenizers["tokenizer"], encoder)
+    if "tokenizer" in tokenizers:
+        yield from TEMPLATE.misfits(tokenizers["tokenizer"])
 
 
 _SCHEDULER = {
@@ -267,16 +269,20 @@ FLUX2 = Family(
     denoiser=Flux2Denoiser,
     schedules={
         "distilled": Schedule(
-            name="FLUX.2 klein's", scheduler=_SCHEDULER, defaults={"num_inference_steps": 4}
+            name="FLUX.2 klein's",
+            scheduler=_SCHEDULER,
+            defaults={"num_inference_steps": 4},
+            index={"is_distilled": True},
         ),
         "base": Schedule(
             name="FLUX.2 klein base's",
             scheduler=_SCHEDULER,
             defaults={"num_inference_steps": 50, "true_cfg_scale": 4.0},
+            index={"is_distilled": False},
         ),
     },
     schedule_of=_schedule_of,
-    schedule_like=lambda scheduler: "distilled",
+    schedule_like=lambda scheduler, index: _schedule_of({}, index)[0],
     misfits=_misfits,
     adapters=(
         AdapterNaming(

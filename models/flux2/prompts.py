@@ -15,7 +15,7 @@ from models.text_encoders.decoder import Decoder, DecoderConfig, decoder_compone
 from models.tokenizers import Tokens
 
 _LONGEST = 512  # tokens, the template's and padding included, which the transformer attends to
-_TEMPLATE = qwen_turn(thinking=False)
+TEMPLATE = qwen_turn(thinking=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ TEXT_ENCODER = decoder_component(TextConfig)
 
 def text_tokens(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
     """Return the tokens of prompts, [prompts, 512]; a warning says what is cut from one."""
-    return chat_tokens(tokenizer, prompts, _TEMPLATE, longest=_LONGEST)
+    return chat_tokens(tokenizer, prompts, TEMPLATE, longest=_LONGEST)
 
 
 def encode_tokens(

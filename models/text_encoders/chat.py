@@ -6,7 +6,7 @@ taken from the tokenizer's folder, whose own is a program.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from models.stored_files import CheckpointError
@@ -30,13 +30,17 @@ class ChatTemplate:
         """Return the text that the model reads."""
         return f"{self.before}{prompt}{self.after}"
 
-    def missing(self, tokenizer: Any) -> list[str]:
-        """Return the marks of the template that a tokenizer of transformers has no token for.
+    def misfits(self, tokenizer: Any) -> Iterator[str]:
+        """Yield why a tokenizer of transformers isn't the text encoder's: it lacks marks.
 
         It would cut them into letters, which the model never saw there.
         """
         marks = dict.fromkeys(re.findall(_MARK, self.before + self.after))
-        return [x for x in marks if len(tokenizer(x, add_special_tokens=False)["input_ids"]) > 1]
+        if missing := [x for x in marks if len(_ids(tokenizer, x)) > 1]:
+            yield (
+                f"the tokenizer has no token for {', '.join(missing)}; give the one that was "
+                "published with the text encoder"
+            )
 
 
 def qwen_turn(*, thinking: bool) -> ChatTemplate:
@@ -74,11 +78,8 @@ def chat_tokens(
     Raises:
       CheckpointError: the tokenizer is of another model: it lacks tokens of the template.
     """
-    if missing := template.missing(tokenizer):
-        raise CheckpointError(
-            f"the tokenizer has no token for {', '.join(missing)}; give the one that was published "
-            "with the text encoder"
-        )
+    for misfit in template.misfits(tokenizer):
+        raise CheckpointError(misfit)
     texts = [template(prompt) for prompt in prompts]
     whole = tokenizer(texts, verbose=False)["input_ids"]
     for prompt, ids in zip(prompts, whole, strict=True):
@@ -88,3 +89,7 @@ def chat_tokens(
         padding = {"padding": "longest", "pad_to_multiple_of": multiple, "padding_side": "right"}
     encoded = tokenizer(texts, max_length=longest, truncation=True, **padding)
     return Tokens.of(encoded)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -19,7 +19,7 @@ from models.vae.params import AUTOENCODER_KL
 from models.zimage.config import ZImageConfig
 from models.zimage.modeling import padded
 from models.zimage.params import TRANSFORMER, diffusers_rules, file_rules
-from models.zimage.prompts import TEXT_ENCODER, TextConfig, encode_tokens, text_tokens
+from models.zimage.prompts import TEMPLATE, TEXT_ENCODER, TextConfig, encode_tokens, text_tokens
 
 if TYPE_CHECKING:
     from models.sampler import Sampler
@@ -76,7 +76,7 @@ def _refine(model: Any, cap_feats: jax.Array, cap_lengths: jax.Array) -> jax.Arr
 
 def _schedule_of(configs: Mapping[str, Any], index: Mapping[str, Any]) -> tuple[str, str | None]:
     if "scheduler" in configs:
-        return _schedule_like(configs["scheduler"]), None
+        return _schedule_like(configs["scheduler"], index), None
     return "turbo", (
         "doesn't say whether it is distilled, so it is sampled as Z-Image-Turbo is, in 9 steps by "
         'default; say schedule "base" for Z-Image, which takes 50 steps and guidance'
@@ -94,6 +94,8 @@ def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Itera
         )
     if encoder and "tokenizer" in tokenizers:
         yield from tokenizer_misfits("tokenizer", tokenizers["tokenizer"], encoder)
+    if "tokenizer" in tokenizers:
+        yield from TEMPLATE.misfits(tokenizers["tokenizer"])
 
 
 def _scheduler(shift: float) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def _scheduler(shift: float) -> dict[str, Any]:
 _SHIFTS = {"turbo": 3.0, "base": 6.0}
 
 
-def _schedule_like(scheduler: Any) -> str:
+def _schedule_like(scheduler: Any, index: Mapping[str, Any]) -> str:
     return "base" if scheduler.shift == _SHIFTS["base"] else "turbo"
 
 

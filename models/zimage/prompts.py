@@ -15,7 +15,7 @@ from models.tokenizers import Tokens
 
 _LONGEST = 512  # tokens, the template's included
 _MULTIPLE = 32  # what the transformer pads texts to; lengths that share a compiled program
-_TEMPLATE = qwen_turn(thinking=True)
+TEMPLATE = qwen_turn(thinking=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def text_tokens(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
 
     A warning says what is cut from a prompt.
     """
-    return chat_tokens(tokenizer, prompts, _TEMPLATE, longest=_LONGEST, multiple=_MULTIPLE)
+    return chat_tokens(tokenizer, prompts, TEMPLATE, longest=_LONGEST, multiple=_MULTIPLE)
 
 
 def encode_tokens(

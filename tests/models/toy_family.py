@@ -103,7 +103,7 @@ TOY = Family(
         )
     },
     schedule_of=lambda configs, index: ("toy", None),
-    schedule_like=lambda scheduler: "toy",
+    schedule_like=lambda scheduler, index: "toy",
     misfits=misfits,
     sizes={
         "toy": {
