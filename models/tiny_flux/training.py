@@ -175,9 +175,7 @@ def check_finished(folder: Path) -> None:
     if not has_state(folder):
         raise ValueError(f"{folder} holds no saved state; train that stage first")
     if not (folder / _FINISHED).exists():
-        raise ValueError(
-            f"{folder} holds a stage that isn't finished; go on with its own command"
-        )
+        raise ValueError(f"{folder} holds a stage that isn't finished; go on with its own command")
 
 
 def restore_ema(folder: Path, like: Any) -> Any:
