@@ -82,7 +82,9 @@ class Sampler:
           guidance_scale: the distilled guidance; only for models with guidance embedding.
           true_cfg_scale: classifier-free guidance, at twice the work a step; 1 is off.
           negative_prompt: what true classifier-free guidance steers away from.
-          seed: an integer or a JAX key. Image i depends on it and on i, not on the batch size.
+          seed: an integer or a JAX key. Image i's noise depends on it and on i, not on the batch
+            size. On a CPU all of the image does, which is computed as if it were alone; other
+            devices sum a batch in another order, see docs/numerics.md.
           latents: start from this noise instead, float32 as `initial_noise` returns it.
           image: where to start, one for all prompts or one for each; resized to height and width.
           strength: how far the image is replaced, above 0 up to 1: the share of the steps, the last
@@ -157,6 +159,13 @@ class Sampler:
             if name in self.__dict__.get(table, ()):
                 return self.__dict__[table][name]
         raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Replace a component or tokenizer by its name, or set a field."""
+        for table in ("models", "tokenizers"):
+            if name in self.__dict__.get(table, ()):
+                name, value = table, {**self.__dict__[table], name: value}
+        super().__setattr__(name, value)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -244,7 +253,7 @@ class Sampler:
             start = time.perf_counter()
             # A step's result is committed to the weights' device if they are. Latents that aren't
             # would be another program's.
-            latents, memory = steps.put((latents, self.scheduler.memory(latents)))
+            latents, memory = steps.begin(latents)
             for done, level in enumerate(levels):
                 last = latents
                 drawn = None if key is None else _noise(jax.random.fold_in(key, done), last.shape)
@@ -270,17 +279,25 @@ class Sampler:
         elif negative is not None:
             calls = [jax.tree.map(lambda *x: jnp.concatenate(x), conditions, negative)]
         with self.loaded(self.family.main) as model:
-            device = device_of(model)
-            prepared = [self.denoiser.prepare(model, rows, canvas) for rows in calls]
-            yield Steps(
-                model=model,
-                denoiser=self.denoiser,
-                scheduler=self.scheduler,
-                conditions=jax.device_put(prepared, device),
-                guidance=None if guidance_scale is None else np.float32(guidance_scale),
-                scale=None if negative is None else np.float32(true_cfg_scale),
-                device=device,
-            )
+            device, images = device_of(model), _rows(conditions)
+
+            def steps_of(calls: list[Conditions], alone: tuple[Steps, ...] = ()) -> Steps:
+                prepared = [self.denoiser.prepare(model, rows, canvas) for rows in calls]
+                return Steps(
+                    model=model,
+                    denoiser=self.denoiser,
+                    scheduler=self.scheduler,
+                    conditions=jax.device_put(prepared, device),
+                    guidance=None if guidance_scale is None else np.float32(guidance_scale),
+                    scale=None if negative is None else np.float32(true_cfg_scale),
+                    device=device,
+                    alone=alone,
+                )
+
+            each = range(images if images > 1 and _one_by_one(device) else 0)
+            # of one call with guidance, an image's rows are its prompt's and its negative one's
+            parts = (jax.tree.map(lambda x, i=i: x[i::images], calls) for i in each)
+            yield steps_of(calls, tuple(steps_of(part) for part in parts))
 
     def _finish_step(self, number: int, latents: jax.Array, start: float, bar: tqdm) -> float:
         """Wait for a step, show, record and check it; returns the time."""
@@ -313,7 +330,7 @@ class Sampler:
         Args:
           name: of the component.
           stage: that its time is counted for, and that an error names.
-          *args: arrays.
+          *args: arrays, a row for each text or image, as all results have.
           function: of a file's top level, called with the module and the arguments under jit; None
             for the module's own call.
 
@@ -321,7 +338,11 @@ class Sampler:
           ValueError: the result holds NaN or infinity.
         """
         with self.loaded(name) as module, self.times.measure(stage):
-            result = compiled(function or _apply, module)(*args)
+            apply, rows = compiled(function or _apply, module), _rows(args)
+            if rows > 1 and _one_by_one(device_of(module)):
+                result = _joined([apply(*_row(args, i)) for i in range(rows)])
+            else:
+                result = apply(*args)
             jax.block_until_ready(result)
         del module  # before another one comes
         for values in jax.tree.leaves(result):
@@ -429,19 +450,36 @@ class Steps:
     guidance: np.float32 | None  # distilled
     scale: np.float32 | None  # of classifier-free guidance
     device: jax.sharding.Sharding | None  # of the weights
+    # of single images, where those are computed one by one; () where all are together
+    alone: tuple["Steps", ...] = ()
 
     def __call__(
         self,
         latents: jax.Array,  # [batch, ...], float32
-        memory: Any,  # the scheduler's
+        memory: Any,  # as `begin` and the last step gave it
         level: Level,
         noise: jax.Array | None = None,  # [batch, ...]
     ) -> tuple[jax.Array, Any]:
         """Return the latents after a step, float32, and the scheduler's memory."""
+        if self.alone:
+            given = (_row((latents, noise), i) for i in range(len(self.alone)))
+            each = zip(self.alone, given, memory, strict=True)
+            made = [step(latent, kept, level, drawn) for step, (latent, drawn), kept in each]
+            return _joined([latent for latent, _ in made]), tuple(kept for _, kept in made)
         return self._step(latents, memory, *self._fixed(level), noise)
+
+    def begin(self, latents: jax.Array) -> tuple[jax.Array, Any]:
+        """Return latents on the weights' device, and the scheduler's memory before any step."""
+        if not self.alone:
+            return self.put((latents, self.scheduler.memory(latents)))
+        memory = tuple(step.begin(_row(latents, i))[1] for i, step in enumerate(self.alone))
+        return self.put(latents), memory
 
     def predict(self, latents: jax.Array, level: Level) -> jax.Array:
         """Return what a step goes along, such as the velocity, float32 of the latents' shape."""
+        if self.alone:
+            made = (x.predict(_row(latents, i), level) for i, x in enumerate(self.alone))
+            return _joined(list(made))
         return self._prediction(self.put(latents), *self._fixed(level))
 
     def arguments(self, latents: jax.Array, level: Level) -> dict[str, Any]:
@@ -510,6 +548,25 @@ def denoising_step(
     """Return the latents after one step, float32, and the scheduler's memory."""
     made = prediction(model, denoiser, scheduler, latents, conditions, level, guidance, scale)
     return scheduler.step(latents, made, level, memory, noise)
+
+
+def _one_by_one(device: jax.sharding.Sharding | None) -> bool:
+    """Whether images are computed one by one: where a batch isn't faster, but sums otherwise."""
+    return device is not None and all(x.platform == "cpu" for x in device.device_set)
+
+
+def _rows(tree: Any) -> int:
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
+def _row(tree: Any, i: int) -> Any:
+    """Return row i of every array of a tree, with its axis."""
+    return jax.tree.map(lambda x: x[i : i + 1], tree)
+
+
+def _joined(trees: Sequence[Any]) -> Any:
+    """Undo `_row`."""
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *trees)
 
 
 def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

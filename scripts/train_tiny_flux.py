@@ -12,7 +12,8 @@ With --data FOLDER of photos (train_*.npz, classes.json) it trains tiny-flux-pho
         --data tiny-imagenet --work photo/ --out OUT
 
 Every training stage resumes from the state it saved under --work and uses all local devices; what
-is left of a stage that --stop-after ended is done by the same command.
+is left of a stage that --stop-after ended is done by the same command; until then nothing is built
+on it, and it isn't exported.
 "measure" prints the autoencoder's PSNR and plots the losses in OUT/training (needs matplotlib).
 """
 
@@ -217,6 +218,7 @@ def make_tokenizers(path: Path, data: dataset.CaptionedImages):
 
 def train_transformer(args: argparse.Namespace, stage: str) -> bool:
     """Train transformer and text encoders, or distill guidance into the transformer."""
+    check_finished(args.work, list(STAGES)[: list(STAGES).index(stage)])
     data, channels = conditioned_latents(args.data, args.work)
     config = stage_config(args, stage)
     graphdef, params = initialise(channels)
@@ -239,6 +241,12 @@ def train_transformer(args: argparse.Namespace, stage: str) -> bool:
     return finished
 
 
+def check_finished(work: Path, stages: Sequence[str]) -> None:
+    """Raise ValueError unless stages are trained, each to its end."""
+    for stage in stages:
+        training.check_finished(work / stage)
+
+
 def initialise(channels: int) -> tuple[nnx.GraphDef, nnx.State]:
     """Return transformer and text encoders for so many latent channels."""
     config = architecture.transformer_config(channels)
@@ -246,10 +254,15 @@ def initialise(channels: int) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the whole model folder: the last stage that saved a state, and the autoencoder."""
+    """Write the whole model folder: the last stage that saved a state, and the autoencoder.
+
+    Raises:
+      ValueError: a stage that goes into it isn't trained, or not to its end.
+    """
+    last = "distill" if training.has_state(args.work / "distill") else "flow"
+    check_finished(args.work, list(STAGES)[: list(STAGES).index(last) + 1])
     vae = AUTOENCODER_KL.load(args.work / "model" / "vae", dtype=compute_dtype())
     graphdef, params = initialise(vae.config.latent_channels)
-    last = "distill" if training.has_state(args.work / "distill") else "flow"
     model = nnx.merge(graphdef, training.restore_ema(args.work / last, params))
     TRANSFORMER.export(model.transformer, args.out / "transformer")
     CLIP_TEXT.export(model.clip, args.out / "text_encoder")

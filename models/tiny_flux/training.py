@@ -32,6 +32,7 @@ from models.flux.config import FluxConfig
 from models.flux.latents import image_ids
 from models.tiny_flux.architecture import TextToImage
 
+_FINISHED = "finished"  # an empty file in a stage's folder
 State = dict[str, Any]  # params, ema, optimizer, key: all arrays, saved as they are
 # (params, frozen params, data, key) to (loss, metrics)
 LossFunction = Callable[[Any, Any, Any, jax.Array], jax.Array]
@@ -85,7 +86,7 @@ def train(
       loss_function: called as loss(params, frozen, data, key); draws its own batch.
       params: float32 pytree to start from.
       data: arrays the loss draws from, kept whole on every device.
-      folder: state and `log.jsonl` go here.
+      folder: state and `log.jsonl` go here, and a mark once the schedule is finished.
       frozen: arrays that the loss may use and training leaves alone.
       stop_after: minutes after which to save the state and return unfinished.
 
@@ -93,6 +94,7 @@ def train(
       EMA parameters, and whether the schedule is finished.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _FINISHED).unlink(missing_ok=True)
     everywhere = NamedSharding(_mesh(), PartitionSpec())
     optimizer = make_optimizer()
     state: State = {
@@ -152,6 +154,8 @@ def train(
     if manager.latest_step() != step:
         save()
     manager.wait_until_finished()
+    if finished:
+        (folder / _FINISHED).touch()
     bar.close()
     log.close()
     return state["ema"], finished
@@ -163,14 +167,24 @@ def has_state(folder: Path) -> bool:
     return state.exists() and ocp.CheckpointManager(state).latest_step() is not None
 
 
-def restore_ema(folder: Path, like: Any) -> Any:
-    """Return the EMA parameters of a saved stage; `like` is a pytree of the same structure.
+def check_finished(folder: Path) -> None:
+    """Raise ValueError unless a stage is trained to the end of its schedule.
 
-    Raises:
-      ValueError: the stage saved nothing there.
+    One that was stopped, or killed, is half trained: its EMA is no model to go on with.
     """
     if not has_state(folder):
         raise ValueError(f"{folder} holds no saved state; train that stage first")
+    if not (folder / _FINISHED).exists():
+        raise ValueError(f"{folder} holds a stage that isn't finished; go on with its own command")
+
+
+def restore_ema(folder: Path, like: Any) -> Any:
+    """Return the EMA parameters of a finished stage; `like` is a pytree of the same structure.
+
+    Raises:
+      ValueError: the stage saved nothing there, or isn't finished.
+    """
+    check_finished(folder)
     manager = ocp.CheckpointManager(folder.resolve() / "state")
     state = {"params": like, "ema": like, "optimizer": make_optimizer().init(like)}
     state["key"] = jax.random.key_data(jax.random.key(0))

@@ -156,9 +156,7 @@ def _walk(
     steps: Steps, noise: jax.Array, levels: list[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], jax.Array]]:
     """Yield each step's level, and the latents before it."""
-    scheduler = steps.scheduler
-    latents = scheduler.start(jnp.asarray(noise), levels[0])
-    latents, memory = steps.put((latents, scheduler.memory(latents)))
+    latents, memory = steps.begin(steps.scheduler.start(jnp.asarray(noise), levels[0]))
     for level in levels:
         yield level, latents
         latents, memory = steps(latents, memory, level)

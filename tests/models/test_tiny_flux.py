@@ -90,11 +90,24 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
     assert finished
     _, finished = run_regression(tmp_path / "parts", stop_after=0)
     assert not finished
+    with pytest.raises(ValueError, match="parts holds a stage that isn't finished"):
+        training.restore_ema(tmp_path / "parts", {"w": jnp.zeros(5)})
     resumed, finished = run_regression(tmp_path / "parts")
     assert finished
     np.testing.assert_array_equal(whole["w"], resumed["w"])
     restored = training.restore_ema(tmp_path / "parts", {"w": jnp.zeros(5)})
     np.testing.assert_array_equal(restored["w"], resumed["w"])
+
+
+def test_a_finished_training_that_is_gone_on_with_and_stopped_is_unfinished_again(tmp_path):
+    run_regression(tmp_path)
+    training.check_finished(tmp_path)
+    with pytest.raises(FloatingPointError):
+        longer = training.TrainingConfig(steps=24, minutes=60, batch_size=8, learning_rate=1.0)
+        nowhere = {"x": np.full((8, 5), np.nan, np.float32), "y": np.zeros(8, np.float32)}
+        training.train("test", longer, regression, {"w": jnp.zeros(5)}, nowhere, tmp_path)
+    with pytest.raises(ValueError, match="isn't finished"):
+        training.check_finished(tmp_path)
 
 
 def test_training_moves_towards_the_solution(tmp_path):

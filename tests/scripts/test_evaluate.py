@@ -196,10 +196,22 @@ def test_the_report_leads_with_six_columns_and_folds_the_rest(made):
     assert ("w4a4" in wall, "gptq" in wall, "gptq" in folded) == (True, False, True)
 
 
-def test_rows_keep_their_colours_and_the_leading_ones_have_their_own():
-    lead = [comparison.colour(name) for name in comparison.LEAD if name != "bf16"]
-    assert len(set(lead)) == len(lead)
-    assert comparison.colour("a+b") == comparison.colour("a+b")
+def test_no_two_rows_share_a_colour_and_more_rows_change_none():
+    names = [*comparison.LEAD, *(f"method{i}" for i in range(200))]
+    found = comparison.colours(names)
+    drawn = [found[name] for name in names if name != "bf16"]
+    tableau = ("1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "17becf")
+    drawn += [f"#{colour}" for colour in tableau]  # which matplotlib's C0 and such are
+    assert len(set(drawn)) == len(drawn)
+    fewer = comparison.colours(names[:50])
+    assert fewer.items() <= found.items()
+
+
+def test_a_row_has_one_colour_in_every_figure(made):
+    pytest.importorskip("matplotlib")
+    assert made.colours["w4a4"] == comparison.colours([])["w4a4"]
+    other = made.colours["gptq+int4-g64"]
+    assert other in comparison._scatter(made) and other not in comparison.colours([]).values()
 
 
 def test_a_prompt_with_markup_is_shown_as_text(made):

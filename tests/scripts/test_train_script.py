@@ -65,6 +65,33 @@ def test_export_before_training_is_refused(tmp_path):
     assert not (tmp_path / "flow").exists()
 
 
+def stage_of_one_weight(folder, **changes):
+    """Train a stage in the place of a real one, perhaps not to its end."""
+    config = training.TrainingConfig(steps=2, minutes=1, batch_size=1, learning_rate=0.1, scan=1)
+
+    def loss(params, frozen, data, key):
+        return (params["w"] - 1) ** 2
+
+    training.train("test", config, loss, {"w": jnp.zeros(())}, {}, folder, **changes)
+
+
+@pytest.mark.parametrize(
+    ("stages", "stopped"),
+    [(["export"], "vae"), (["export"], "flow"), (["export"], "distill"), (["distill"], "flow")],
+)
+def test_a_stage_that_was_stopped_is_neither_exported_nor_built_on(
+    tmp_path, photos, capsys, stages, stopped
+):
+    for stage in ("vae", "flow", "distill"):
+        stage_of_one_weight(tmp_path / stage, stop_after=0 if stage == stopped else float("inf"))
+    argv = [*stages, "--data", str(photos), "--work", str(tmp_path), "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert cli.run(train_tiny_flux.main, argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{tmp_path / stopped} holds a stage that isn't" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_distillation_the_model_samples_with_true_guidance():
     plain = train_tiny_flux.model_index(64, train_tiny_flux.FLOW_GUIDANCE)["_generation_defaults"]
     assert (plain["guidance_scale"], plain["true_cfg_scale"]) == (1.0, 3.0)

@@ -1,10 +1,10 @@
 """The report of a comparison: six columns and their images first, then plots, then the rest."""
 
+import colorsys
 import dataclasses
 import functools
-import hashlib
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ _COLOURS = {
     "int4-g64": "C8",
     "svdquant+int4-g64": "C5",
 }
-_OTHERS = ("#8c6d31", "#843c39", "#7b4173", "#5254a3", "#637939", "#bd9e39", "#ad494a", "#a55194")
+_GOLDEN = (5**0.5 - 1) / 2  # of the circle of hues: steps of it never come back to the same one
 _RISING = {"lpips": True, "stlpips": True, "ssim": False, "psnr": False}  # whether more is worse
 _TITLES = {"lpips": "LPIPS to bf16", "stlpips": "ST-LPIPS to bf16"}
 _TITLES |= {"ssim": "SSIM to bf16", "psnr": "PSNR to bf16, dB"}
@@ -62,6 +62,11 @@ class Comparison:
         """The other rows, best first."""
         lead = self.lead
         return [name for name in self.ranked if name not in lead]
+
+    @functools.cached_property
+    def colours(self) -> dict[str, str]:
+        """The colour of each row, the same in every figure."""
+        return colours(self.done)
 
     def badness(self, name: str) -> np.ndarray:
         """The figures of a row's images, less is better, [n]."""
@@ -94,7 +99,7 @@ def comparison_page(results: dict[str, Any], images: Path, note: str = "", links
         links,
         _side_by_side(made),
         _same_prompts(made),
-        _scatter(compared, made.metric),
+        _scatter(made),
         _by_layer_and_step(made),
         _cases(made),
         _table(made),
@@ -120,11 +125,20 @@ def compare(results: dict[str, Any], images: Path) -> Comparison:
     )
 
 
-def colour(name: str) -> str:
-    """Return the colour of a row, the same in every figure."""
-    if name in _COLOURS:
-        return _COLOURS[name]
-    return _OTHERS[hashlib.sha256(name.encode()).digest()[0] % len(_OTHERS)]
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each row, no two alike; those without one of their own get it in order.
+
+    Rows are only ever added to results, so that a row's colour stays what it was.
+    """
+    others = (name for name in names if name not in _COLOURS)
+    return _COLOURS | {name: _colour(number) for number, name in enumerate(others)}
+
+
+def _colour(number: int) -> str:
+    """Return a colour that is darker, by number in turn, than those that are given by name."""
+    lightness = (0.3, 0.4, 0.22)[number % 3]
+    parts = colorsys.hls_to_rgb(number * _GOLDEN % 1, lightness, 0.6)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
 def standing(compared: dict[str, Any], metric: str) -> str:
@@ -200,13 +214,14 @@ def _walls(made: Comparison, picks: dict[str, int], names: list[str]) -> str:
     return "".join(parts)
 
 
-def _scatter(compared, metric) -> str:
+def _scatter(made: Comparison) -> str:
+    compared, metric = {name: made.done[name] for name in made.ranked}, made.metric
     figure, axes = pages.new_figure(11, max(5, 0.19 * len(compared)))
     axis = axes[0, 0]
     order = sorted(compared, key=lambda name: compared[name]["summary"][metric]["mean"])
     for place, name in enumerate(order):
         value, x = compared[name]["summary"][metric], _bits(compared[name])
-        y, drawn = value["mean"], colour(name)
+        y, drawn = value["mean"], made.colours[name]
         spread = [[y - value["low"]], [value["high"] - y]]
         axis.errorbar(x, y, yerr=spread, fmt="o", color=drawn, markersize=5, linewidth=1)
         # Names stand in a column at the right, in the points' order, so that none lies on another.
@@ -246,7 +261,7 @@ def _by_layer_and_step(made: Comparison, most: int = 10) -> str:
     figure, axes = pages.new_figure(11, 7)
     for name in core:
         values = [made.done[name]["sqnr"].get(layer, np.nan) for layer in layers]
-        axes[0, 0].plot(values, ".-", label=name, linewidth=1, color=colour(name))
+        axes[0, 0].plot(values, ".-", label=name, linewidth=1, color=made.colours[name])
     axes[0, 0].set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
     axes[0, 0].set(ylabel="SQNR of the layer's output, dB")
     axes[0, 0].legend(fontsize=7, ncols=3)
@@ -257,7 +272,9 @@ def _by_layer_and_step(made: Comparison, most: int = 10) -> str:
     for name in core:
         entry = made.done[name]
         values = np.mean(entry["velocity"], axis=1)
-        axes[0, 0].plot(entry["sigmas"], values, ".-", label=name, linewidth=1, color=colour(name))
+        axes[0, 0].plot(
+            entry["sigmas"], values, ".-", label=name, linewidth=1, color=made.colours[name]
+        )
     axes[0, 0].set(xlabel="noise level, 1 (noise) to 0", ylabel="|v - v16| / |v16|", yscale="log")
     axes[0, 0].invert_xaxis()
     axes[0, 0].legend(fontsize=7, ncols=3)
