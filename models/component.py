@@ -116,7 +116,7 @@ class Component:
     folder: Naming  # in a folder with a config.json
     file: Naming | None = None  # in a single file, whose shapes are all that tells the config
     # what its config.json holds where a class's name, since given up, doesn't tell kinds apart
-    formerly: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    formerly: tuple[tuple[str, Any], ...] = ()
     # from the config of a module that leaves parts of its checkpoint out to that of all of it
     whole: Callable[[Any], Any] = lambda config: config
 

@@ -64,7 +64,8 @@ def of_config(values: Mapping[str, Any], expected: Component | None = None) -> C
       CheckpointError: the class is unknown.
     """
     for component in components():
-        if component.formerly and component.formerly.items() <= values.items():
+        former = component.formerly
+        if former and all(values.get(name) == value for name, value in former):
             return component
     names = [values.get("_class_name")]
     if isinstance(values.get("architectures"), list):

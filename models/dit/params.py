@@ -40,5 +40,5 @@ TRANSFORMER = Component(
         telling="transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
         rules=lambda config, names: diffusers_rules(config),
     ),
-    formerly={"_class_name": FORMER_CLASS, "norm_type": "ada_norm_zero"},
+    formerly=(("_class_name", FORMER_CLASS), ("norm_type", "ada_norm_zero")),
 )

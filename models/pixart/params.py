@@ -48,5 +48,5 @@ TRANSFORMER = Component(
     folder=Naming(
         telling="adaln_single.linear.weight", rules=lambda config, names: diffusers_rules(config)
     ),
-    formerly={"_class_name": FORMER_CLASS, "norm_type": "ada_norm_single"},
+    formerly=(("_class_name", FORMER_CLASS), ("norm_type", "ada_norm_single")),
 )

@@ -64,4 +64,4 @@ def _keep(
     group_size: int,
 ) -> jax.Array:
     """Return the 8-bit values of wide groups, and what 4 bits left of the others."""
-    return jnp.where(jnp.repeat(wide, group_size)[: values.shape[1]], values, decoded)
+    return jnp.where(jnp.repeat(jnp.asarray(wide), group_size)[: values.shape[1]], values, decoded)
