@@ -52,6 +52,15 @@ class Blockwise(Protocol):
         """Return what goes into the next block."""
 
 
+def run_blocks(model: Any, **sample: Any) -> None:
+    """Run a model as `Blockwise` ones are run, on a sample: every block, whatever was prepared."""
+    carry = model.start(**sample)
+    for _, block in model.blocks():
+        carry = type(model).advance(block, carry)
+    if hasattr(model, "finish"):
+        model.finish(carry)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Where samples come from."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from quartz_jax import pipelines
 from quartz_jax.conversion import checkpoint
+from quartz_jax.conversion.calibrate import Blockwise, run_blocks
 from quartz_jax.conversion.report import Report
 from quartz_jax.engine.observe import load_statistics, observe, save_statistics
 from quartz_jax.evaluation import paired, results
@@ -323,7 +324,8 @@ class Bench:
             )
             rows = self.options.calibration_rows * len(samples)
             transformer = pipelines.loaded_main(self.rounded)
-            known = observe(transformer, samples, needs, rows=rows)
+            call = run_blocks if isinstance(transformer, Blockwise) else None
+            known = observe(transformer, samples, needs, rows=rows, call=call)
             save_statistics(path, known)
         return known
 
