@@ -47,16 +47,15 @@ def taps() -> dict[str, list[Tap]]:
     for block in model.single_blocks:
         block.linear2 = Tap(block.linear2)
         single.append(block.linear2)
-    embeds, pooled = pipeline.encode_prompts(["a pizza, 3d style", "a rocket, flat style"])
+    texts = pipeline.encode_prompts(["a pizza, 3d style", "a rocket, flat style"])
     latents = pipeline.initial_noise(jax.random.key(0), 2, 64, 64)
     for level in (1.0, 0.75, 0.5, 0.25):
         velocity = model(
             latents,
-            embeds,
-            pooled,
+            **texts,
             timestep=jnp.full(2, level),
             img_ids=image_ids(8, 8),
-            txt_ids=np.zeros((embeds.shape[1], 3), np.float32),
+            txt_ids=np.zeros((texts["encoder_hidden_states"].shape[1], 3), np.float32),
             guidance=jnp.full(2, 2.5),
         )
         latents -= 0.25 * velocity
