@@ -71,8 +71,9 @@ class ModelFiles:
         first = next(iter(self.family.schedules.values()))
         if found.along != (wanted := scheduler_from_json(first.scheduler).along):
             raise CheckpointError(
-                f"scheduler {type(found).__name__} goes along {found.along}, and {self.family.name} "
-                f"predicts {wanted}; take one such as {first.scheduler['_class_name']}"
+                f"scheduler {type(found).__name__} goes along {found.along}, and "
+                f"{self.family.name} predicts {wanted}; take one such as "
+                f"{first.scheduler['_class_name']}"
             )
         return found
 
