@@ -59,7 +59,8 @@ class Rule:
     """From the path of one of our modules to the module names of a checkpoint."""
 
     pattern: str  # regular expression that matches our whole module path, such as r"blocks\.(\d+)"
-    sources: str | tuple[str, ...]  # checkpoint module names; several are joined along the rows
+    # checkpoint module names, "" for the whole; several are joined along the rows
+    sources: str | tuple[str, ...]
     rows: tuple[int, ...] | None = None  # rows of each source, where there are several
     # applied to the joined tensor in the checkpoint's own layout; must be its own inverse
     transform: Callable[[np.ndarray], np.ndarray] | None = None
@@ -381,7 +382,8 @@ def _sources(path: tuple, rules: Sequence[Rule]) -> tuple[list[str], Rule]:
         if match:
             sources = (rule.sources,) if isinstance(rule.sources, str) else rule.sources
             suffix = rule.leaf or _LEAF_SUFFIX.get(leaf, leaf)
-            return [f"{match.expand(source)}.{suffix}" for source in sources], rule
+            paths = (match.expand(source) for source in sources)
+            return [f"{path}.{suffix}" if path else suffix for path in paths], rule
     name = _dotted((*path[:-1], _LEAF_SUFFIX.get(leaf, leaf)))
     return [name], Rule(pattern="", sources=module)
 

@@ -13,6 +13,7 @@ from models.flux.family import FLUX
 from models.flux.variants import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
 from models.flux2.family import FLUX2
 from models.pixart.family import PIXART
+from models.sd3.family import SD3
 from models.stored_files import Checkpoint, CheckpointError
 from models.zimage.family import ZIMAGE
 
@@ -26,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
     ZIMAGE,
     DIT,
     PIXART,
+    SD3,
 )
 
 

@@ -41,7 +41,6 @@ _FOLDER = "folder"  # the schedule of the folder that gives the text encoders
 _DEFAULTS_KEY = "_generation_defaults"
 # Names that tell what is no component of a known family, tried in this order.
 _FOREIGN = {
-    r"(.+\.)?joint_blocks\..*": "Stable Diffusion 3",
     r"(.+\.)?input_blocks\..*|down_blocks\..*": "a Stable Diffusion U-Net",
     r".*lora.*": "a LoRA adapter",
     r"(.+\.)?encoder\.layers\..*": "a CLIP text encoder",
@@ -64,10 +63,19 @@ class ModelFiles:
     schedule: str = "the model's own"  # in words, whose noise levels and number of steps are taken
 
     def load_scheduler(self) -> Scheduler:
-        """Return the scheduler."""
+        """Return the scheduler; raises CheckpointError for one of models that predict otherwise."""
         if self.scheduler is not None:
-            return scheduler_from_json(self.scheduler)
-        return _folder_scheduler(self.paths["scheduler"])
+            found = scheduler_from_json(self.scheduler)
+        else:
+            found = _folder_scheduler(self.paths["scheduler"])
+        first = next(iter(self.family.schedules.values()))
+        if found.along != (wanted := scheduler_from_json(first.scheduler).along):
+            raise CheckpointError(
+                f"scheduler {type(found).__name__} goes along {found.along}, and "
+                f"{self.family.name} predicts {wanted}; take one such as "
+                f"{first.scheduler['_class_name']}"
+            )
+        return found
 
     def open(
         self, name: str, dtype: jnp.dtype = jnp.bfloat16, *, check_values: bool = False

@@ -60,6 +60,7 @@ class NoiseScheduler(abc.ABC):
     """What the schedulers share; the field names are those of diffusers."""
 
     stochastic: ClassVar[bool] = False
+    along: ClassVar[str] = "noise"
     remembers: ClassVar[bool] = False  # whether a step needs what the last one predicted
     class_name: ClassVar[str]  # in diffusers
     supported: ClassVar[Mapping[str, tuple]] = _SUPPORTED

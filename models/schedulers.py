@@ -13,9 +13,10 @@ from models import noise_schedulers
 from models.checkpoint_io import CheckpointError, check_bounds, config_from_json
 
 _NO = (False, None)
+_TRAINED = 1000  # timesteps
 _SUPPORTED = {
     "_class_name": ("FlowMatchEulerDiscreteScheduler",),
-    "num_train_timesteps": (1000,),  # the transformers multiply by it themselves
+    "num_train_timesteps": (_TRAINED,),  # the transformers multiply by it themselves
     "time_shift_type": ("exponential", "linear"),
     "use_karras_sigmas": _NO,
     "use_exponential_sigmas": _NO,
@@ -35,6 +36,7 @@ class Scheduler(Protocol):
     """
 
     stochastic: ClassVar[bool]  # whether `step` is given noise
+    along: ClassVar[str]  # in words, what `step` goes along: "a velocity" or "noise"
 
     def to_json(self) -> dict[str, Any]:
         """Return the scheduler_config.json that diffusers reads."""
@@ -81,6 +83,7 @@ class FlowMatchEulerScheduler:
     """
 
     stochastic: ClassVar[bool] = False
+    along: ClassVar[str] = "a velocity"
 
     shift: float = 1.0  # static shift, at least 1; unused with dynamic shifting
     use_dynamic_shifting: bool = False  # shift by the number of image tokens
@@ -108,14 +111,29 @@ class FlowMatchEulerScheduler:
 
     def to_json(self) -> dict[str, Any]:
         """Return the scheduler_config.json that diffusers reads."""
-        fixed = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+        fixed = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": _TRAINED}
         return {**fixed, **dataclasses.asdict(self)}
 
+    @property
+    def smallest(self) -> float:
+        """The level of the first trained timestep, which some families' steps end with.
+
+        A static shift is in it already, and moves it once more with the steps
+        (`FlowMatchEulerDiscreteScheduler.sigma_min` of diffusers).
+        """
+        shift = 1.0 if self.use_dynamic_shifting else self.shift
+        return shift / (_TRAINED + shift - 1)
+
     def levels(
-        self, num_inference_steps: int, tokens: int, strength: float = 1.0, mu: float | None = None
+        self,
+        num_inference_steps: int,
+        tokens: int,
+        strength: float = 1.0,
+        mu: float | None = None,
+        last: float | None = None,
     ) -> list[Level]:
         """Return noise level ("time") and the next one ("next") of each step; see `sigmas`."""
-        sigmas = self.sigmas(num_inference_steps, tokens, strength, mu)
+        sigmas = self.sigmas(num_inference_steps, tokens, strength, mu, last)
         return [{"time": now, "next": then} for now, then in itertools.pairwise(sigmas)]
 
     def start(self, noise: jax.Array, level: Level, data: jax.Array | None = None) -> jax.Array:
@@ -146,6 +164,7 @@ class FlowMatchEulerScheduler:
         image_tokens: int,
         strength: float = 1.0,
         mu: float | None = None,
+        last: float | None = None,
     ) -> np.ndarray:
         """Return the noise levels from 1 to 0, float32 [num_inference_steps + 1].
 
@@ -155,13 +174,15 @@ class FlowMatchEulerScheduler:
           strength: the share of the steps that is kept, the last ones, rounded up to whole steps;
             for image to image, which starts at the first level that is kept.
           mu: dynamic shift; None for the one on the line between the config's two lengths.
+          last: level before the shift that the last step starts at; None for 1 over the steps.
 
         Raises:
           ValueError: num_inference_steps is below 1.
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be 1 or more")
-        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        last = 1 / num_inference_steps if last is None else last
+        sigmas = np.linspace(1, last, num_inference_steps)
         shift = self._dynamic_shift(image_tokens, mu) if self.use_dynamic_shifting else self.shift
         sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
         if self.shift_terminal and num_inference_steps > 1:  # one step has nothing to stretch

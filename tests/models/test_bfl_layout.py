@@ -196,8 +196,6 @@ def test_heads_of_an_unusual_width_are_refused(head):
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        ("joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
-        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
         ("model.diffusion_model.input_blocks.0.0.weight", "a Stable Diffusion U-Net"),
         ("text_model.encoder.layers.0.mlp.fc1.weight", "a CLIP text encoder"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder"),

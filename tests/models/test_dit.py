@@ -118,6 +118,17 @@ def test_every_component_is_found_by_its_class(folder):
     assert models.load_component(folder / "scheduler").class_name == "DDIMScheduler"
 
 
+def test_a_scheduler_of_models_that_predict_otherwise_is_refused(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "scheduler").unlink()
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(
+        CheckpointError, match=r"FlowMatch\w+ goes along a velocity, and DiT predicts"
+    ):
+        models.load_pipeline(tmp_path, jnp.float32)
+
+
 def test_defaults_are_the_schedule_s_and_the_size_that_it_was_trained_with(ours):
     found = ours.defaults
     assert (found.num_inference_steps, found.true_cfg_scale) == (50, 4.0)

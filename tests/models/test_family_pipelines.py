@@ -10,13 +10,14 @@ from safetensors.numpy import save_file
 
 import models
 from models.checkpoint_io import export_params
+from models.sd3.family import SD3
 from models.stored_files import CheckpointError
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 import transformers  # noqa: E402 (needed beside diffusers alone)
 from qwen_tokenizer import qwen_tokenizer  # noqa: E402
-from tiny_pipeline import t5, t5_tokenizer  # noqa: E402
+from tiny_pipeline import clip, clip_tokenizer, t5, t5_tokenizer  # noqa: E402
 from transformer_cases import CASES  # noqa: E402
 
 PROMPTS = ["a Cat ", "two red hats on a table, in the rain"]  # of two lengths when padded
@@ -86,16 +87,41 @@ def make_pixart():
     )
 
 
+def make_sd3(case):
+    clip_tokenizers, t5_ids = [clip_tokenizer(), clip_tokenizer()], t5_tokenizer(length=512)
+    clip_tokenizers[1].pad_token = "!"  # as published, so that padding isn't the end
+    kind = transformers.CLIPTextModelWithProjection
+    return diffusers.StableDiffusion3Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=diffusers.AutoencoderKL(
+            **_VAE, **_LEVELS, latent_channels=4, scaling_factor=1.53, shift_factor=0.06
+        ),
+        text_encoder=clip(clip_tokenizers[0], kind, hidden_size=8, projection_dim=12),
+        tokenizer=clip_tokenizers[0],
+        text_encoder_2=clip(
+            clip_tokenizers[1], kind, hidden_size=12, projection_dim=8, hidden_act="gelu"
+        ),
+        tokenizer_2=clip_tokenizers[1],
+        text_encoder_3=t5(t5_ids),
+        tokenizer_3=t5_ids,
+        transformer=diffusers.SD3Transformer2DModel(**CASES[case].config),
+    )
+
+
 MAKE = {
     "FLUX.2 klein": lambda: make_klein(True),
     "FLUX.2 klein base": lambda: make_klein(False),
     "Z-Image": lambda: make_zimage(6.0),
     "Z-Image-Turbo": lambda: make_zimage(3.0),
     "PixArt-Sigma": make_pixart,
+    "SD3 medium": lambda: make_sd3("SD3 medium"),
+    "SD3.5 large": lambda: make_sd3("SD3.5 large"),
+    "SD3.5 medium": lambda: make_sd3("SD3.5 medium"),
 }
 
 
-_KIN = ("FLUX.2 klein", "Z-Image-Turbo")  # which differ from others in guidance and schedule
+# which differ from others in guidance and schedule, or in a part of their blocks
+_KIN = ("FLUX.2 klein", "Z-Image-Turbo", "SD3.5 large", "SD3 medium")
 
 
 @pytest.fixture(scope="module", params=MAKE)
@@ -108,8 +134,10 @@ def model(name, tmp_path_factory):
     """Return a folder, and diffusers' pipeline of it."""
     torch.manual_seed(0)
     peer, folder = MAKE[name](), tmp_path_factory.mktemp("model")
-    for component in ("transformer", "text_encoder", "vae"):
-        module = getattr(peer, component).eval()
+    for module in peer.components.values():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        module.eval()
         for parameter in module.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     peer.save_pretrained(folder)
@@ -143,6 +171,8 @@ def both(peer, ours, size, guidance=None, **options):
         theirs |= {"use_resolution_binning": False, "clean_caption": False}
         theirs["guidance_scale"] = guidance
         theirs["latents"] = torch.from_numpy(noise)
+    elif isinstance(peer, diffusers.StableDiffusion3Pipeline):
+        theirs |= {"guidance_scale": guidance, "latents": torch.from_numpy(noise)}
     else:
         theirs["guidance_scale"] = (guidance or 1.0) - 1
         theirs["latents"] = torch.from_numpy(noise)
@@ -202,6 +232,9 @@ def test_defaults_are_the_schedule_s(name, ours):
             "Z-Image": (50, 5.0),
             "Z-Image-Turbo": (9, 1.0),
             "PixArt-Sigma": (20, 4.5),
+            "SD3 medium": (28, 7.0),
+            "SD3.5 large": (28, 3.5),
+            "SD3.5 medium": (40, 4.5),
         }[name]
     )
 
@@ -220,6 +253,8 @@ def test_an_image_to_start_from_comes_back_at_little_strength(ours):
 def test_a_single_file_is_the_same_model_of_its_family(name, model, ours, tmp_path):
     if ours.family.components["transformer"].file is None:
         pytest.skip("is published in folders only")
+    if ours.family.name == "SD3":
+        pytest.skip("has a test of its own")
     if name in _KIN:
         pytest.skip("has the same files as its other kind")
     component = ours.family.components["transformer"]
@@ -235,11 +270,41 @@ def test_a_single_file_is_the_same_model_of_its_family(name, model, ours, tmp_pa
     assert based.defaults(based.configs()).num_inference_steps == 50
 
 
+SD3_SCHEDULES = {  # that single files are taken to have
+    "SD3 medium": ("SD3 medium's", 28, 7.0),
+    "SD3.5 medium": ("SD3.5 medium's", 40, 4.5),
+    "SD3.5 large": ("SD3.5 large's", 28, 3.5),
+}
+
+
+def test_a_single_file_of_sd3_tells_which_it_is(name, model, ours, tmp_path, recwarn):
+    if ours.family.name != "SD3":
+        pytest.skip("is of another family")
+    tensors = export_params(ours.transformer, SD3.components["transformer"].file.rules(None, ()))
+    file = tmp_path / "model.safetensors"
+    save_file({f"model.diffusion_model.{key}": x for key, x in tensors.items()}, file)
+    files = models.find_model(file, model[0])
+    defaults = files.defaults(files.configs())
+    found = files.schedule, defaults.num_inference_steps, defaults.true_cfg_scale
+    assert files.family is SD3 and found == SD3_SCHEDULES[name]
+    assert [x.message.args[0].endswith("which takes 4 steps") for x in recwarn] == [True] * (
+        name == "SD3.5 large"
+    )
+    turbo = models.find_model(file, model[0], "sd3.5-large-turbo")
+    assert turbo.defaults(turbo.configs()).num_inference_steps == 4
+
+
+def test_the_clips_of_a_single_file_are_told_apart():
+    names = [f"text_encoders.clip_{x}.transformer.text_model.final_layer_norm.weight" for x in "gl"]
+    found = [SD3.components[x].file.prefix(names) for x in ("text_encoder", "text_encoder_2")]
+    assert found == [f"text_encoders.clip_{x}.transformer." for x in "lg"]
+
+
 @pytest.mark.parametrize(
     ("component", "change", "message"),
     [
         ("transformer", {"in_channels": 8}, "transformer takes .* the autoencoder gives"),
-        ("transformer", dict.fromkeys(TEXT_CHANNELS, 8), "text_encoder gives"),
+        ("transformer", dict.fromkeys(TEXT_CHANNELS, 8), r"text_encoder(_3)? gives"),
     ],
 )
 def test_components_that_do_not_fit_are_refused(model, component, change, message, tmp_path):

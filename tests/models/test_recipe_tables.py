@@ -35,9 +35,13 @@ def touched(family, recipe):
 def test_a_recipe_touches_the_layers_that_the_readme_lists(folder, recipe):
     rows, used = listed(folder), set()
     for site in touched(FOLDERS[folder], recipe):
-        of_path = [
-            row for row in rows if re.fullmatch(re.escape(row[0]).replace(r"\*", ".+"), site.path)
-        ]
-        assert [row[1:] for row in of_path] == [(site.role, site.k, site.n)], site
-        used.add(of_path[0])
+        same = [row for row in rows if row[1:] == (site.role, site.k, site.n)]
+        found = [row for row in same if is_of(row[0], site.path)]
+        assert len(found) == 1, site
+        used.add(found[0])
     assert used == set(rows)
+
+
+def is_of(pattern, path):
+    """Return whether a path is what a pattern stands for; * are one letter or more."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".+"), path) is not None

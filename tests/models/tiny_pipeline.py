@@ -90,11 +90,11 @@ def t5_tokenizer(length=TOKENS):
     return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=length)
 
 
-def clip(tokenizer):
-    return transformers.CLIPTextModel(
+def clip(tokenizer, kind=transformers.CLIPTextModel, hidden_size=20, **options):
+    return kind(
         transformers.CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=20,
+            hidden_size=hidden_size,
             intermediate_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
@@ -102,6 +102,7 @@ def clip(tokenizer):
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **options,
         )
     )
 

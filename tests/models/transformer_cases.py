@@ -11,6 +11,7 @@ from models.component import Component
 from models.dit.params import TRANSFORMER as DIT
 from models.flux2.params import TRANSFORMER as FLUX2
 from models.pixart.params import TRANSFORMER as PIXART
+from models.sd3.params import TRANSFORMER as SD3
 from models.zimage.params import TRANSFORMER as ZIMAGE
 
 SIZES = [(3, 5), (4, 4)]  # rows and columns of tokens
@@ -106,6 +107,25 @@ def pixart_inputs(rows, columns, config, rng, batch):
     }
 
 
+def sd3_inputs(rows, columns, config, rng, batch):
+    """Arguments with a text shorter than the image."""
+    latents = (config["in_channels"], 2 * rows, 2 * columns)
+    return {
+        "hidden_states": normal(rng, batch, *latents),
+        "encoder_hidden_states": normal(rng, batch, 6, config["joint_attention_dim"]),
+        "pooled_projections": normal(rng, batch, config["pooled_projection_dim"]),
+        "timestep": 1000 * times(batch),
+    }
+
+
+_SD3 = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "pos_embed_max_size": 9,
+}
 _FLUX2 = {
     "in_channels": 16,
     "num_layers": 2,
@@ -171,5 +191,27 @@ CASES = {
             "use_additional_conditions": False,
         },
         inputs=pixart_inputs,
+    ),
+    "SD3 medium": Case(
+        component=SD3,
+        config=_SD3 | {"num_attention_heads": 1, "caption_projection_dim": 64},
+        inputs=sd3_inputs,
+        converter="convert_sd3_transformer_checkpoint_to_diffusers",
+    ),
+    "SD3.5 large": Case(
+        component=SD3,
+        config=_SD3
+        | {"num_attention_heads": 2, "attention_head_dim": 24, "caption_projection_dim": 48}
+        | {"qk_norm": "rms_norm"},
+        inputs=sd3_inputs,
+        converter="convert_sd3_transformer_checkpoint_to_diffusers",
+    ),
+    "SD3.5 medium": Case(
+        component=SD3,
+        config=_SD3
+        | {"num_attention_heads": 2, "attention_head_dim": 24, "caption_projection_dim": 48}
+        | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+        inputs=sd3_inputs,
+        converter="convert_sd3_transformer_checkpoint_to_diffusers",
     ),
 }
