@@ -1,5 +1,6 @@
 """Compiling for a TPU that isn't there: libtpu holds the whole compiler."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -42,15 +43,22 @@ def compile_for_tpu(
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     # No device is held, so that other processes may compile too.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology, kind = TPU_CHIPS[chip]
+    topology, _ = TPU_CHIPS[chip]
     sharding = SingleDeviceSharding(topologies.get_topology_desc(topology, "tpu").devices[0])
     arguments = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
     )
-    described = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=described)):
+    with tracing_for_tpu(chip):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
     return lowered.compile()
+
+
+def tracing_for_tpu(chip: str) -> contextlib.AbstractContextManager:
+    """Return a context in which dispatch takes what is traced to run on a chip of `TPU_CHIPS`."""
+    _, kind = TPU_CHIPS[chip]
+    described = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=described)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def abstract_rows(

@@ -266,8 +266,10 @@ def test_a_single_file_is_the_same_model_of_its_family(name, model, ours, tmp_pa
     assert found.family is ours.family
     assert found.transformer.config == ours.transformer.config
     assert found.defaults.true_cfg_scale == 1
-    based = models.find_model(file, model[0], "base")
-    assert based.defaults(based.configs()).num_inference_steps == 50
+    for schedule in ("base", "folder"):  # the folder's own is base's too
+        based = models.find_model(file, model[0], schedule)
+        assert based.defaults(based.configs()).num_inference_steps == 50
+        assert based.index.get("is_distilled", False) is False
 
 
 SD3_SCHEDULES = {  # that single files are taken to have
