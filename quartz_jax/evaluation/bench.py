@@ -150,6 +150,9 @@ class Bench:
         names = ("networks", "real", "real_count", "inception", "clip", "lpips", "classes")
         given = {name: getattr(options, name) for name in names}
         self.judges = Judges(prompts, self.beside, **given)
+        for row in self.rows:
+            if row.checkpoint:
+                pipelines.warn_of_other_base(row.checkpoint, options.model)
         self.original = pipelines.load_16_bit(options.model)
         self.sampling = paired.SamplingOptions.of(
             self.original, options.size, options.steps, options.guidance, options.true_cfg
