@@ -11,6 +11,7 @@ from models.loading import (
     load_component,
     load_pipeline,
     model_name,
+    only_size,
     open_component,
 )
 from models.sampler import Sampler
@@ -28,5 +29,6 @@ __all__ = [
     "load_component",
     "load_pipeline",
     "model_name",
+    "only_size",
     "open_component",
 ]

@@ -37,7 +37,8 @@ from models.tokenizers import load_tokenizer
 
 _SCHEDULER_CONFIG = "scheduler_config.json"
 _FOLDER = "folder"  # the schedule of the folder that gives the text encoders
-# Our own key in model_index.json; diffusers ignores keys that start with an underscore.
+# Our own key in model_index.json; diffusers ignores keys that start with an underscore. A model
+# that gives height and width there is made for that size alone.
 _DEFAULTS_KEY = "_generation_defaults"
 # Names that tell what is no component of a known family, tried in this order.
 _FOREIGN = {
@@ -115,6 +116,11 @@ class ModelFiles:
         """Return what the family's denoiser needs of model_index.json, by name."""
         with _naming("model_index.json"):
             return self.family.index_configs(self.index)
+
+    @property
+    def only_size(self) -> tuple[int, int] | None:
+        """Width and height, in pixels, of a model that draws one size; None for one of many."""
+        return _only_size(self.index)
 
     def defaults(self, configs: Mapping[str, Any]) -> GenerationDefaults:
         """Return what the model generates with by default; see `generation_defaults`."""
@@ -435,6 +441,7 @@ def load_pipeline(
         scheduler=files.load_scheduler(),
         index_configs=files.index_configs(),
         defaults=files.defaults({name: getattr(x, "config", None) for name, x in models.items()}),
+        only_size=files.only_size,
     )
 
 
@@ -469,6 +476,23 @@ def _own_defaults(index: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"model_index.json: {_DEFAULTS_KEY} has unknown keys {unknown}")
     _defaults(given)
     return given
+
+
+def only_size(folder: Path | str) -> tuple[int, int] | None:
+    """Return what `ModelFiles.only_size` is, from a folder's model_index.json alone.
+
+    None also for a folder without one, such as a checkpoint of one component.
+
+    Raises:
+      CheckpointError: it can't be used.
+    """
+    path = Path(folder) / "model_index.json"
+    return _only_size(read_json(path)) if path.exists() else None
+
+
+def _only_size(index: Mapping[str, Any]) -> tuple[int, int] | None:
+    own = _own_defaults(index)
+    return (own["width"], own["height"]) if {"width", "height"} <= set(own) else None
 
 
 def _defaults(values: Mapping[str, Any]) -> GenerationDefaults:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import gc
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ class Sampler:
     defaults: GenerationDefaults = dataclasses.field(default_factory=GenerationDefaults)
     # what model_index.json tells the denoiser, by name: see `Family.index_configs`
     index_configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    only_size: tuple[int, int] | None = None  # width and height; None for a model of many sizes
     # classifier-free guidance as a batch of twice the rows, or as two calls, which take less memory
     guidance_in_two_calls: bool = False
     # of the stages "load <component>", "encode prompts", "encode images", "step" and "decode"
@@ -116,6 +118,7 @@ class Sampler:
         _check_scales(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
         _check_image(images, strength, len(prompts))
         guidance_scale = self._guidance_scale(guidance_scale)
+        self._warn_of_size(width, height)
 
         key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
         if latents is None:
@@ -421,6 +424,13 @@ class Sampler:
         for reference in inputs.references:
             check_mode(reference)
         self.denoiser.check(inputs)
+
+    def _warn_of_size(self, *asked: int) -> None:
+        if self.only_size not in (None, asked):
+            own, other = ("{}x{}".format(*size) for size in (self.only_size or (), asked))
+            warnings.warn(
+                f"this model draws {own}; of {other}, expect blurs and pieces", stacklevel=3
+            )
 
     def _check_call(
         self,

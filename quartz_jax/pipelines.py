@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from quartz_jax.conversion.stream import Carried, Conversion, Source
 from quartz_jax.engine.place import Placement, place
 from quartz_jax.evaluation.paired import SamplingOptions, calibration_samples
 from quartz_jax.evaluation.prompts import read_lines
+from quartz_jax.io.files import hold
 from quartz_jax.recipes import MAIN, Recipe, get_recipe
 from quartz_jax.transforms import Seen
 
@@ -192,6 +194,36 @@ def open_checkpoint(
     return Opened(pipeline=pipeline, reports=reports)
 
 
+def warn_of_other_base(folder: Path, model: Path) -> None:
+    """Warn, before any work, if a checkpoint wasn't made of the 16-bit model it is compared with.
+
+    The model's files are read once; as long as they have the same sizes and times, never again.
+
+    Args:
+      folder: the checkpoint.
+      model: as `models.find_model` takes it. Of a single file, only what is in it is looked at.
+    """
+    manifest, files = checkpoint.read_manifest(folder), models.find_model(model)
+    for name, component in manifest.components.items():
+        if name not in files.paths or not files.paths[name].exists():
+            continue
+        if not component.base_sha256:
+            told = f"{folder} doesn't say what its {name} was made of: it was in memory only"
+        elif not hold(_weights(files.open(name)), component.base_sha256):
+            told = (
+                f"{model} isn't what {folder} was made of ({manifest.base_name}): its {name} has "
+                "other files"
+            )
+        else:
+            continue
+        warnings.warn(f"{told}; figures may compare two models", stacklevel=2)
+
+
+def _weights(opened: models.StoredModule) -> tuple[Path, ...]:
+    """Return the files that hold a component."""
+    return tuple(sorted(set(opened.checkpoint.files.values())))
+
+
 def _load_quantized(
     folder: Path, build: Callable[[dict[str, Any]], nnx.Module], component: str
 ) -> nnx.Module:
@@ -214,6 +246,19 @@ def abstract_main(model: Path) -> Any:
     """Return a 16-bit model's main component with shapes in place of arrays."""
     files = models.find_model(model)
     return files.open(files.family.main).abstract
+
+
+def describe_16_bit(model: Path) -> str:
+    """Return in words what a 16-bit model is: its family, and the bytes of what it holds.
+
+    Raises:
+      ValueError: a component is missing, can't be used or doesn't fit the others.
+    """
+    files = models.find_model(model)
+    lines = [f"{model}: {files.family.name}, not quantized"]
+    for name in files.family.components:
+        lines.append(f"{name}: {files.open(name).checkpoint.bytes:,} bytes")
+    return "\n".join(lines)
 
 
 def open_16_bit(
@@ -420,7 +465,7 @@ def _source(
         model=opened.abstract,
         read=opened.read,
         config=opened.config,
-        files=tuple(sorted(set(opened.checkpoint.files.values()))),
+        files=_weights(opened),
         calibration=calibration,
     )
 

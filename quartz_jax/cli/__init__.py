@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from quartz_jax.cli.arguments import run
@@ -16,7 +17,7 @@ COMMANDS = {
     "generate": "make images from text",
     "quantize": "make a quantized checkpoint of a 16-bit model",
     "evaluate": "compare recipes and checkpoints with bf16",
-    "inspect": "check a quantized checkpoint and say what it is",
+    "inspect": "say what a checkpoint or model is, and check a checkpoint's files",
     "report": "make a page of what evaluate measured",
     "analyze": "make a page of the QuaRTZ paper's own analyses",
 }
@@ -45,5 +46,9 @@ def start(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whose encoding may lack a letter of a path
             stream.reconfigure(errors="backslashreplace")
+    # One line, without the place in the code that says it.
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"warning: {' '.join(str(message).split())}\n"
+    )
     gc.freeze()  # modules are no garbage, so the collections between models needn't look at them
     return run(command, argv)

@@ -106,6 +106,7 @@ def open_model(args: argparse.Namespace) -> tuple[pipelines.Opened, pipelines.Op
         opened = pipelines.open_checkpoint(args.model, **options)
         if not args.compare:
             return opened, None
+        pipelines.warn_of_other_base(args.model, args.compare)
         if args.compare.is_file():  # which lacks what the checkpoint has
             options["text_encoders"] = args.text_encoders or args.model
         else:

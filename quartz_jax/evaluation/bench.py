@@ -152,6 +152,9 @@ class Bench:
         names = ("networks", "real", "real_count", "inception", "clip", "lpips", "classes")
         judged = {name: getattr(options, name) for name in names}
         self.judges = Judges(prompts, self.beside, **judged)
+        for row in self.rows:
+            if row.checkpoint:
+                pipelines.warn_of_other_base(row.checkpoint, options.model)
         self.original = pipelines.load_16_bit(options.model)
         calibration = calibration or pipelines.calibration_prompts(self.original)
         self.calibration_prompts = calibration[: options.calibration]

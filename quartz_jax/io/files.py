@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -331,11 +333,28 @@ def unchanged(path: Path, sha256: str) -> bool:
     The answer yes is kept in the user's cache together with sizes and times, and no file is read
     again as long as those are the same.
     """
-    key = hashlib.sha256(json.dumps([sha256, stamps(path)]).encode()).hexdigest()
+    find = functools.partial(hash_file, path) if path.is_file() else lambda: hash_files(path, "*")
+    return _is_known(sha256, stamps(path), find)
+
+
+def hold(files: Sequence[Path], sha256: str) -> bool:
+    """Whether files have a hash together, each by its own name; remembered as by `unchanged`."""
+
+    def find() -> str:
+        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
+            hashes = pool.map(hash_file, files)
+            return join_hashes((x.name, found) for x, found in zip(files, hashes, strict=True))
+
+    return _is_known(sha256, [stamp for file in files for stamp in stamps(file)], find)
+
+
+def _is_known(sha256: str, stamped: list[tuple[str, int, int]], find: Callable[[], str]) -> bool:
+    """Whether a hash is what `find` gives, or gave for the same sizes and times."""
+    key = hashlib.sha256(json.dumps([sha256, stamped]).encode()).hexdigest()
     note = cache_folder() / "unchanged" / key
     if note.exists():
         return True
-    found = hash_file(path) if path.is_file() else hash_files(path, "*")
+    found = find()
     if found == sha256:
         with contextlib.suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)

@@ -332,6 +332,19 @@ def test_folder_can_set_defaults(schnell, tmp_path):
     assert (defaults.num_inference_steps, defaults.height, defaults.width) == (7, 128, 1024)
 
 
+def test_a_model_of_one_size_says_so_where_another_is_asked_for(schnell, tmp_path):
+    folder = shutil.copytree(schnell, tmp_path / "model")
+    edit_index(folder, _generation_defaults={"width": 48, "height": 32})
+    assert models.only_size(folder) == (48, 32) and models.only_size(schnell) is None
+    pipeline = models.load_pipeline(folder, jnp.float32)
+    options = {"num_inference_steps": 1, "progress": False, "output_type": "latent"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline("a", **options)
+    with pytest.warns(UserWarning, match="this model draws 48x32; of 48x48"):
+        pipeline("a", height=48, **options)
+
+
 def test_diffusers_ignores_the_defaults(schnell, tmp_path):
     import diffusers
 

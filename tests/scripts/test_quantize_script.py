@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from quartz_jax import QuantizedLinear, dequantize, get_recipe, pipelines, quant
 from quartz_jax.cli import generate, inspect, quantize
 from quartz_jax.conversion import checkpoint
 from quartz_jax.conversion.model import stored_arrays
+from quartz_jax.io import files
 from quartz_jax.io.files import work_folder
 
 RECIPES = "transformer=w4a4,text_encoder_2=w8a8"
@@ -212,6 +214,22 @@ def test_inspect_says_what_a_checkpoint_is(run_script, quantized):
         assert part in done.stdout
 
 
+def test_inspect_says_which_size_a_model_and_its_checkpoint_draw(small, tmp_path, capsys):
+    folder, out = shutil.copytree(small, tmp_path / "one"), tmp_path / "out"
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_generation_defaults"] = {"width": 48, "height": 32}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    quantize.main(["--model", str(folder), "--out", str(out)])
+    told = {}
+    for path in (small, folder, out):
+        capsys.readouterr()
+        inspect.main([str(path)])
+        told[path] = capsys.readouterr().out
+    line = "draws images of 48x32 pixels, and no other size well"
+    assert [line in x for x in told.values()] == [False, True, True]
+    assert "one: FLUX.1, not quantized" in told[folder] and "vae: " in told[folder]
+
+
 @pytest.mark.parametrize(
     ("path", "line"),
     [("", "expected a quantized checkpoint"), ("README.md", "README.md is a file; expected")],
@@ -221,6 +239,42 @@ def test_inspect_refuses_what_is_no_checkpoint(run_script, tmp_path, path, line)
     done = run_script("inspect.py", tmp_path / path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert line in done.stderr
+
+
+def test_inspect_refuses_a_checkpoint_without_its_description(run_script, quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "copy")
+    (folder / "quartz.json").unlink()
+    done = run_script("inspect.py", folder)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "transformer" in done.stderr
+
+
+def test_a_model_that_a_checkpoint_was_not_made_of_is_told(tiny, quantized, tmp_path, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipelines.warn_of_other_base(quantized, tiny)
+        monkeypatch.setattr(files, "hash_file", None)  # nothing is read twice
+        pipelines.warn_of_other_base(quantized, tiny)
+    monkeypatch.undo()
+    other = shutil.copytree(tiny, tmp_path / "other")
+    (weights,) = (other / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.warns(
+        UserWarning, match=r"other isn't what .* was made of \(tiny\): its transformer"
+    ):
+        pipelines.warn_of_other_base(quantized, other)
+
+
+def test_a_command_warns_in_one_line(run_script, tiny, tmp_path):
+    index = json.loads((tiny / "model_index.json").read_text())
+    folder = shutil.copytree(tiny, tmp_path / "one")
+    index["_generation_defaults"] = {"width": 48, "height": 48, "num_inference_steps": 1}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    argv = ("--model", folder, "--recipe", "bf16", "--prompt", "a", "--size", "32x32")
+    done = run_script("generate.py", *argv, "--out", tmp_path / "x.png")
+    assert done.returncode == 0, done.stderr
+    said = [x for x in done.stderr.splitlines() if "draws" in x or "sampler.py" in x]
+    assert said == ["warning: this model draws 48x48; of 32x32, expect blurs and pieces"]
 
 
 def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path):
