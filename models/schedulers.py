@@ -188,6 +188,7 @@ class FlowMatchEulerScheduler:
         if self.shift_terminal and num_inference_steps > 1:  # one step has nothing to stretch
             sigmas = 1 - (1 - sigmas) * (1 - self.shift_terminal) / (1 - sigmas[-1])
         skipped = int(num_inference_steps - num_inference_steps * strength)
+        skipped = min(skipped, num_inference_steps - 1)  # one too small to count leaves a step
         return np.append(sigmas, 0).astype(np.float32)[skipped:]
 
     def _dynamic_shift(self, image_tokens: int, mu: float | None) -> float:

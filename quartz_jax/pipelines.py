@@ -248,6 +248,11 @@ def abstract_main(model: Path) -> Any:
     return files.open(files.family.main).abstract
 
 
+def only_size(folder: Path) -> tuple[int, int] | None:
+    """Return width and height, in pixels, of a model that draws one size; None for one of many."""
+    return models.only_size(folder)
+
+
 def describe_16_bit(model: Path) -> str:
     """Return in words what a 16-bit model is: its family, and the bytes of what it holds.
 

@@ -103,8 +103,8 @@ class Block(nnx.Module):
         self.img_attn2 = SelfAttention(config, **options) if dual else None
         self.img_mlp = MLP(hidden, _MLP_RATIO * hidden, linear=linear)
         self.txt_mlp = None if last else MLP(hidden, _MLP_RATIO * hidden, linear=linear)
-        kind = PlainAttention if norm is None else JointAttention
-        self.attention = kind(config.num_attention_heads)
+        heads, size = config.num_attention_heads, config.attention_head_dim
+        self.attention = PlainAttention(heads) if norm is None else JointAttention(heads, size)
 
     def __call__(
         self,

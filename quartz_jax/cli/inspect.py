@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import models
 from quartz_jax import pipelines
 from quartz_jax.cli import arguments as cli
 from quartz_jax.conversion import checkpoint
@@ -22,5 +21,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.check_contents(folder)
         print(checkpoint.describe(folder, layers=args.layers))
         print("every file is as it was written")
-    if size := models.only_size(folder):
+    if size := pipelines.only_size(folder):
         print("draws images of {}x{} pixels, and no other size well".format(*size))

@@ -86,6 +86,13 @@ def test_no_steps_are_refused():
         FlowMatchEulerScheduler().sigmas(0, 16)
 
 
+def test_a_strength_that_rounding_loses_keeps_the_last_step():
+    scheduler = FlowMatchEulerScheduler()
+    for steps in (1, 4, 28):
+        whole, kept = (scheduler.sigmas(steps, 300, x) for x in (1.0, 1e-17))
+        np.testing.assert_array_equal(kept, whole[-2:])
+
+
 @pytest.mark.parametrize("strength", [0.01, 0.3, 0.5, 0.6, 0.99, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 28])
 def test_strength_keeps_the_steps_that_diffusers_keeps(steps, strength):

@@ -13,7 +13,7 @@ from small_families import SMALL
 
 from models.stored_files import read_json
 from models.text_encoders import T5Config
-from quartz_jax import pipelines
+from quartz_jax import get_recipe, pipelines
 from quartz_jax.cli import arguments as cli
 from quartz_jax.cli import evaluate, generate, inspect, quantize
 from quartz_jax.conversion import checkpoint
@@ -92,11 +92,12 @@ def test_inspect_says_what_both_quantized_models_are(checkpoints, capsys, name):
 
 
 def test_references_and_a_negative_prompt_shape_the_picture(models, draw, photo):
-    """Of the base model, which takes both; references of any size and number."""
+    """Of the base model, which takes both."""
     base, more = models["klein-base"], ("--recipe", "bf16")
-    one, two = (draw(base, *more, *["--image", photo] * count) for count in (1, 2))
-    negative = draw(base, *more, "--image", photo, "--negative-prompt", "blurry")
-    assert len({one, two, negative}) == 3
+    references = ("--image", photo, "--image", photo)
+    plain, seen = draw(base, *more), draw(base, *more, *references)
+    steered = draw(base, *more, *references, "--negative-prompt", "blurry")
+    assert len({plain, seen, steered}) == 3
 
 
 def test_a_negative_prompt_needs_a_model_that_is_guided(models, draw):
@@ -135,7 +136,10 @@ def save_adapter(path, small):
 def test_a_calibrated_conversion_goes_on_after_an_interruption(models, tmp_path, monkeypatch, name):
     """To the same arrays as in one go; what it saw is in the manifest."""
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
-    argv = ["--model", models[name], "--recipe", "w4a8x-gptq", "--calibration", tmp_path / "p.txt"]
+    recipe = of_roles("w4a8x-gptq", ["modulation", "attention_out"])
+    (tmp_path / "few.json").write_text(json.dumps(recipe))
+    argv = ["--model", models[name], "--recipe", tmp_path / "few.json"]
+    argv += ["--calibration", tmp_path / "p.txt"]
     argv += ["--calibration-size", "32x16", "--calibration-steps", 1]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 2)
@@ -148,6 +152,13 @@ def test_a_calibrated_conversion_goes_on_after_an_interruption(models, tmp_path,
     component = checkpoint.read_manifest(tmp_path / "out").components["transformer"]
     assert component.calibration.size == (32, 16)
     assert all(layer.execution != "simulated" for layer in component.report.layers)
+
+
+def of_roles(name, roles):
+    """Return what a recipe does to most layers, for a few roles: each shape is compiled for."""
+    recipe = get_recipe(name).to_json()
+    (rule,) = (x for x in recipe["rules"] if "attention_out" in x["match"]["role"])
+    return recipe | {"name": "few", "rules": [rule | {"match": rule["match"] | {"role": roles}}]}
 
 
 def interrupt_after(patch, parts):
