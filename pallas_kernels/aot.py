@@ -53,6 +53,12 @@ def compile_for_tpu(
     return lowered.compile()
 
 
+def kernels(compiled: jax.stages.Compiled) -> frozenset[str]:
+    """Return the names of the Pallas kernels that a program of `compile_for_tpu` calls."""
+    call = r'%([\w.-]+?)(?:\.\d+)* = [^\n]*custom_call_target="tpu_custom_call"'
+    return frozenset(re.findall(call, compiled.as_text()))
+
+
 def tracing_for_tpu(chip: str) -> contextlib.AbstractContextManager:
     """Return a context in which dispatch takes what is traced to run on a chip of `TPU_CHIPS`."""
     _, kind = TPU_CHIPS[chip]

@@ -42,7 +42,7 @@ class Planned:
     arguments: int  # bytes of weights and inputs
     temporary: int  # bytes
     seconds: float  # that compiling took
-    kernels: frozenset[str]  # of this library, that the program calls
+    kernels: frozenset[str]  # names of those that the program calls
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,13 +99,12 @@ def planned(
         state, inputs = jax.eval_shape(prepare, state)
     start = time.perf_counter()
     compiled = aot.compile_for_tpu(chip, step, state, *inputs)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    kernels = ("quartz_matmul", "int8_matmul", "quantize")
+    memory = compiled.memory_analysis()
     return Planned(
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         seconds=time.perf_counter() - start,
-        kernels=frozenset(kernel for kernel in kernels if kernel in text),
+        kernels=aot.kernels(compiled),
     )
 
 

@@ -42,7 +42,8 @@ class ZImageDenoiser(PlanarDenoiser):
     def prepare(self, model: nnx.Module, conditions: Conditions, canvas: Canvas) -> Conditions:
         """Return the texts, cut to what counts, and what the model's first blocks make of them."""
         texts = conditions["cap_feats"]
-        lengths = conditions.get("cap_lengths", jnp.full(*texts.shape[:2]))
+        rows, tokens = texts.shape[:2]
+        lengths = conditions.get("cap_lengths", np.full(rows, tokens, np.int32))
         needed = padded(np.asarray(lengths))
         texts = texts[:, : needed.max()]
         context = compiled(_refine, model)(texts, lengths)

@@ -27,7 +27,15 @@ from models.loading import find_model, model_name
 from models.schedulers import FlowMatchEulerScheduler
 from models.stored_files import CheckpointError
 from models.synthetic import write_random_model
-from models.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Encoder, clip, t5
+from models.text_encoders import (
+    CLIP_TEXT_PROJECTED,
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    ProjectedCLIPTextConfig,
+    T5Encoder,
+    clip,
+    t5,
+)
 from models.tiny_flux.architecture import FOLDER
 from models.tokenizers import load_tokenizer
 
@@ -460,12 +468,22 @@ def test_a_pipe_among_a_tokenizer_s_files_is_refused_and_not_waited_for(copy):
         load_tokenizer(copy / "tokenizer")
 
 
-def test_a_clip_model_with_a_projection_is_read_without_it(folder, copy):
+def test_flux_reads_a_clip_model_with_a_projection_without_it(folder, copy):
     edit(copy / "text_encoder/config.json", architectures=["CLIPTextModelWithProjection"])
     file = copy / "text_encoder/model.safetensors"
     more = {"text_projection.weight": np.zeros((4, 20), np.float32), "logit_scale": np.zeros(())}
     save_file(load_file(file) | more, file)
-    same(copy / "text_encoder", folder / "text_encoder")
+    same(find_model(copy).open("text_encoder", jnp.float32), folder / "text_encoder")
+
+
+def test_a_clip_model_with_a_projection_by_itself_is_read_with_it(tmp_path):
+    config = ProjectedCLIPTextConfig(
+        vocab_size=50, hidden_size=20, intermediate_size=24, num_attention_heads=2, projection_dim=4
+    )
+    CLIP_TEXT_PROJECTED.export(CLIPTextEncoder(config, rngs=nnx.Rngs(0)), tmp_path, jnp.float32)
+    loaded = models.load_component(tmp_path, jnp.float32)
+    assert loaded.config == config
+    assert loaded(jnp.zeros((1, 3), int))[1].shape == (1, 4)
 
 
 @pytest.mark.parametrize(

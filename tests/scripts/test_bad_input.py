@@ -156,18 +156,18 @@ def test_what_is_only_carried_is_checked_too(refused, broken, tmp_path, folder, 
 def test_another_family_in_a_folder(refused, small, tmp_path):
     folder = shutil.copytree(small, tmp_path / "broken")
     config = json.loads((folder / "transformer" / "config.json").read_text())
-    config["_class_name"] = "SD3Transformer2DModel"
+    config["_class_name"] = "SanaTransformer2DModel"
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
     line = refused(quantize.main, "--model", folder, "--out", tmp_path / "x")
-    assert "class SD3Transformer2DModel is not supported" in line
+    assert "class SanaTransformer2DModel is not supported" in line
 
 
 def test_another_family_in_a_file(refused, small, tmp_path):
-    save_file({"joint_blocks.0.x": np.zeros(2, np.float32)}, tmp_path / "sd3.safetensors")
-    argv = ("--model", tmp_path / "sd3.safetensors", "--text-encoders", small)
+    save_file({"y_embedder.y_embedding": np.zeros(2, np.float32)}, tmp_path / "sana.safetensors")
+    argv = ("--model", tmp_path / "sana.safetensors", "--text-encoders", small)
     line = refused(quantize.main, *argv, "--out", tmp_path / "x")
     assert "holds no FLUX.1 transformer or " in line
-    assert "transformer: sd3.safetensors is Stable Diffusion 3" in line
+    assert "transformer: sana.safetensors is of an unknown kind, with tensors such as y_emb" in line
 
 
 def test_the_autoencoder_s_file_of_a_folder(refused, tiny, tmp_path):
