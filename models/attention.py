@@ -4,6 +4,7 @@ Shapes: b batch, t tokens, h heads, d channels of a head.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +95,12 @@ def attend(
     *,
     heads: int,
     mask: jax.Array | None = None,  # bool [b, t]: False for keys that don't count
-) -> jax.Array:
-    """Return attention over the tokens of all streams, [b, t, h, d]."""
+) -> tuple[jax.Array, ...]:
+    """Return attention over the tokens of all streams, of each stream's tokens [b, t, h, d]."""
     mask = None if mask is None else mask[:, None, None, :]
-    return dot_product_attention(*qk_norm_rope(streams, rope, heads=heads), mask=mask)
+    out = dot_product_attention(*qk_norm_rope(streams, rope, heads=heads), mask=mask)
+    ends = list(itertools.accumulate(stream.qkv.shape[1] for stream in streams))
+    return tuple(jnp.split(out, ends[:-1], axis=1))
 
 
 def split_heads(
@@ -124,10 +127,10 @@ class JointAttention(nnx.Module):
         *streams: Stream,
         rope: jax.Array,  # float32 [2, t, d / 2], or [b, 2, t, d / 2] where images differ
         mask: jax.Array | None = None,  # bool [b, t]: False for keys that don't count
-    ) -> jax.Array:
-        """Return [b, t, h d], t tokens of all streams."""
+    ) -> tuple[jax.Array, ...]:
+        """Return [b, t, h d] of each stream's t tokens."""
         if rope.ndim == 3 and mask is None:
-            out = self.attend(streams, rope, heads=self.heads)
+            outs = self.attend(streams, rope, heads=self.heads)
         else:
-            out = attend(streams, rope, heads=self.heads, mask=mask)
-        return out.reshape(*out.shape[:2], -1)
+            outs = attend(streams, rope, heads=self.heads, mask=mask)
+        return tuple(out.reshape(*out.shape[:2], -1) for out in outs)

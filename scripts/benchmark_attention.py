@@ -232,8 +232,9 @@ def attention_int8(heads: QuantizedHeads, *, config: mosaic_gpu.Config | None = 
     """Attend in 8 bits."""
     scale = 1 / math.sqrt(heads.q.shape[3])
     if config is not None:
-        return mosaic_gpu.attention_int8_fp8(heads, scale=scale, config=config)
-    return ATTENTION_INT8_FP8(heads, scale=scale)
+        run = mosaic_gpu.attention_int8_fp8
+        return run(heads, scale=scale, streams=(heads.tokens,), config=config)[0]
+    return ATTENTION_INT8_FP8(heads, scale=scale, streams=(heads.tokens,))[0]
 
 
 def some(x: jax.Array) -> jax.Array:
@@ -259,7 +260,9 @@ def attention_reference(heads: QuantizedHeads) -> jax.Array:
     q, q_scale = heads.q[:, :CHECKED], heads.q_scale[:, :, :CHECKED]
     heads = dataclasses.replace(heads, q=q, q_scale=q_scale, tokens=few)
     scale = 1 / math.sqrt(q.shape[3])
-    return ATTENTION_INT8_FP8(heads, scale=scale, implementation="reference")
+    return ATTENTION_INT8_FP8(
+        heads, scale=scale, streams=(heads.tokens,), implementation="reference"
+    )[0]
 
 
 def quantized(q, k, v) -> QuantizedHeads:

@@ -75,8 +75,7 @@ class DoubleStreamBlock(nnx.Module):
 
         img_qkv = self.img_attn.project(img, modulation(shift, scale))
         txt_qkv = self.txt_attn.project(txt, modulation(txt_shift, txt_scale))
-        attended = self.attention(txt_qkv, img_qkv, rope=rope)
-        txt_out, img_out = jnp.split(attended, [txt.shape[1]], axis=1)
+        txt_out, img_out = self.attention(txt_qkv, img_qkv, rope=rope)
 
         img = self.img_attn.proj(img_out, gate=gate, residual=img)
         txt = self.txt_attn.proj(txt_out, gate=txt_gate, residual=txt)
@@ -109,8 +108,9 @@ class SingleStreamBlock(nnx.Module):
         wide = self.linear1(x, norm=modulation(shift, scale))
         hidden, mlp = x.shape[-1], _MLP_RATIO * x.shape[-1]
         stream = Stream(qkv=wide, query_norm=self.query_norm, key_norm=self.key_norm)
+        (attended,) = self.attention(stream, rope=rope)
         joined = (
-            Part(array=self.attention(stream, rope=rope), size=hidden),
+            Part(array=attended, size=hidden),
             Part(array=wide, start=3 * hidden, size=mlp, activation="gelu"),
         )
         return self.linear2(joined, gate=gate, residual=x)

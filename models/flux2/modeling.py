@@ -77,8 +77,7 @@ class DoubleStreamBlock(nnx.Module):
 
         img_qkv = self.img_attn.project(img, modulation(shift, scale, self.epsilon))
         txt_qkv = self.txt_attn.project(txt, modulation(txt_shift, txt_scale, self.epsilon))
-        attended = self.attention(txt_qkv, img_qkv, rope=rope)
-        txt_out, img_out = jnp.split(attended, [txt.shape[1]], axis=1)
+        txt_out, img_out = self.attention(txt_qkv, img_qkv, rope=rope)
 
         img = self.img_attn.proj(img_out, gate=gate, residual=img)
         txt = self.txt_attn.proj(txt_out, gate=txt_gate, residual=txt)
@@ -113,7 +112,8 @@ class SingleStreamBlock(nnx.Module):
         wide = self.linear1(x, norm=modulation(shift, scale, self.epsilon))
         hidden = x.shape[-1]
         stream = Stream(qkv=wide, query_norm=self.query_norm, key_norm=self.key_norm)
-        attended = Part(array=self.attention(stream, rope=rope), size=hidden)
+        (attended,) = self.attention(stream, rope=rope)
+        attended = Part(array=attended, size=hidden)
         return self.linear2((attended, swiglu(wide, 3 * hidden)), gate=gate, residual=x)
 
 

@@ -119,8 +119,7 @@ class Block(nnx.Module):
         txt_shift, txt_scale, *txt_rest = self.txt_mod(vec)
         txt_qkv = self.txt_attn.project(txt, modulation(txt_shift, txt_scale))
         img_qkv = self.img_attn.project(img, modulation(shift, scale))
-        attended = self.attention(txt_qkv, img_qkv, rope=rope)
-        txt_out, img_out = jnp.split(attended, [txt.shape[1]], axis=1)
+        txt_out, img_out = self.attention(txt_qkv, img_qkv, rope=rope)
 
         placed = self.img_attn.proj(img_out, gate=gate, residual=img)
         if self.img_attn2 is not None:
@@ -136,7 +135,7 @@ class Block(nnx.Module):
         """Return `placed` and what image tokens, as they came, find in themselves."""
         shift, scale, gate = mods
         qkv = self.img_attn2.project(img, modulation(shift, scale))
-        found = self.attention(qkv, rope=rope[:, -img.shape[1] :])
+        (found,) = self.attention(qkv, rope=rope[:, -img.shape[1] :])
         return self.img_attn2.proj(found, gate=gate, residual=placed)
 
 

@@ -49,7 +49,8 @@ class SelfAttention(nnx.Module):
         """Return what attention makes of the normed x, [b, t, c]."""
         qkv = self.qkv(x, norm=norm)
         stream = Stream(qkv=qkv, query_norm=self.q_norm, key_norm=self.k_norm)
-        return self.out(self.attention(stream, rope=rope, mask=mask))
+        (attended,) = self.attention(stream, rope=rope, mask=mask)
+        return self.out(attended)
 
 
 class Block(nnx.Module):

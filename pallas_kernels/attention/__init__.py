@@ -82,8 +82,9 @@ def attention_int8_fp8(
     heads: QuantizedHeads,
     *,
     scale: float | None = None,
+    streams: tuple[int, ...] | None = None,
     implementation: Implementation = None,
-) -> jax.Array:
+) -> tuple[jax.Array, ...]:
     """Return softmax(q k^T * scale) v of each head, of codes in 8 bits.
 
     q k^T is exact in int32. Probabilities are float8_e4m3fn, by a code that is linear between
@@ -93,17 +94,22 @@ def attention_int8_fp8(
     Args:
       heads: as `quantize_heads` or `pallas_kernels.qk_norm_rope.qk_norm_rope_8bit` makes them.
       scale: of the logits; 1 / sqrt(d) if None.
+      streams: tokens of each of the streams that were joined, whose results are wanted apart;
+        None for one of all tokens.
       implementation: a backend's name, several in order of preference, or None for the best.
 
     Returns:
-      [b, tokens, heads, d] in bfloat16.
+      Of each stream [b, tokens, heads, d] in bfloat16.
 
     Raises:
       ValueError: arrays that don't fit together, or a named implementation can't run.
     """
     _check_heads(heads)
-    scale = _scale(scale, heads.q.shape[3])
-    return ATTENTION_INT8_FP8(heads, scale=scale, implementation=implementation)
+    streams = (heads.tokens,) if streams is None else tuple(streams)
+    if sum(streams) != heads.tokens or min(streams, default=-1) < 0:
+        raise ValueError(f"streams is {streams}; their sum must be the {heads.tokens} tokens")
+    options = {"scale": _scale(scale, heads.q.shape[3]), "streams": streams}
+    return ATTENTION_INT8_FP8(heads, **options, implementation=implementation)
 
 
 def _scale(scale: Any, d: int) -> float:

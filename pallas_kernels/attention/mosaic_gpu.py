@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat, device
 from pallas_kernels.attention import registers
 from pallas_kernels.attention.operands import BLOCK, ONES, QuantizedHeads
-from pallas_kernels.attention.reference import LOG2_E
+from pallas_kernels.attention.reference import LOG2_E, split
 from pallas_kernels.attention.registers import ROW, ROWS, SUM_ROWS, transforms
 
 WARPGROUPS = 2  # that multiply
@@ -88,23 +88,36 @@ def device_why_not(target: device.Device, head_dim: int | None = None) -> str | 
 
 
 # Under jit of its own a kernel that a program calls many times is lowered once.
-@functools.partial(jax.jit, static_argnames=("scale", "config"))
+@functools.partial(jax.jit, static_argnames=("scale", "streams", "config"))
 def attention_int8_fp8(
-    heads: QuantizedHeads, *, scale: float, config: Config | None = None
-) -> jax.Array:
-    """Return the attention; see `pallas_kernels.attention.attention_int8_fp8`."""
-    batch, tq, count, d = heads.q.shape
+    heads: QuantizedHeads,
+    *,
+    scale: float,
+    streams: tuple[int, ...],
+    config: Config | None = None,
+) -> tuple[jax.Array, ...]:
+    """Return the attention; see `pallas_kernels.attention.attention_int8_fp8`.
+
+    Streams are written apart where none but the last ends within a warpgroup's queries.
+    """
+    batch, _, count, d = heads.q.shape
+    if any(tokens % ROWS or not tokens for tokens in streams[:-1]):
+        whole = attention_int8_fp8(heads, scale=scale, streams=(heads.tokens,), config=config)
+        return split(whole[0], streams)
     config = config or choose_config(heads.tokens)
     processors = _multiprocessors() // config.cluster
     clustered = config.cluster > 1
     # Copies clip at the end of an axis of whole rows of the swizzle, but not along one that a tile
     # covers whole.
-    rows = heads.tokens + -heads.tokens % 8 if heads.tokens > TILE else tq
+    last = streams[-1]
+    rows = *streams[:-1], last + -last % 8 if last > TILE else TILE
     kernel = plgpu.kernel(
         compat.named(
             functools.partial(_kernel, config=config, octaves=scale * LOG2_E), "attention"
         ),
-        out_type=jax.ShapeDtypeStruct((batch, rows, count * d), jnp.bfloat16),
+        out_type=tuple(
+            jax.ShapeDtypeStruct((batch, tokens, count * d), jnp.bfloat16) for tokens in rows
+        ),
         grid=(processors,),
         grid_names=("sm",),
         cluster=(config.cluster,) if clustered else (),
@@ -120,8 +133,11 @@ def attention_int8_fp8(
     # Copies have five axes at most, two of them within tiles: heads lie in the columns of tokens.
     q, k = (x.reshape(*x.shape[:2], -1) for x in (heads.q, heads.k))
     v = heads.v.reshape(-1, *heads.v.shape[2:])
-    out = kernel(q, k, v, heads.q_scale, heads.k_scale, heads.v_scale)
-    return out.reshape(batch, rows, count, d)[:, : heads.tokens]
+    outs = kernel(q, k, v, heads.q_scale, heads.k_scale, heads.v_scale)
+    return tuple(
+        out.reshape(*out.shape[:2], count, d)[:, :tokens]
+        for out, tokens in zip(outs, streams, strict=True)
+    )
 
 
 def _multiprocessors() -> int:
@@ -160,8 +176,7 @@ def _kernel(
     q_scale,  # [b, heads, tq], float32
     k_scale,  # [b, kv_heads, tk / BLOCK], float32
     v_scale,  # [b, kv_heads, d], float32, or None
-    out,  # [b, queries, heads * d], bfloat16
-    *,
+    *outs,  # of each stream: [b, queries, heads * d], bfloat16
     config: Config,
     octaves: float,  # of a logit of 1, in units of q times k
     q_tiles,  # [warpgroup, ROWS, d]
@@ -308,13 +323,22 @@ def _kernel(
             layout = plgpu.Layout.WGMMA.reduce(0)
             scales = compat.gpu_load(v_scale.at[batch, kv_head], layout=layout, optimized=False)
             y = y * lax.broadcast_in_dim(scales, (ROWS, d), [1])
-        write(y, out.at[batch, pl.ds(row, ROWS), pl.ds(head * d, d)])
+        write(y, batch, row, pl.ds(head * d, d))
 
-    def write(y, target):
+    def write(y, batch, row, columns):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_tiles[warpgroup] = y.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_tiles.at[warpgroup], target)
+        start = 0
+        for i, out in enumerate(outs):
+            # Rows of padding, behind the last stream, are dropped.
+            here = row >= start
+            if i < len(outs) - 1:
+                here &= row < start + out.shape[1]
+            target = out.at[batch, pl.ds(row - start, ROWS), columns]
+            store = functools.partial(plgpu.copy_smem_to_gmem, out_tiles.at[warpgroup], target)
+            pl.when(here)(store) if len(outs) > 1 else store()
+            start += out.shape[1]
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():

@@ -1,6 +1,7 @@
 """8-bit attention in plain jnp: the definition, block by block of keys as the kernel goes."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -21,8 +22,10 @@ TOP = 7.75
 
 
 # Under jit of its own, as a loop called outside of one is compiled at every call.
-@functools.partial(jax.jit, static_argnames=("scale",))
-def attention_int8_fp8(heads: QuantizedHeads, *, scale: float) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("scale", "streams"))
+def attention_int8_fp8(
+    heads: QuantizedHeads, *, scale: float, streams: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
     """Return the attention; see `pallas_kernels.attention.attention_int8_fp8`."""
     batch, tq, count, d = heads.q.shape
     kv_heads = heads.k.shape[2]
@@ -48,7 +51,16 @@ def attention_int8_fp8(heads: QuantizedHeads, *, scale: float) -> jax.Array:
     if heads.v_scale is not None:
         y = y * heads.v_scale[:, :, None, None]
     y = y.astype(jnp.bfloat16).transpose(0, 3, 1, 2, 4)
-    return y.reshape(batch, tq, count, d)[:, : heads.tokens]
+    return split(y.reshape(batch, tq, count, d), streams)
+
+
+def split(
+    y: jax.Array,  # [b, at least as many tokens, heads, d]
+    streams: tuple[int, ...],
+) -> tuple[jax.Array, ...]:
+    """Return the tokens of each stream."""
+    ends = itertools.accumulate(streams)
+    return tuple(y[:, end - size : end] for end, size in zip(ends, streams, strict=True))
 
 
 def probabilities(octaves: jax.Array) -> jax.Array:

@@ -9,9 +9,10 @@ from flax import nnx
 from pallas_kernels import device
 from pallas_kernels.attention import attention, attention_int8_fp8
 from pallas_kernels.attention.mosaic_gpu import device_why_not
+from pallas_kernels.attention.reference import split
 from pallas_kernels.qk_norm_rope import Stream, qk_norm_rope, qk_norm_rope_8bit
 
-Attend = Callable[..., jax.Array]  # streams, rope and heads to [b, t, heads, d]
+Attend = Callable[..., tuple[jax.Array, ...]]  # streams, rope, heads to [b, t, heads, d] each
 
 
 class Attention(Protocol):
@@ -43,17 +44,25 @@ def attention_of(format: str, head_dim: int | None = None) -> tuple[Attend, str]
     return _attend_int8_fp8, "int8 and float8"
 
 
-def _attend(streams: tuple[Any, ...], rope: jax.Array, *, heads: int) -> jax.Array:
-    """Return attention over the tokens of all streams, in their dtype."""
-    return attention(*qk_norm_rope(_streams(streams), rope, heads=heads))
+def _attend(streams: tuple[Any, ...], rope: jax.Array, *, heads: int) -> tuple[jax.Array, ...]:
+    """Return attention over the tokens of all streams, of each stream's, in their dtype."""
+    return split(attention(*qk_norm_rope(_streams(streams), rope, heads=heads)), _sizes(streams))
 
 
-def _attend_int8_fp8(streams: tuple[Any, ...], rope: jax.Array, *, heads: int) -> jax.Array:
+def _attend_int8_fp8(
+    streams: tuple[Any, ...], rope: jax.Array, *, heads: int
+) -> tuple[jax.Array, ...]:
     """Return the same with codes in 8 bits, where the kernel takes such heads."""
     if device_why_not(device.current(), rope.shape[2] * 2):
         return _attend(streams, rope, heads=heads)
     quantized = qk_norm_rope_8bit(_streams(streams), rope, heads=heads)
-    return attention_int8_fp8(quantized).astype(streams[0].qkv.dtype)
+    outs = attention_int8_fp8(quantized, streams=_sizes(streams))
+    return tuple(out.astype(streams[0].qkv.dtype) for out in outs)
+
+
+def _sizes(streams: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return the tokens of each stream."""
+    return tuple(stream.qkv.shape[1] for stream in streams)
 
 
 def _streams(

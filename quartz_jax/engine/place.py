@@ -79,6 +79,8 @@ def place(
                 weight = place_weight(module.weight.get_value(), expand, results)
                 module.weight.set_value(weight)
                 _place_branch(module, expand, results)
+                if module.bias is not None:  # as kernels add it, so that no call converts it
+                    module.bias.set_value(module.bias.get_value().astype(jnp.float32))
                 how = f"int8, {_backend(weight)}"
             layers[".".join(map(str, path))] = how
         elif is_attention(module):

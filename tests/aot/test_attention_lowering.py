@@ -27,7 +27,7 @@ SHAPES = [
 ANY = Shape(m=128, n=128, k=128)  # what the calls here don't look at
 
 
-def attention_call(sizes, values_scaled=True):
+def attention_call(sizes, values_scaled=True, streams=None):
     """Return what makes a call of 8-bit attention, for `lower` and `compile_for`."""
 
     def make(shape, **where):
@@ -38,7 +38,7 @@ def attention_call(sizes, values_scaled=True):
         q, k, v = (spec(shape, jnp.bfloat16) for shape in arrays)
         codes = jax.eval_shape(lambda *x: quantize_heads(*x[:3], v_scale=x[3]), q, k, v, scale)
         codes = jax.tree.map(lambda x: spec(x.shape, x.dtype, **where), codes)
-        return ATTENTION_INT8_FP8, [codes], {"scale": 0.1}
+        return ATTENTION_INT8_FP8, [codes], {"scale": 0.1, "streams": streams or (tq,)}
 
     return make
 
@@ -70,6 +70,12 @@ def _no_symbolizer():
 @pytest.mark.parametrize("scaled", [False, True])
 def test_attention_lowers_for_h100(sizes, scaled):
     assert "mosaic_gpu" in lower(H100, attention_call(sizes, scaled)(ANY), None)
+
+
+def test_streams_are_written_apart_without_a_copy():
+    text = lower(H100, attention_call(SHAPES[0], streams=(512, 4096))(ANY), None)
+    assert "mosaic_gpu" in text
+    assert "slice" not in text
 
 
 def test_the_pass_before_lowers_for_h100():
@@ -113,7 +119,8 @@ def test_attention_uses_the_8_bit_matrix_units_without_serializing(
 ):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    compile_for(H100, attention_call(sizes), None, tmp_path)
+    streams = (512, sizes[1] - 512)  # as double-stream blocks have them
+    compile_for(H100, attention_call(sizes, streams=streams), None, tmp_path)
     printed = "".join(capfd.readouterr())
     d = sizes[-1]
     assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in printed

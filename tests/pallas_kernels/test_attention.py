@@ -107,6 +107,12 @@ class TestAttention:
         assert abs(gain - 1) < 0.002
 
 
+def whole(run, heads, *, scale):
+    """Attend in 8 bits, all tokens as one stream."""
+    (out,) = run(heads, scale=scale, streams=(heads.tokens,))
+    return out
+
+
 @pytest.mark.parametrize("subject", subjects(ATTENTION_INT8_FP8))
 class TestAttentionInt8Fp8:
     """What every backend does in 8 bits."""
@@ -116,7 +122,7 @@ class TestAttentionInt8Fp8:
     def test_close_to_float64(self, subject, shape, data):
         q, k, v = heads_of(2, shape, data)
         scale = 1 / math.sqrt(shape[-1])
-        found = jax.jit(lambda x: subject(x, scale=scale))(quantized(q, k, v))
+        found = jax.jit(lambda x: whole(subject, x, scale=scale))(quantized(q, k, v))
         assert found.dtype == jnp.bfloat16
         assert found.shape == q.shape
         error, gain = error_and_gain(found, exact(q, k, v, scale))
@@ -127,15 +133,15 @@ class TestAttentionInt8Fp8:
     @of_shapes
     def test_close_to_the_reference_on_the_same_codes(self, subject, shape, data):
         heads = quantized(*heads_of(3, shape, data))
-        found = jax.jit(lambda x: subject(x, scale=0.1))(heads)
-        wanted = np.asarray(reference.attention_int8_fp8(heads, scale=0.1), np.float64)
+        found = jax.jit(lambda x: whole(subject, x, scale=0.1))(heads)
+        wanted = np.asarray(whole(reference.attention_int8_fp8, heads, scale=0.1), np.float64)
         # The same codes but for those at a rounding's edge; sums of 128 in some 14 bits, and one
         # rounding to bfloat16.
         assert error_and_gain(found, wanted)[0] < 0.01
 
     def test_values_may_have_no_scale(self, subject):
         q, k, v = heads_of(4, SHAPES[1], "gaussian")
-        found = subject(jax.jit(quantize_heads)(q, k, v), scale=0.1)
+        found = whole(subject, jax.jit(quantize_heads)(q, k, v), scale=0.1)
         error, gain = error_and_gain(found, exact(q, k, v, 0.1))
         assert error < ERROR
         assert GAIN[0] < gain < GAIN[1]
@@ -151,7 +157,7 @@ class TestAttentionInt8Fp8:
         order = rng.permutation(tokens)
         v = rng.standard_normal(k.shape)
         q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (k[:, order], k, v))
-        found = np.asarray(subject(quantized(q, k, v), scale=4.0), np.float64)
+        found = np.asarray(whole(subject, quantized(q, k, v), scale=4.0), np.float64)
         wanted = np.asarray(v, np.float64)[:, order]
         scale = np.asarray(value_scale(v), np.float64)[:, None]
         # Half a step of e4m3, or of its subnormals, and bfloat16's.
@@ -164,7 +170,9 @@ class TestAttentionInt8Fp8:
         """
         q, k, v = heads_of(12, (2, 128, 1152, 4, 4, 128), "gaussian")
         scale = 2 / math.sqrt(128)  # logits of a deviation of 2, of which few count
-        _, gain = error_and_gain(subject(quantized(q, k, v), scale=scale), exact(q, k, v, scale))
+        _, gain = error_and_gain(
+            whole(subject, quantized(q, k, v), scale=scale), exact(q, k, v, scale)
+        )
         # The mean of 1024 rows of some ten terms, each 4 % off: a thousandth.
         assert abs(gain - 1) < 0.005
 
@@ -173,7 +181,7 @@ class TestAttentionInt8Fp8:
         q, k, v = heads_of(6, (1, 64, 100, 1, 1, 64), "gaussian")
         q = jnp.abs(q[:, :1, :, :]) * jnp.ones_like(q)
         k = -q[:, :1] + 0.1 * k
-        found = subject(quantized(q, k, v), scale=1.0)
+        found = whole(subject, quantized(q, k, v), scale=1.0)
         wanted = exact(q, k, v, 1.0)
         assert (np.einsum("bqhd,bkhd->bhqk", *(np.float64(x) for x in (q, k))) < -30).all()
         # Errors of int8 in logits of 60 are larger than in usual ones.
@@ -181,15 +189,15 @@ class TestAttentionInt8Fp8:
 
     def test_heads_of_a_group_read_one_kv_head(self, subject):
         q, k, v = heads_of(7, (2, 70, 300, 4, 2, 64), "outlier")
-        grouped = subject(quantized(q, k, v), scale=0.1)
+        grouped = whole(subject, quantized(q, k, v), scale=0.1)
         repeated = (jnp.repeat(x, 2, axis=2) for x in (k, v))
-        np.testing.assert_array_equal(grouped, subject(quantized(q, *repeated), scale=0.1))
+        np.testing.assert_array_equal(grouped, whole(subject, quantized(q, *repeated), scale=0.1))
 
     def test_batch_elements_are_independent(self, subject):
         arrays = heads_of(8, (2, 70, 130, 2, 2, 64), "outlier")
-        found = subject(quantized(*arrays), scale=0.1)
+        found = whole(subject, quantized(*arrays), scale=0.1)
         for i in range(2):
-            alone = subject(quantized(*(x[i : i + 1] for x in arrays)), scale=0.1)
+            alone = whole(subject, quantized(*(x[i : i + 1] for x in arrays)), scale=0.1)
             np.testing.assert_array_equal(found[i : i + 1], alone)
 
     def test_what_is_not_a_number_stays_so(self, subject):
@@ -198,11 +206,21 @@ class TestAttentionInt8Fp8:
         v = v.at[1, 129, 0, 7].set(jnp.nan)
         k = k.at[2, 100, 0, 2].set(jnp.nan)
         found = np.isnan(
-            np.asarray(subject(jax.jit(quantize_heads)(q, k, v), scale=0.1), np.float32)
+            np.asarray(whole(subject, jax.jit(quantize_heads)(q, k, v), scale=0.1), np.float32)
         )
         wanted = np.zeros_like(found)
         wanted[0, 3, 1] = wanted[1, :, 0, 7] = wanted[2, :, 0] = True
         np.testing.assert_array_equal(found, wanted)
+
+    @pytest.mark.parametrize("streams", [(64, 134), (70, 128), (0, 198), (128, 64, 6)])
+    def test_streams_come_apart(self, subject, streams):
+        """Written apart by the kernel where they end between its rows, cut otherwise."""
+        heads = quantized(*heads_of(6, (2, 198, 198, 4, 2, 64), "gaussian"))
+        parts = subject(heads, scale=0.1, streams=streams)
+        assert [part.shape[1] for part in parts] == list(streams)
+        np.testing.assert_array_equal(
+            np.concatenate(parts, axis=1), np.asarray(whole(subject, heads, scale=0.1))
+        )
 
 
 def random_heads(shape=SHAPES[1], data="outlier"):
@@ -314,7 +332,7 @@ def test_without_a_name_the_device_chooses():
     assert mosaic_gpu.why_not(hopper, small) == "needs heads of 64 or 128 channels, not 32"
     assert mosaic_gpu.why_not(hopper, heads, scale=-1.0) == "needs a scale of at least 0, not -1.0"
     if not ON_HARDWARE:
-        explained = ATTENTION_INT8_FP8.explain(heads, scale=1.0)
+        explained = ATTENTION_INT8_FP8.explain(heads, scale=1.0, streams=(128,))
         assert explained.endswith("attention_int8_fp8/reference: runs")
 
 
@@ -376,6 +394,12 @@ def test_bad_8_bit_arguments_are_refused(change, message):
     _, heads = random_heads()
     with pytest.raises(ValueError, match=message):
         attention_int8_fp8(dataclasses.replace(heads, **change))
+
+
+@pytest.mark.parametrize("streams", [(64, 7), (71, -1), ()])
+def test_streams_are_all_tokens(streams):
+    with pytest.raises(ValueError, match="their sum must be the 70 tokens"):
+        attention_int8_fp8(random_heads()[1], streams=streams)
 
 
 def test_floats_are_not_taken_for_codes():

@@ -266,7 +266,7 @@ def test_attention_in_8_bits_has_no_gradient():
     with pytest.raises(ValueError, match="qk_norm_rope_8bit has no gradient; differentiate"):
         gradient(lambda qkv: qk_norm_rope_8bit(stream(qkv), rope, heads=2).q_scale, qkv)
     with pytest.raises(ValueError, match="quantize_heads has no gradient; differentiate"):
-        gradient(lambda q: attention_int8_fp8(quantize_heads(q, heads, heads)), heads)
+        gradient(lambda q: attention_int8_fp8(quantize_heads(q, heads, heads))[0], heads)
 
 
 def test_norm_and_rotation_before_attention_have_a_gradient():
