@@ -99,8 +99,13 @@ def attend(
     """Return attention over the tokens of all streams, of each stream's tokens [b, t, h, d]."""
     mask = None if mask is None else mask[:, None, None, :]
     out = dot_product_attention(*qk_norm_rope(streams, rope, heads=heads), mask=mask)
+    return apart(out, streams)
+
+
+def apart(joined: jax.Array, streams: tuple[Stream, ...]) -> tuple[jax.Array, ...]:
+    """Return the tokens of each stream, of [b, t of all streams, ...]."""
     ends = list(itertools.accumulate(stream.qkv.shape[1] for stream in streams))
-    return tuple(jnp.split(out, ends[:-1], axis=1))
+    return tuple(jnp.split(joined, ends[:-1], axis=1))
 
 
 def split_heads(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import JointAttention, Stream, dot_product_attention, split_heads
+from models.attention import JointAttention, Stream, apart, dot_product_attention, split_heads
 from models.conditioning import (
     TIME_CHANNELS,
     Embedder,
@@ -60,11 +60,11 @@ class PlainAttention(nnx.Module):
     def __init__(self, heads: int):
         self.heads = heads
 
-    def __call__(self, *streams: Stream, rope: jax.Array) -> jax.Array:
-        """Return [b, tokens of all streams, h d]; `rope` turns nothing and isn't read."""
+    def __call__(self, *streams: Stream, rope: jax.Array) -> tuple[jax.Array, ...]:
+        """Return [b, t, h d] of each stream's t tokens; `rope` turns nothing and isn't read."""
         qkv = jnp.concatenate([stream.qkv for stream in streams], axis=1)
         out = dot_product_attention(*split_heads(qkv, self.heads, 3))
-        return out.reshape(*out.shape[:2], -1)
+        return apart(out.reshape(*out.shape[:2], -1), streams)
 
 
 class SelfAttention(nnx.Module):

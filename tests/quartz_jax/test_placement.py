@@ -114,6 +114,14 @@ def test_a_placement_names_every_quantized_layer_and_how_it_runs():
     assert placement.table().splitlines()[-1] == f"attention: {placement.attention}"
 
 
+def test_a_placed_bias_is_float32_as_kernels_add_it():
+    """A step of FLUX.1 converted 228 of them, a launch each."""
+    model = quantized(dtype=jnp.bfloat16)
+    placed, _ = place(model)
+    assert model.single_blocks[0].linear1.bias.get_value().dtype == jnp.bfloat16
+    assert placed.single_blocks[0].linear1.bias.get_value().dtype == jnp.float32
+
+
 def test_a_recipe_whose_attention_reads_8_bits_falls_back_and_says_why():
     recipe = dataclasses.replace(get_recipe("w4a16"), attention="int8_fp8")
     placed, placement = place(quantize_model(build(), recipe)[0], in_place=True)
