@@ -114,7 +114,7 @@ PIXART = Family(
         )
     },
     schedule_of=lambda configs, index: ("pixart-sigma", None),
-    schedule_like=lambda scheduler: "pixart-sigma",
+    schedule_like=lambda scheduler, index: "pixart-sigma",
     misfits=_misfits,
     defaults_of=default_side,
     sizes={
