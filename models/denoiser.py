@@ -8,7 +8,7 @@ by all samplers of the same sizes.
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class Inputs:
     # that the model looks at, for all prompts: what an editing model edits, a sketch, a depth map
     references: Sequence[Image.Image] = ()
     mask: Image.Image | None = None  # of the reference; white is painted anew
+    scales: Sequence[float] = ()  # how much each reference counts; () for 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Denoiser(abc.ABC):
     the main model loaded, for what its own weights make of the conditions once a call; `inputs` and
     `output` around the model in each step, under jit; `decode`, under jit, an image at a time.
     """
+
+    scales_references: ClassVar[bool] = False  # whether references may count more or less
 
     configs: "Configs"  # of the components, by name, and what the family's index_configs gave
 

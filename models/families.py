@@ -10,6 +10,7 @@ from models.component import Component
 from models.dit.family import DIT
 from models.family import Family
 from models.flux.family import FLUX
+from models.flux.redux import FLUX_REDUX
 from models.flux.variants import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
 from models.flux2.family import FLUX2
 from models.pixart.family import PIXART
@@ -23,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     FLUX_KONTEXT,
     FLUX_FILL,
     FLUX_CONTROL,
+    FLUX_REDUX,
     FLUX2,
     ZIMAGE,
     DIT,

@@ -62,6 +62,7 @@ class ModelFiles:
     index: dict[str, Any]  # contents of model_index.json
     scheduler: dict[str, Any] | None = None  # scheduler_config.json, where paths has no scheduler
     schedule: str = "the model's own"  # in words, whose noise levels and number of steps are taken
+    home: Path | None = None  # the folder that the index is of; None for single files
 
     def load_scheduler(self) -> Scheduler:
         """Return the scheduler; raises CheckpointError for one of models that predict otherwise."""
@@ -515,7 +516,7 @@ def _find_in_diffusers_folder(folder: Path, text_encoders: Path | str | None) ->
     if text_encoders is not None and not missing:
         raise CheckpointError(f"{folder} has text encoders; leave out --text-encoders")
     paths |= _from_elsewhere(missing, text_encoders)
-    return ModelFiles(family=family, paths=paths, index=index)
+    return ModelFiles(family=family, paths=paths, index=index, home=folder)
 
 
 def _family_of(path: Path, files: list[Path], schedule: str | None) -> Family:

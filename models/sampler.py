@@ -70,6 +70,7 @@ class Sampler:
         image: Image.Image | Sequence[Image.Image] | None = None,
         strength: float | None = None,
         references: Image.Image | Sequence[Image.Image] = (),
+        reference_scales: Sequence[float] = (),
         mask: Image.Image | None = None,
         progress: bool = True,
         output_type: str = "pil",
@@ -92,6 +93,7 @@ class Sampler:
           strength: how far the image is replaced, above 0 up to 1: the share of the steps, the last
             ones, that run. Only with an image.
           references: what a model for editing, or with a sketch or a map beside the text, looks at.
+          reference_scales: how much each of them counts, () for 1; only for models that scale them.
           mask: of the reference, white where it is painted anew; only for models that take one.
           progress: show a bar over the steps.
           output_type: "pil" for PIL images, "np" for float32 [batch, height, width, 3] in 0..1,
@@ -112,7 +114,12 @@ class Sampler:
             strength = self.defaults.strength if image is not None else 1.0
         images = [image] * len(prompts) if isinstance(image, Image.Image) else image
         references = [references] if isinstance(references, Image.Image) else references
-        inputs = Inputs(texts=[*prompts, negative_prompt], references=references, mask=mask)
+        inputs = Inputs(
+            texts=[*prompts, negative_prompt],
+            references=references,
+            mask=mask,
+            scales=reference_scales,
+        )
         self._check(inputs, height, width, num_inference_steps)
         self._check_call(prompts, height, width, latents, output_type)
         _check_scales(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
@@ -424,6 +431,7 @@ class Sampler:
         for reference in inputs.references:
             check_mode(reference)
         self.denoiser.check(inputs)
+        _check_reference_scales(inputs, self.denoiser.scales_references)
 
     def _warn_of_size(self, *asked: int) -> None:
         if self.only_size not in (None, asked):
@@ -590,6 +598,16 @@ def _check_scales(**scales: float | None) -> None:
     for name, scale in scales.items():
         if scale is not None and not abs(scale) <= _LARGEST_SCALE:
             raise ValueError(f"{name} is {scale}; it must be a finite number, also in float32")
+
+
+def _check_reference_scales(inputs: Inputs, scalable: bool) -> None:
+    """Raise ValueError for scales that the references can't have."""
+    scales, count = inputs.scales, len(inputs.references)
+    if scales and not scalable:
+        raise ValueError("reference_scales: this model takes none; leave them out")
+    if scales and len(scales) != count:
+        raise ValueError(f"reference_scales holds {len(scales)}; give one a reference, {count}")
+    _check_scales(**{f"reference_scales[{i}]": scale for i, scale in enumerate(scales)})
 
 
 def _check_image(images: Sequence[Image.Image] | None, strength: float, prompts: int) -> None:

@@ -56,7 +56,7 @@ def compile_for_tpu(
 def kernels(compiled: jax.stages.Compiled) -> frozenset[str]:
     """Return the names of the Pallas kernels that a program of `compile_for_tpu` calls."""
     call = r'%([\w.-]+?)(?:\.\d+)* = [^\n]*custom_call_target="tpu_custom_call"'
-    return frozenset(re.findall(call, compiled.as_text()))
+    return frozenset(re.findall(call, compiled.as_text() or ""))
 
 
 def tracing_for_tpu(chip: str) -> contextlib.AbstractContextManager:

@@ -494,8 +494,8 @@ def _carry(name: str, path: Path, component: models.StoredModule | None) -> Carr
 def _texts(files: models.ModelFiles) -> list[Carried]:
     """Carry licences and the like of a model's folder; make what single files lack."""
     if files.scheduler is None:
-        folder = files.paths[files.family.main].parent
-        found = {file for pattern in checkpoint.TEXTS for file in folder.glob(pattern)}
+        assert files.home is not None
+        found = {file for pattern in checkpoint.TEXTS for file in files.home.glob(pattern)}
         return [Carried.copy(file) for file in sorted(found)]
     made = {
         "scheduler": ("scheduler_config.json", files.scheduler),

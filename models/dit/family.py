@@ -101,7 +101,7 @@ DIT = Family(
         )
     },
     schedule_of=lambda configs, index: ("dit", None),
-    schedule_like=lambda scheduler: "dit",
+    schedule_like=lambda scheduler, index: "dit",
     misfits=_misfits,
     defaults_of=default_side,
     index_configs=lambda index: {"labels": Labels.from_index(index)},

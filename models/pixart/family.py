@@ -92,9 +92,12 @@ _VAE = AutoencoderKLConfig(  # SDXL's
 
 
 def _sizes(sample_size: int) -> dict[str, Any]:
-    """Return the configs of a PixArt-Sigma-XL/2 for images of so many latent pixels a side."""
-    scale = max(sample_size // 64, 1)
-    transformer = PixArtConfig(sample_size=sample_size, interpolation_scale=scale)
+    """Return the configs of a PixArt-Sigma-XL/2 for images of so many latent pixels a side.
+
+    Positions lie as diffusers' `scripts/convert_pixart_sigma_to_diffusers.py` has them: of 256
+    pixels half as far apart as of 512.
+    """
+    transformer = PixArtConfig(sample_size=sample_size, interpolation_scale=sample_size / 64)
     return {"text_encoder": T5_XXL, "vae": _VAE, "transformer": transformer}
 
 
@@ -114,7 +117,7 @@ PIXART = Family(
         )
     },
     schedule_of=lambda configs, index: ("pixart-sigma", None),
-    schedule_like=lambda scheduler: "pixart-sigma",
+    schedule_like=lambda scheduler, index: "pixart-sigma",
     misfits=_misfits,
     defaults_of=default_side,
     sizes={

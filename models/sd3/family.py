@@ -217,7 +217,7 @@ SD3 = Family(
         "sd3": _schedule("SD3 medium's", 28, 7.0),
     },
     schedule_of=_schedule_of,
-    schedule_like=lambda scheduler: "sd3.5-large",
+    schedule_like=lambda scheduler, index: "sd3.5-large",
     misfits=_misfits,
     defaults_of=default_side,
     adapters=(

@@ -21,6 +21,7 @@ from quartz_jax.io.files import check_apart, check_output
 from quartz_jax.recipes import MAIN
 
 IMAGE = "image file that the model looks at: what it edits, paints in or follows; may be repeated"
+SCALE = "how much an --image counts, one each; default 1; only of models that vary pictures"
 _ITSELF = Path()  # what --compare without a model stands for
 
 
@@ -88,6 +89,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     cli.check_strength(args.strength, args.init_image)
     image = images.read_image(args.init_image) if args.init_image else None
     looked: dict[str, Any] = {"references": [images.read_image(file) for file in args.image]}
+    looked |= {"reference_scales": args.image_scale}
     looked |= {"mask": images.read_image(args.mask) if args.mask else None}
     options = {"width": width, "height": height, "num_inference_steps": args.steps}
     options |= {"guidance_scale": args.guidance, "true_cfg_scale": args.true_cfg}
@@ -192,6 +194,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--negative-prompt", default="", metavar="TEXT", help="to steer away from; with --true-cfg")
     add("--init-image", type=Path, help="image file to start from, resized to --size")
     add("--image", type=Path, action="append", default=[], metavar="FILE", help=IMAGE)
+    add("--image-scale", type=cli.finite, action="append", default=[], metavar="S", help=SCALE)
     add("--mask", type=Path, help="image file, white where --image is painted anew")
     add("--strength", type=float, help="how far it is replaced, 0 to 1; default: the model's")
     add("--lora", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")

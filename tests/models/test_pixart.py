@@ -9,6 +9,7 @@ from transformer_cases import CASES
 
 import models
 from models.pixart.config import PixArtConfig
+from models.pixart.family import PIXART
 from models.stored_files import CheckpointError
 
 CASE = CASES["PixArt"]
@@ -57,3 +58,13 @@ def test_latents_of_another_shape_are_refused():
     change = {"hidden_states": np.zeros((2, 4, 5, 6), np.float32)}
     with pytest.raises(ValueError, match=r"hidden_states has shape \[2, 4, 5, 6\]; it must be"):
         model(**CASE.arguments((3, 5)) | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("256x256", 0.5), ("512-ms", 1), ("1024-ms", 2), ("2k-ms", 4)],
+)
+def test_published_sizes_have_their_positions_apart_as_published(name, scale):
+    """As diffusers' scripts/convert_pixart_sigma_to_diffusers.py has them."""
+    config = PIXART.sizes[f"pixart-sigma-xl-2-{name}"]["transformer"]
+    assert config.interpolation_scale == scale
