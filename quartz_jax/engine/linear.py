@@ -312,9 +312,13 @@ def _passes_quartz(format: Format) -> TypeGuard[Quartz]:
 
 
 def _execution(weight: Stored | PreparedWeights, activation: Format) -> str:
-    k = weight.shape[1]
-    x = jax.eval_shape(activation.store, jax.ShapeDtypeStruct((1, k), jnp.float32))
-    return execution(x, weight)
+    return execution(_abstract_row(activation, weight.shape[1]), weight)
+
+
+@functools.lru_cache(maxsize=256)
+def _abstract_row(format: Format, k: int) -> Stored:
+    """Return a row of k in a format, with shapes in place of arrays."""
+    return jax.eval_shape(format.store, jax.ShapeDtypeStruct((1, k), jnp.float32))
 
 
 def _of_images(
