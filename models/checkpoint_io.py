@@ -123,6 +123,7 @@ class StoredModule:
 
         Models here are stored in 16 bits, so what is finite in float32 only is refused too.
         """
+
         def is_finite(path: str) -> bool:
             return is_finite_in_bfloat16(self.read(path))
 

@@ -567,6 +567,7 @@ def _read(
     expected: Mapping[str, jax.Array | jax.ShapeDtypeStruct],  # only shapes and dtypes are read
 ) -> dict[str, jax.Array]:
     """Read the arrays of all parts, after checking that they are what was written and expected."""
+
     def shapes_of(part: str) -> dict[str, tuple[int, ...]]:
         if not (path / part).is_dir() or hash_files(path / part, "*") != parts[part]:
             raise ValueError(_corrupt(path / part))
