@@ -336,10 +336,9 @@ def _prepared(
 
     def load(name: str, deferred: Deferred) -> Any:
         module: Any = deferred.load()  # of whatever class the component is
-        loaded, _ = place(module, expand=expand, dtype=compute_dtype(), in_place=True)
-        if name == family.main and adapters:
-            return add_lora(loaded, adapters, scales, compute_dtype())
-        return loaded
+        if name == family.main and adapters:  # before kernels' own order, which holds them too
+            module = add_lora(module, adapters, scales, compute_dtype())
+        return place(module, expand=expand, dtype=compute_dtype(), in_place=True)[0]
 
     return {
         name: dataclasses.replace(deferred, load=functools.partial(load, name, deferred))

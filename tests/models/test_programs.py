@@ -1,4 +1,4 @@
-"""Traced programs on disk: the same results, the same program in another process, or none at all."""
+"""Traced programs on disk: the same results, the same names elsewhere, or none kept at all."""
 
 import dataclasses
 import functools
