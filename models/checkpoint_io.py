@@ -5,13 +5,17 @@ this file reads the tensors, checks that every one is accounted for and fills th
 the reading to the caller, a parameter at a time, where the whole model is too large for memory.
 """
 
+import collections
 import dataclasses
+import functools
 import json
 import math
+import os
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +36,10 @@ from models.stored_files import (
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nnx.Module)
+R = TypeVar("R")
+T = TypeVar("T")
 
+_THREADS = min(16, os.cpu_count() or 1)  # that read and check parameters; each holds one in memory
 _LISTED = 20  # missing tensors that an error names, likewise misshapen and unexpected ones
 # Bounds of config fields, far from what any model has, so that none is built that can't be.
 WIDTHS = (1, 2**20)
@@ -97,23 +104,31 @@ class StoredModule:
           CheckpointError: a parameter holds NaN, infinity or what bfloat16 takes for it.
         """
         graphdef, state = nnx.split(self.abstract)
-        filled = []
-        for path, variable in nnx.to_flat_state(state):
-            value = self.read(_dotted(path))
-            if not is_finite_in_bfloat16(value):
-                self._refuse([_dotted(path)])
-            # Cast by NumPy: on the device every shape would be a program of its own to compile.
-            value = jnp.asarray(value.astype(dtype, copy=False))
-            filled.append((path, variable.replace(value)))
+        flat = list(nnx.to_flat_state(state))
+        read = functools.partial(self._read_checked, dtype=dtype)
+        values = map(_to_device, _ahead(read, [_dotted(path) for path, _ in flat]))
+        filled = [(path, x.replace(value)) for (path, x), value in zip(flat, values, strict=True)]
         return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+    def _read_checked(self, path: str, dtype: jnp.dtype) -> np.ndarray:
+        """Return a finite parameter in a dtype."""
+        value = self.read(path)
+        if not is_finite_in_bfloat16(value):
+            self._refuse([path])
+        # Cast by NumPy: on the device every shape would be a program of its own to compile.
+        return value.astype(dtype, copy=False)
 
     def check_values(self) -> None:
         """Read every parameter once, and raise CheckpointError where a value isn't finite.
 
         Models here are stored in 16 bits, so what is finite in float32 only is refused too.
         """
-        bad = [path for path in self.sources if not is_finite_in_bfloat16(self.read(path))]
-        if bad:
+
+        def is_finite(path: str) -> bool:
+            return is_finite_in_bfloat16(self.read(path))
+
+        found = zip(self.sources, _ahead(is_finite, list(self.sources)), strict=True)
+        if bad := [path for path, finite in found if not finite]:
             self._refuse(bad)
 
     def _refuse(self, paths: Sequence[str]) -> None:
@@ -353,6 +368,34 @@ def save_params(
         raise OSError(f"{folder / filename}: {error}") from error
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
     partial.replace(folder / filename)
+
+
+def _ahead(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Yield what a function gives for each item, in their order, some computed ahead in threads."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        started: collections.deque[Future[R]] = collections.deque()
+        for item in items:
+            started.append(pool.submit(function, item))
+            if len(started) > _THREADS:
+                yield started.popleft().result()
+        while started:
+            yield started.popleft().result()
+
+
+def _to_device(value: np.ndarray) -> jax.Array:
+    """Return an array on JAX's default device, in memory of its own.
+
+    What lies transposed in memory is turned there: a host would take longer for it than for reading
+    the file. A CPU takes a copy, since JAX would use the memory as it is, and that may be a file's.
+    """
+    if jax.default_backend() == "cpu":
+        return jnp.asarray(np.array(value, order="C"))
+    if value.ndim == 2 and not value.flags.c_contiguous and value.flags.f_contiguous:
+        return _transposed(jnp.asarray(value.T))
+    return jnp.asarray(value)
+
+
+_transposed = jax.jit(jnp.transpose)
 
 
 def _dotted(path: tuple) -> str:

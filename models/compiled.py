@@ -1,17 +1,20 @@
 """Modules under `jax.jit`, their weights an argument rather than constants."""
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+
+from models import programs
 
 
 def compiled(function: Callable, module: nnx.Module, *static: Hashable) -> Callable:
     """Return `function(module, *static, ...)` under jit.
 
     Weights go in as a flat list: walking the module's state at every call would cost milliseconds.
+    Where `programs` are kept, what was traced and lowered in an earlier process isn't again.
 
     Args:
       function: of a file's top level, so that what was compiled is found again.
@@ -20,7 +23,10 @@ def compiled(function: Callable, module: nnx.Module, *static: Hashable) -> Calla
     """
     graphdef, state = nnx.split(module)
     leaves, treedef = jax.tree.flatten(state)
-    return functools.partial(_jitted(function, graphdef, treedef, static), leaves)
+    jitted = _jitted(function, graphdef, treedef, static)
+    if programs.is_on() and _on_one_device(leaves):
+        return programs.Program(jitted, leaves, (function, graphdef, str(treedef), static))
+    return functools.partial(jitted, leaves)
 
 
 @functools.lru_cache(maxsize=16)
@@ -33,6 +39,10 @@ def _jitted(function: Callable, graphdef: nnx.GraphDef, treedef: Any, static: tu
 
 def device_of(module: nnx.Module) -> jax.sharding.Sharding | None:
     """Return where a module's weights are, or None if they are on several devices."""
-    shardings = {leaf.sharding for leaf in jax.tree.leaves(nnx.state(module))}
-    one = len(shardings) == 1 and len(next(iter(shardings)).device_set) == 1
-    return shardings.pop() if one else None
+    leaves = jax.tree.leaves(nnx.state(module))
+    return leaves[0].sharding if _on_one_device(leaves) else None
+
+
+def _on_one_device(leaves: Sequence[jax.Array]) -> bool:
+    shardings = {leaf.sharding for leaf in leaves}
+    return len(shardings) == 1 and len(next(iter(shardings)).device_set) == 1

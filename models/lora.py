@@ -1,8 +1,9 @@
 """Low-rank adapters (LoRA: Hu et al. 2021, arXiv 2106.09685).
 
 An adapter adds `scale * alpha / rank * up(down(x))` to linears. It stays a 16-bit side branch, so
-the linear itself may be quantized. Namings, as diffusers' `loaders/lora_conversion_utils.py` reads
-them: diffusers' and PEFT's (`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`), kohya's
+the linear itself may be quantized; one that has a `with_branch` computes it in its own product.
+Namings, as diffusers' `loaders/lora_conversion_utils.py` reads them: diffusers' and PEFT's
+(`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`), kohya's
 (`lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`) and the makers' module names behind a
 prefix (`diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`). Which module names there are,
 the family says (`models.family.AdapterNaming`).
@@ -92,7 +93,7 @@ class _Target:
 
 
 class LoRALinear(nnx.Module):
-    """A linear, quantized or not, with a low-rank branch beside it; called like `Linear`."""
+    """A linear with a low-rank branch beside it; called like `Linear`."""
 
     def __init__(
         self,
@@ -171,8 +172,9 @@ def add_lora(
         parent: Any = model
         for step in parents:
             parent = parent[int(step)] if step.isdigit() else getattr(parent, step)
-        base = getattr(parent, name)
-        setattr(parent, name, LoRALinear(base, jnp.asarray(down, dtype), jnp.asarray(up, dtype)))
+        base, factors = getattr(parent, name), (jnp.asarray(down, dtype), jnp.asarray(up, dtype))
+        own = getattr(base, "with_branch", None)  # of a layer that takes a branch into its product
+        setattr(parent, name, own(*factors) if own else LoRALinear(base, *factors))
     return model
 
 

@@ -25,7 +25,7 @@ from models.denoiser import Canvas, Conditions, Configs, Denoiser, Inputs
 from models.family import LONGEST_SIDE, Family, GenerationDefaults
 from models.pictures import check_mode, to_pil, to_pixels
 from models.schedulers import Level, Scheduler
-from models.stages import Deferred, StageTimes
+from models.stages import Ahead, Deferred, StageTimes
 
 _LARGEST_SCALE = float(np.finfo(np.float32).max)
 _OUTPUT_TYPES = ("pil", "np", "latent")
@@ -38,7 +38,8 @@ _STEP_STREAM = np.uint32(2**31 + 1)
 class Sampler:
     """A model's components; any of them may be replaced by one with the same call.
 
-    A component that is `Deferred` is loaded for each stage that needs it and released at its end.
+    A component that is `Deferred` is loaded for each stage that needs it and released at its end;
+    where the device has room for several, a call loads what comes next while the last computes.
     Components and tokenizers are attributes too, by name: `sampler.transformer`.
     """
 
@@ -54,6 +55,7 @@ class Sampler:
     guidance_in_two_calls: bool = False
     # of the stages "load <component>", "encode prompts", "encode images", "step" and "decode"
     times: StageTimes = dataclasses.field(default_factory=StageTimes)
+    _ahead: Ahead | None = dataclasses.field(default=None, init=False, repr=False)  # in a call
 
     def __call__(
         self,
@@ -127,41 +129,44 @@ class Sampler:
         guidance_scale = self._guidance_scale(guidance_scale)
         self._warn_of_size(width, height)
 
-        key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
-        if latents is None:
-            latents = self.initial_noise(key, len(prompts), height, width)
-        canvas = self.canvas(height, width)
-        if true_cfg_scale != 1.0:
-            encoded = self.encode_prompts([*prompts, negative_prompt])
-            conditions = {name: x[:-1] for name, x in encoded.items()}
-            negative = {name: x[-1:].repeat(len(prompts), axis=0) for name, x in encoded.items()}
-        else:
-            conditions, negative = self.encode_prompts(prompts), None
-        seen = self.denoiser.look(self, inputs, canvas)
-        seen = {name: x.repeat(len(prompts), axis=0) for name, x in seen.items()}
-        image_latents = None
-        if images is not None:
-            noise = _noise(jax.random.fold_in(key, _ENCODER_STREAM), latents.shape)
-            pixels = np.stack([to_pixels(image, height, width) for image in images])
-            image_latents = self.encode_images(pixels, noise)
-        latents = self.denoise(
-            latents,
-            conditions | seen,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            true_cfg_scale=true_cfg_scale,
-            negative=None if negative is None else negative | seen,
-            image_latents=image_latents,
-            strength=strength,
-            key=jax.random.fold_in(key, _STEP_STREAM) if self.scheduler.stochastic else None,
-            progress=progress,
-        )
-        if output_type == "latent":
-            return latents
-        pictures = np.asarray(self.decode(latents, height, width))
-        return pictures if output_type == "np" else [to_pil(picture) for picture in pictures]
+        with self._loading_ahead():
+            key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
+            if latents is None:
+                latents = self.initial_noise(key, len(prompts), height, width)
+            canvas = self.canvas(height, width)
+            if true_cfg_scale != 1.0:
+                encoded = self.encode_prompts([*prompts, negative_prompt])
+                conditions = {name: x[:-1] for name, x in encoded.items()}
+                negative = {
+                    name: x[-1:].repeat(len(prompts), axis=0) for name, x in encoded.items()
+                }
+            else:
+                conditions, negative = self.encode_prompts(prompts), None
+            seen = self.denoiser.look(self, inputs, canvas)
+            seen = {name: x.repeat(len(prompts), axis=0) for name, x in seen.items()}
+            image_latents = None
+            if images is not None:
+                noise = _noise(jax.random.fold_in(key, _ENCODER_STREAM), latents.shape)
+                pixels = np.stack([to_pixels(image, height, width) for image in images])
+                image_latents = self.encode_images(pixels, noise)
+            latents = self.denoise(
+                latents,
+                conditions | seen,
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                true_cfg_scale=true_cfg_scale,
+                negative=None if negative is None else negative | seen,
+                image_latents=image_latents,
+                strength=strength,
+                key=jax.random.fold_in(key, _STEP_STREAM) if self.scheduler.stochastic else None,
+                progress=progress,
+            )
+            if output_type == "latent":
+                return latents
+            pictures = np.asarray(self.decode(latents, height, width))
+            return pictures if output_type == "np" else [to_pil(picture) for picture in pictures]
 
     def __getattr__(self, name: str) -> Any:
         """Return a component or tokenizer by its name."""
@@ -395,10 +400,23 @@ class Sampler:
                 # Modules hold themselves in cycles: the model of the last stage, and what loading
                 # this one left behind, leave the device only when they are collected.
                 gc.collect()
-                module = module.load()
+                found = None if self._ahead is None else self._ahead.take(name)
+                module = module.load() if found is None else found
+                del found
                 gc.collect()
                 jax.block_until_ready(jax.tree.leaves(nnx.state(module)))
         yield module
+
+    @contextlib.contextmanager
+    def _loading_ahead(self) -> Iterator[None]:
+        """Load what a call uses in a thread, in that order, as far as the device has room."""
+        order = (*self.family.encoders, self.family.main, self.family.autoencoder)
+        self._ahead = Ahead({name: self.models[name] for name in order if name in self.models})
+        try:
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = None
 
     def _guidance_scale(self, given: float | None) -> float | None:
         if self.denoiser.guided:

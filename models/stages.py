@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,6 +20,48 @@ class Deferred:
 
     config: Any  # the model's config, known before loading
     load: Callable[[], nnx.Module]
+    bytes: int | None = None  # on the device; None where that isn't known beforehand
+
+
+# Of a device's memory, what models that are loaded ahead may fill with those before them.
+_SHARE = 0.6
+
+
+class Ahead:
+    """Models that a thread loads in the order of their use, while those before them compute.
+
+    Only the first ones are, which fit the device together with room to compute in: then no order
+    of loading and releasing can take more. The others are loaded when they are needed.
+    """
+
+    def __init__(self, models: Mapping[str, Any]):
+        """Take models in the order of their use, by name; what isn't deferred is left alone."""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loading")
+        self._started: dict[str, Future[nnx.Module]] = {}
+        room = _SHARE * (memory_limit() or 0)
+        device: Any = jax.config
+        for name, model in models.items():
+            if not isinstance(model, Deferred):
+                continue
+            room -= float("inf") if model.bytes is None else model.bytes
+            if room < 0:
+                break
+            self._started[name] = self._pool.submit(_on, device.jax_default_device, model.load)
+
+    def take(self, name: str) -> nnx.Module | None:
+        """Return a model, waited for, and forget it; None where none is loaded ahead."""
+        found = self._started.pop(name, None)
+        return None if found is None else found.result()
+
+    def close(self) -> None:
+        """Load no further ones, and forget those that nobody took."""
+        self._pool.shutdown(cancel_futures=True)
+        self._started.clear()
+
+
+def _on(device: Any, load: Callable[[], nnx.Module]) -> nnx.Module:
+    with jax.default_device(device):  # which is each thread's own
+        return load()
 
 
 @dataclasses.dataclass
@@ -48,3 +91,8 @@ def peak_bytes_in_use() -> int | None:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [device["peak_bytes_in_use"] for device in stats if "peak_bytes_in_use" in device]
     return max(peaks, default=None)
+
+
+def memory_limit() -> int | None:
+    """Return the bytes that JAX may take of the default device; None where that isn't reported."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")

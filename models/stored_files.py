@@ -21,6 +21,9 @@ from safetensors import SafetensorError, safe_open
 # so safetensors doesn't read it; both kinds are exact in bfloat16.
 _FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 FLOATING = ("BF16", "F16", "F32", "F64", *_FLOAT8)
+_DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "BOOL": np.bool_}
+_DTYPES |= {f"{x}{bits}": f"{x.lower()}{bits // 8}" for x in "IU" for bits in (8, 16, 32, 64)}
+_DTYPES |= {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 # Least bits, without the sign, of what isn't finite when it is rounded to bfloat16.
 _INFINITE_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F7F8000}
 _CHECKED_AT_ONCE = 2**18  # elements: they and their bits stay in a CPU's cache
@@ -79,15 +82,14 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in its stored dtype, bfloat16 through ml_dtypes; float8 as bfloat16.
 
+        It is read-only, and not in memory yet: what is looked at of it comes from the file.
+
         Raises:
           CheckpointError: the file has changed since it was opened.
         """
         file, stored = self.files[name], self.prefix + name
         try:
-            if self.dtypes[name] in _FLOAT8:
-                return _read_float8(file, stored)
-            with safe_open(file, "np") as tensors:
-                return tensors.get_tensor(stored)
+            return _mapped(file, stored)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file}: {stored} can't be read any more: {error}") from None
 
@@ -366,12 +368,28 @@ def _float8_table(dtype: str) -> np.ndarray:
     return np.arange(256, dtype=np.uint8).view(_FLOAT8[dtype]).astype(ml_dtypes.bfloat16)
 
 
-def _read_float8(file: Path, name: str) -> np.ndarray:
-    """Read a tensor by its place in the file (the format: safetensors' README, "Format")."""
-    with file.open("rb") as stream:
+def _mapped(file: Path, name: str) -> np.ndarray:
+    """Return a tensor by its place in the file (the format: safetensors' README, "Format").
+
+    The library itself copies it, and holds the interpreter's lock meanwhile.
+    """
+    status = file.stat()
+    start, tensors = _places(file, status.st_size, status.st_mtime_ns)
+    described = tensors[name]
+    dtype, shape = described["dtype"], tuple(described["shape"])
+    stored = np.dtype(np.uint8 if dtype in _FLOAT8 else _DTYPES[dtype])
+    first, end = described["data_offsets"]
+    if end - first != math.prod(shape) * stored.itemsize:
+        raise ValueError(f"it has {end - first} bytes, which isn't {list(shape)} of {dtype}")
+    if first == end:
+        return np.zeros(shape, _float8_table(dtype).dtype if dtype in _FLOAT8 else stored)
+    value = np.asarray(np.memmap(file, stored, "r", start + first, shape))
+    return _float8_table(dtype)[value] if dtype in _FLOAT8 else value
+
+
+@functools.lru_cache(maxsize=32)
+def _places(file: Path, size: int, time: int) -> tuple[int, dict[str, Any]]:
+    """Return where a file's data begins and what its header says, as long as it is as it was."""
+    with safe_open(file, "np"), file.open("rb") as stream:  # which checks that the header is sound
         length = int.from_bytes(stream.read(8), "little")
-        described = json.loads(stream.read(length))[name]
-        start, end = described["data_offsets"]
-        stream.seek(8 + length + start)
-        stored = np.frombuffer(stream.read(end - start), np.uint8)
-    return _float8_table(described["dtype"])[stored].reshape(described["shape"])
+        return 8 + length, json.loads(stream.read(length))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from models.stored_files import CheckpointError
+from models.stored_files import CheckpointError, read_json
 
 _SHOWN = 1000  # characters of what is cut from a prompt, at its start and its end, in a warning
 # Files that together are a tokenizer's vocabulary; a folder has one of these sets.
@@ -20,6 +20,8 @@ _VOCABULARIES = (
     ("spiece.model",),
     ("tokenizer.model",),
 )
+# Classes of transformers, without "Fast", that read a folder as AutoTokenizer would have it read.
+_PLAIN = ("CLIPTokenizer", "T5Tokenizer", "Qwen2Tokenizer", "TokenizersBackend")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -29,8 +31,6 @@ def load_tokenizer(folder: Path) -> Any:
       CheckpointError: the folder holds none that loads; or one without its vocabulary, of which
         transformers makes an empty one, without a pad token or with a wrong length.
     """
-    from transformers import AutoTokenizer  # here, as importing it takes seconds
-
     folder = Path(folder)
     if odd := [x for x in folder.glob("*") if x.exists() and not (x.is_file() or x.is_dir())]:
         raise CheckpointError(f"{odd[0]} is no regular file; it can't be part of a tokenizer")
@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path) -> Any:
     with _tokenizer_errors(folder):
         # Code of a model's own is never run; without a word transformers asks on the terminal.
         options = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = _reader(folder).from_pretrained(folder, **options)
     length = tokenizer.model_max_length
     if type(length) not in (int, float) or not length >= 1:
         raise CheckpointError(
@@ -63,6 +63,21 @@ def load_tokenizer(folder: Path) -> Any:
     if len(ids) == 1:
         raise CheckpointError(f"{folder}: its tokenizer knows no letter: the vocabulary is missing")
     return tokenizer
+
+
+def _reader(folder: Path) -> Any:
+    """Return the class of transformers that reads a tokenizer; importing it takes a second.
+
+    AutoTokenizer takes the same for what the models here have, but imports configurations of all
+    models first, and PyTorch with them where that is installed: seconds more.
+    """
+    import transformers
+
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    plain = name in _PLAIN and "auto_map" not in config and not (folder / "config.json").exists()
+    return getattr(transformers, name if plain else "AutoTokenizer")
 
 
 @contextlib.contextmanager

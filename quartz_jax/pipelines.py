@@ -183,6 +183,7 @@ def open_checkpoint(
         name: Deferred(
             config=models.component_config(component.config),
             load=functools.partial(_load_quantized, folder, build, name),
+            bytes=component.report.bytes,
         )
         for name, component in components.items()
     }
@@ -316,7 +317,8 @@ def _quantized(
         module, reports[name] = quantize_model(original, recipe, progress=bool(recipe.rules))
         return module
 
-    return Deferred(config=models.component_config(stored.config), load=load)
+    size = stored.checkpoint.bytes  # before it is quantized, which frees what it had
+    return Deferred(config=models.component_config(stored.config), load=load, bytes=size)
 
 
 def _prepared(
@@ -334,13 +336,12 @@ def _prepared(
 
     def load(name: str, deferred: Deferred) -> Any:
         module: Any = deferred.load()  # of whatever class the component is
-        loaded, _ = place(module, expand=expand, dtype=compute_dtype(), in_place=True)
-        if name == family.main and adapters:
-            return add_lora(loaded, adapters, scales, compute_dtype())
-        return loaded
+        if name == family.main and adapters:  # before kernels' own order, which holds them too
+            module = add_lora(module, adapters, scales, compute_dtype())
+        return place(module, expand=expand, dtype=compute_dtype(), in_place=True)[0]
 
     return {
-        name: Deferred(config=deferred.config, load=functools.partial(load, name, deferred))
+        name: dataclasses.replace(deferred, load=functools.partial(load, name, deferred))
         for name, deferred in given.items()
     }
 
@@ -360,7 +361,8 @@ def _open_pipeline(
     for name in (name for name in there if name not in given):
         stored = files.open(name, dtype)
         config = models.component_config(stored.config)
-        deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
+        load, size = functools.partial(stored.load, dtype), stored.checkpoint.bytes
+        deferred[name] = Deferred(config=config, load=load, bytes=size)
     return models.load_pipeline(
         model, dtype, text_encoders=text_encoders, schedule=schedule, **deferred
     )

@@ -31,10 +31,11 @@ from models.compiled import compiled
 from models.denoiser import Configs
 from models.families import FAMILIES
 from models.family import Family
+from models.lora import Adapter, Branch, add_lora
 from models.sampler import denoising_step
 from models.schedulers import scheduler_from_json
 from pallas_kernels import timing
-from quartz_jax import get_recipe, place
+from quartz_jax import QuantizedLinear, get_recipe, place
 from quartz_jax.cli import arguments as cli
 from quartz_jax.conversion.model import quantize_shapes
 from quartz_jax.io import provenance
@@ -72,17 +73,16 @@ def main(argv: list[str] | None = None) -> None:
     step = Step.of(
         family, args.model, model, inputs_key, (height, width), args.text_tokens, args.batch
     )
+    made = functools.partial(
+        in_recipe, model, expand=args.expand, key=weights_key, lora_rank=args.lora_rank
+    )
     results = {}
     if args.together:
-        subjects = {name: in_recipe(model, name, args.expand, weights_key) for name in args.recipes}
+        subjects = {name: made(name) for name in args.recipes}
         with ThreadPoolExecutor() as pool:
             list(pool.map(step.run_once, subjects.values()))
     for name in args.recipes:
-        subject = (
-            subjects.pop(name)
-            if args.together
-            else in_recipe(model, name, args.expand, weights_key)
-        )
+        subject = subjects.pop(name) if args.together else made(name)
         results[name] = measure(subject, step, args.steps)
         if args.together:  # it was compiled among the others
             results[name]["first_call_s"] = None
@@ -90,18 +90,21 @@ def main(argv: list[str] | None = None) -> None:
         show(name, results[name], results.get("bf16"))
     if args.out:
         record = {"environment": provenance.environment(), "seed": args.seed}
-        record |= {"model": args.model, "batch": args.batch, "results": results}
+        record |= {"model": args.model, "batch": args.batch, "lora_rank": args.lora_rank}
+        record |= {"results": results}
         provenance.write_results(args.out, record)
 
 
-def in_recipe(model: nnx.Module, name: str, expand: bool, key: jax.Array) -> nnx.Module:
+def in_recipe(
+    model: nnx.Module, name: str, *, expand: bool, key: jax.Array, lora_rank: int = 0
+) -> nnx.Module:
     """Return a model as a recipe stores it, ready for this device's kernels; itself for bf16.
 
     Its arrays are random, not quantized from the model's: a step takes as long, and recipes that
-    are calibrated need no samples.
+    are calibrated need no samples. With a rank an adapter stands beside every linear.
     """
     if name == "bf16":
-        return place(model)[0]
+        return place(with_adapter(model, lora_rank, key))[0]
     shapes = quantize_shapes(nnx.eval_shape(lambda: model), get_recipe(name))
     graphdef, state = nnx.split(shapes)
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
@@ -111,7 +114,24 @@ def in_recipe(model: nnx.Module, name: str, expand: bool, key: jax.Array) -> nnx
         for i, (path, leaf) in enumerate(leaves)
     ]
     quantized = nnx.merge(graphdef, jax.tree_util.tree_unflatten(structure, made))
+    quantized = with_adapter(quantized, lora_rank, key)
     return place(quantized, expand=expand, dtype=jnp.bfloat16)[0]
+
+
+def with_adapter(model: nnx.Module, rank: int, key: jax.Array) -> nnx.Module:
+    """Return a model with a random adapter on every linear; the model itself for a rank of 0."""
+    if not rank:
+        return model
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    branches = {
+        ".".join(map(str, path)): Branch(
+            down=rng.standard_normal((x.in_features, rank), np.float32) * x.in_features**-0.5,
+            up=rng.standard_normal((rank, x.out_features), np.float32) / 64,
+        )
+        for path, x in nnx.iter_modules(model)
+        if isinstance(x, nnx.Linear | QuantizedLinear)
+    }
+    return add_lora(model, [Adapter(path=Path("random"), branches=branches)])
 
 
 def random_array(key: jax.Array, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -276,6 +296,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--text-tokens", type=cli.positive, default=512)
     add("--steps", type=cli.positive, default=5, help="steps that are enqueued together")
     add("--expand", action="store_true", help="4-bit weights decoded to int8 beforehand")
+    add("--lora-rank", type=cli.positive, default=0, help="of an adapter on every linear")
     add("--together", action="store_true", help="compile all at once; no first calls")
     add("--out", type=Path, help="JSON file for the results")
     cli.add_seed(parser)

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from models import programs
+
 _EVENTS = {
     "/jax/compilation_cache/cache_hits": "from_cache",
     "/jax/compilation_cache/cache_misses": "compiled",
@@ -27,7 +29,8 @@ def enable(use: bool = True) -> Path | None:
     folder: XDG_CACHE_HOME, or ~/.cache. JAX_ENABLE_COMPILATION_CACHE=false turns it off as well.
     A folder that can't be written costs a warning, not the run. Programs that a kill or a full disk
     left damaged are removed when JAX stumbles over them, and so written anew: by itself it would
-    leave them, and warn at every start.
+    leave them, and warn at every start. What models are traced to is kept in a folder beside them,
+    see `models.programs`: JAX looks into its cache only when a program is traced and lowered.
 
     Args:
       use: False turns the cache off.
@@ -38,6 +41,7 @@ def enable(use: bool = True) -> Path | None:
     config: Any = jax.config  # its options are attributes that no stub lists
     if not (use and config.jax_enable_compilation_cache):
         jax.config.update("jax_enable_compilation_cache", False)
+        programs.keep(None)
         return None
     folder = config.jax_compilation_cache_dir or str(_user_folder())
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -45,6 +49,7 @@ def enable(use: bool = True) -> Path | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     _mend(Path(folder))
+    programs.keep(Path(folder) / "traced")
     if not _counts:
         _counts.update(dict.fromkeys(_EVENTS.values(), 0))
         jax.monitoring.register_event_listener(_count)
@@ -54,9 +59,10 @@ def enable(use: bool = True) -> Path | None:
 def counts() -> dict[str, int]:
     """Return how many programs were "compiled" and came "from_cache" since `enable`.
 
-    Empty where the cache isn't used: it is off, or its folder can't be written.
+    Of those that models run, also how many were "traced", or "kept" since an earlier start. Empty
+    where the cache isn't used: it is off, or its folder can't be written.
     """
-    return dict(_counts) if _counts.total() else {}
+    return dict(_counts) | dict(programs.counts) if _counts.total() else {}
 
 
 def _mend(folder: Path) -> None:

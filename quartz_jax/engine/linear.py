@@ -74,6 +74,28 @@ class QuantizedLinear(nnx.Module):
         """Inputs, k."""
         return self.weight.get_value().shape[1]
 
+    def with_branch(
+        self,
+        down: jax.Array,  # [k, rank], floating
+        up: jax.Array,  # [rank, n], floating
+    ) -> "QuantizedLinear":
+        """Return a copy that adds x down up, as an adapter does; it shares the weight.
+
+        The product is added in the epilogue. Where the layer's input is int8, what a 16-bit branch
+        would read is near enough (as `apart` has it), so nothing is computed for the branch alone;
+        elsewhere it reads x itself.
+        """
+        ops = self.ops.get_value() if self.ops else ()
+        return QuantizedLinear(
+            self.weight.get_value(),
+            self.bias,
+            self.activation,
+            _with_product(ops, Product(down=down, up=up.T), self.activation),
+            dtype=self.dtype,
+            role=self.role,
+            simulated=self.simulated,
+        )
+
     def __call__(
         self,
         x: jax.Array | tuple,  # [..., k], floating; or parts, as `models.linear.Part` has them
@@ -233,6 +255,23 @@ def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Give
     return given, epilogue
 
 
+def _with_product(
+    ops: tuple[Op, ...], branch: Product, activation: Format | None
+) -> tuple[Op, ...]:
+    """Return ops with one branch more: last, if it may read the quantized input, else first."""
+    narrow = branch.down.T.astype(jnp.float32) if _is_int8(activation) else None
+    for op in ops:
+        narrow = None if narrow is None else op.behind(narrow)
+    if narrow is None:
+        return (branch, *ops)
+    last = Product(down=narrow.T.astype(branch.down.dtype), up=branch.up)
+    if not ops or not isinstance(ops[-1], Product):
+        return (*ops, last)
+    both = zip((ops[-1].down, ops[-1].up), (last.down, last.up), strict=True)
+    down, up = (jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in both)
+    return (*ops[:-1], Product(down=down, up=up))
+
+
 def apart(ops: tuple[Op, ...], activation: Format | None) -> tuple[tuple[Op, ...], Product | None]:
     """Return the ops, and apart from them a last branch that may read the quantized input.
 
@@ -240,9 +279,14 @@ def apart(ops: tuple[Op, ...], activation: Format | None) -> tuple[tuple[Op, ...
     and nothing to be computed for it alone.
     """
     last = ops[-1] if ops else None
-    if isinstance(last, Product) and isinstance(activation, Int) and activation.is_operand:
+    if isinstance(last, Product) and _is_int8(activation):
         return ops[:-1], last
     return ops, None
+
+
+def _is_int8(activation: Format | None) -> bool:
+    """Whether an input's format is one that int8 kernels read as it is."""
+    return isinstance(activation, Int) and activation.is_operand
 
 
 def down_8bit(branch: Product) -> Stored | PreparedWeights:
@@ -312,9 +356,13 @@ def _passes_quartz(format: Format) -> TypeGuard[Quartz]:
 
 
 def _execution(weight: Stored | PreparedWeights, activation: Format) -> str:
-    k = weight.shape[1]
-    x = jax.eval_shape(activation.store, jax.ShapeDtypeStruct((1, k), jnp.float32))
-    return execution(x, weight)
+    return execution(_abstract_row(activation, weight.shape[1]), weight)
+
+
+@functools.lru_cache(maxsize=256)
+def _abstract_row(format: Format, k: int) -> Stored:
+    """Return a row of k in a format, with shapes in place of arrays."""
+    return jax.eval_shape(format.store, jax.ShapeDtypeStruct((1, k), jnp.float32))
 
 
 def _of_images(

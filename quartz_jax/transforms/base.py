@@ -71,6 +71,13 @@ class Op:
         """
         return weight
 
+    def behind(self, weight: jax.Array) -> jax.Array | None:
+        """Return what a weight [n, k] in front of the op is behind it: x' w'^T = x w^T.
+
+        None where there is none: what the op adds to x or takes from it would be missed.
+        """
+        return weight
+
 
 @pytree
 class Scale(Op):
@@ -85,6 +92,10 @@ class Scale(Op):
     def back(self, weight: jax.Array) -> jax.Array:
         """Return weight * factor."""
         return weight * self.factor
+
+    def behind(self, weight: jax.Array) -> jax.Array:
+        """Return weight / factor."""
+        return weight / self.factor
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics of x * factor."""
@@ -107,6 +118,9 @@ class Offset(Op):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return x + amount."""
         return x + self.amount.astype(x.dtype), self.bias
+
+    def behind(self, weight: jax.Array) -> None:
+        """Return None: the amount would be multiplied too."""
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics of x + amount; the Gram matrix needs the mean."""
@@ -135,6 +149,8 @@ class BlockRotation(Op):
     def back(self, weight: jax.Array) -> jax.Array:
         """Return the weight rotated: the matrix is symmetric, its own inverse."""
         return rotate(weight, self.size)
+
+    behind = back
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics behind the rotation; maxima are bounds unless there are rows."""
@@ -169,6 +185,10 @@ class Permute(Op):
     def back(self, weight: jax.Array) -> jax.Array:
         """Return the weight in the order before."""
         return weight[:, jnp.argsort(self.index)]
+
+    def behind(self, weight: jax.Array) -> jax.Array:
+        """Return the weight in the new order."""
+        return weight[:, self.index]
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics in the new order."""
@@ -228,6 +248,9 @@ class TakeOut(Op):
     def back(self, weight: jax.Array) -> jax.Array:
         """Return the weight with zeros in those channels, which it isn't given."""
         return weight.at[:, self.index].set(0)
+
+    def behind(self, weight: jax.Array) -> None:
+        """Return None: the channels are gone."""
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics with zeros in those channels."""

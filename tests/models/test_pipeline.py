@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import shutil
+import threading
 import warnings
 
 import jax
@@ -15,7 +16,7 @@ from PIL import Image
 
 import models
 import models.sampler
-from models import noise_schedulers
+from models import noise_schedulers, stages
 from models.flux.latents import image_ids, pack, unpack
 from models.pictures import to_pixels
 from models.stages import Deferred
@@ -176,6 +177,24 @@ def test_deferred_models_are_on_the_device_one_at_a_time(schnell, pipeline):
         "decode",
     }
     assert [len(frugal.times.seconds[name]) for name in ("step", "load vae")] == [2, 1]
+
+
+def test_models_that_are_loaded_ahead_give_the_same_pictures(schnell, pipeline, monkeypatch):
+    names, loads = ("text_encoder", "text_encoder_2", "transformer", "vae"), []
+
+    def deferred(name):
+        def load():
+            loads.append((name, threading.current_thread() is threading.main_thread()))
+            return models.load_component(schnell / name, jnp.float32)
+
+        return Deferred(config=getattr(pipeline, name).config, load=load, bytes=10)
+
+    monkeypatch.setattr(stages, "memory_limit", lambda: 50)  # room for three
+    lazy = models.load_pipeline(schnell, jnp.float32, **{name: deferred(name) for name in names})
+    options = {**SIZE, "num_inference_steps": 2, "progress": False, "output_type": "np"}
+    found = lazy(PROMPTS, **options)
+    np.testing.assert_array_equal(found, pipeline(PROMPTS, **options))
+    assert loads == [(name, name == "vae") for name in names]
 
 
 def test_a_loaded_copy_loads_nothing_again(schnell, pipeline):

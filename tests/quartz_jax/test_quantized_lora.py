@@ -11,9 +11,10 @@ from flax import nnx
 
 from models.flux import FluxConfig, FluxTransformer
 from models.flux.family import FLUX
-from models.linear import modulation
+from models.linear import modulation, normalize
 from models.lora import add_lora, read_lora
-from quartz_jax import QuantizedLinear, get_recipe, quantize_model
+from quartz_jax import Int, QuantizedLinear, Quartz, get_recipe, quantize, quantize_model
+from quartz_jax.transforms import BlockRotation, Offset, Permute, Product, Scale, TakeOut
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
 import lora_files
@@ -45,7 +46,7 @@ def quantized(request):
 
 def test_codes_and_scales_stay(quantized, adapter):
     adapted = add_lora(quantized, [adapter], dtype=jnp.float32)
-    before, after = quantized.single_blocks[0].linear1, adapted.single_blocks[0].linear1.base
+    before, after = quantized.single_blocks[0].linear1, adapted.single_blocks[0].linear1
     assert isinstance(after, QuantizedLinear)
     leaves = (jax.tree.leaves(layer.weight.get_value()) for layer in (after, before))
     assert all(one is other for one, other in zip(*leaves, strict=True))
@@ -55,20 +56,63 @@ def test_codes_and_scales_stay(quantized, adapter):
 def test_the_branch_is_added_before_activation_gate_and_residual(quantized, adapter, batch):
     random = np.random.default_rng(0)
     normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
-    adapted = add_lora(quantized, [adapter], dtype=jnp.float32)
-    layer = adapted.double_blocks[0].img_mlp.up
-    k, n = layer.down.shape[0], layer.up.shape[1]
-    x, shift, scale = normal(batch, 3, k), normal(batch, 1, k), normal(batch, 1, k)
-    norm = modulation(shift, scale)
-    gate, residual = normal(batch, 1, n), normal(batch, 3, n)
+    path = "double_blocks.0.img_mlp.up"
+    layer, base = (
+        add_lora(quantized, adapters, dtype=jnp.float32).double_blocks[0].img_mlp.up
+        for adapters in ([adapter], [])
+    )
+    x, norm, (gate, residual) = inputs(normal, batch, base)
     found = layer(x, norm=norm, activation="gelu", gate=gate, residual=residual)
 
-    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-    modulated = (x - mean) / np.sqrt(variance + 1e-6) * (1 + scale) + shift
-    branch = adapter.branches["double_blocks.0.img_mlp.up"]
-    inner = layer.base(x, norm=norm) + modulated @ branch.down @ branch.up
+    added = np.asarray(normalize(x, norm)) @ adapter.branches[path].down @ adapter.branches[path].up
+    inner = base(x, norm=norm) + added
     expected = residual + gate * nnx.gelu(inner, approximate=True)
-    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    # An int8 input, and its factor beside it, are rounded by up to 1/254 of a row's largest value.
+    rounding = 0.03 * np.abs(added).max() * np.abs(gate).max() if base.activation else 0
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max() + rounding)
+
+
+def inputs(normal, batch, layer):
+    """Return x, what modulates it, and gate and residual for a layer."""
+    k, n = layer.in_features, layer.out_features
+    shift, scale, gate = normal(batch, 1, k), normal(batch, 1, k), normal(batch, 1, n)
+    return jnp.asarray(normal(batch, 3, k)), modulation(shift, scale), (gate, normal(batch, 3, n))
+
+
+OPS = {
+    "none": (),
+    "scale": (Scale(factor=jnp.linspace(0.5, 2, 64)),),
+    "rotation": (BlockRotation(size=16),),
+    "order": (Permute(index=jnp.arange(64)[::-1]),),
+    "branch": (Product(down=jnp.ones((64, 2)) / 64, up=jnp.ones((96, 2))),),
+    "offset": (Offset(amount=jnp.float32(0.5), bias=jnp.zeros(96)),),
+    "taken out": (TakeOut(index=jnp.arange(3), weight=jnp.ones((96, 3))),),
+    "several": (Scale(factor=jnp.linspace(0.5, 2, 64)), BlockRotation(size=32)),
+}
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("format", [Int(width=8), Quartz(), None], ids=["int8", "quartz", "16"])
+def test_a_branch_reads_the_input_in_front_of_all_ops(ops, format):
+    random = np.random.default_rng(0)
+    shapes = ((5, 64), (64, 3), (3, 96))
+    x, down, up = (jnp.asarray(random.normal(size=s), jnp.float32) for s in shapes)
+    weight = quantize(random.normal(size=(96, 64)).astype(np.float32) / 8)
+    layer = QuantizedLinear(weight, None, format, ops)
+    found = layer.with_branch(down, up)(x) - layer(x)
+    expected = x @ down @ up
+    # It reads the int8 input unless an op in between added to that or took from it.
+    exact = format != Int(width=8) or any(isinstance(op, Offset | TakeOut) for op in ops)
+    bound = 1e-5 if exact else 0.03  # roundings of up to 1/254 of a row's largest value
+    np.testing.assert_allclose(found, expected, atol=bound * np.abs(expected).max())
+
+
+def test_several_branches_of_int8_layers_are_one(quantized, adapter):
+    layer = add_lora(quantized, [adapter, adapter]).single_blocks[0].linear1
+    rank = sum(2 * x.down.shape[1] for x in [adapter.branches["single_blocks.0.linear1"]])
+    (op,) = layer.ops.get_value()
+    assert op.down.shape == (layer.in_features, rank)
+    assert layer.with_branch(op.down, op.up.T).ops.get_value()[-1].up.shape[1] in (rank, 2 * rank)
 
 
 def test_a_scale_of_zero_is_the_quantized_model(quantized, adapter):
