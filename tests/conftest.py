@@ -11,8 +11,13 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled programs are kept for this run only, for all of its processes: many tests call scripts
-# that compile the same ones. Workers inherit the folder from the process that starts them.
+# Workers and the processes that tests start share two cores: threads of torch and of NumPy's BLAS
+# would wait for each other, spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compiled programs are kept for this run only, for all of its processes, however quickly they were
+# compiled: reading one takes a third of that, and many tests and scripts compile the same ones.
+# Workers inherit the folder from the process that starts them.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="quartz-jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
@@ -46,12 +51,13 @@ QUICKLY_COMPILED = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _quick_collections():
-    """Keep what earlier files left in a worker out of the garbage collector's way.
+    """Keep what earlier tests left in a worker out of the garbage collector's way.
 
     Pipelines collect before and after each model that they load. Torch, JAX and their caches are
-    millions of objects, seconds a collection, and none of them is ever garbage.
+    millions of objects, seconds a collection, and none of them is ever garbage. What is frozen
+    after each test costs the next collections nothing, so each sees one test's objects.
     """
     gc.collect()
     gc.freeze()
