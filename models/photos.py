@@ -32,22 +32,23 @@ def check_photos(folder: Path) -> None:
         raise ValueError(f"{folder} holds no {' and no '.join(wanted)}; give a folder of photos")
 
 
-def read_classes(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of classes.json, each with a `name`."""
-    return json.loads((folder / "classes.json").read_text())
+def read_classes(folder: Path, count: int | None = None) -> list[dict[str, Any]]:
+    """Return entries of classes.json, each with a `name`: `count` spread over all, or all."""
+    classes = json.loads((folder / "classes.json").read_text())
+    return [classes[i] for i in _spread(len(classes), count)]
 
 
-def read_photos(folder: Path, count: int | None = None) -> Photos:
+def read_photos(folder: Path, count: int | None = None, files: str = "train_*.npz") -> Photos:
     """Decode the photos of a folder.
 
     Args:
       folder: as `check_photos` wants it.
       count: classes to take, spread evenly over all; None for all.
+      files: pattern of the names of files.
     """
-    classes = read_classes(folder)
-    chosen = np.arange(count or len(classes)) * len(classes) // (count or len(classes))
+    chosen = _spread(len(read_classes(folder)), count)
     images, labels = [], []
-    for path in sorted(folder.glob("train_*.npz")):
+    for path in sorted(folder.glob(files)):
         with np.load(path) as file:
             blob, offsets, label = file["blob"], file["off"], file["label"]
         kept = np.flatnonzero(np.isin(label, chosen))
@@ -56,8 +57,13 @@ def read_photos(folder: Path, count: int | None = None) -> Photos:
     return Photos(
         images=np.concatenate(images),
         labels=np.concatenate(labels),
-        classes=[classes[i] for i in chosen],
+        classes=read_classes(folder, count),
     )
+
+
+def _spread(total: int, count: int | None) -> np.ndarray:
+    """Return `count` of the numbers below `total`, evenly spread; None for all."""
+    return np.arange(count or total) * total // (count or total)
 
 
 def decode(blob: np.ndarray, offsets: np.ndarray, indices: np.ndarray | None = None) -> np.ndarray:

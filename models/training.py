@@ -68,6 +68,7 @@ def train(
     *,
     frozen: Any = None,
     stop_after: float = math.inf,
+    saved: Callable[[Any], None] = lambda ema: None,
 ) -> tuple[Any, bool]:
     """Run one stage, resuming from `folder` if a state is there.
 
@@ -80,6 +81,7 @@ def train(
       folder: state and `log.jsonl` go here, and a mark once the schedule is finished.
       frozen: arrays that the loss may use and training leaves alone.
       stop_after: minutes after which to save the state and return unfinished.
+      saved: called with the EMA parameters after each state that is saved on the way.
 
     Returns:
       EMA parameters, and whether the schedule is finished.
@@ -118,7 +120,7 @@ def train(
         )
 
     run = _make_run(config, optimizer, loss_function)
-    begin = last = saved = time.monotonic()
+    begin = last = last_saved = time.monotonic()
     compiling = True  # the first call's time isn't training time
     bar = tqdm(total=config.steps, initial=step, desc=name, mininterval=10)
     log = (folder / "log.jsonl").open("a")
@@ -138,9 +140,10 @@ def train(
             raise FloatingPointError(f"{name}: loss is {loss} at step {step}")
         if last - begin > 60 * stop_after:
             break
-        if last - saved > 60 * config.save_minutes:
+        if last - last_saved > 60 * config.save_minutes:
             save()
-            saved = time.monotonic()
+            saved(state["ema"])
+            last_saved = time.monotonic()
     finished = step >= config.steps or elapsed >= 60 * config.minutes
     if manager.latest_step() != step:
         save()

@@ -83,11 +83,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=cli.positive, help="on each device")
     add("--stop-after", type=cli.amount, default=math.inf, help="minutes of a stage; resumable")
     add("--latent-channels", type=cli.positive, help="default: 4, for photos 8")
-    add("--caption-dropout", type=share, default=0.1, help="captions left out, below 1")
+    add("--caption-dropout", type=cli.share, default=0.1, help="captions left out, below 1")
     args = parser.parse_args(argv)
-    order = [stage for stage in (*STAGES, "export", "measure") if stage in args.stages]
-    if args.stages != order:
-        raise ValueError(f"stages are given as {' '.join(args.stages)}; run {' '.join(order)}")
+    cli.check_order(args.stages, (*STAGES, "export", "measure"))
     if args.latent_channels is None:
         args.latent_channels = PHOTO_LATENT_CHANNELS if args.data.is_dir() else LATENT_CHANNELS
     trained = [stage for stage in args.stages if stage in STAGES]
@@ -103,13 +101,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     dataset.check_images(args.data)
     check_output((args.work or args.out) / "x")
     return args
-
-
-def share(text: str) -> float:
-    """Return a share from 0 to below 1, for argparse."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside 0 to below 1")
-    return float(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
