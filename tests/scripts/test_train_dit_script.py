@@ -1,5 +1,6 @@
 """The training of the embedded DiT on a small one: stopped, resumed, exported, drawn, judged."""
 
+import dataclasses
 import io
 import json
 
@@ -14,11 +15,14 @@ from PIL import Image
 from models import load_pipeline
 from models import training as loop
 from models.dit.config import DiTConfig
+from models.dit.family import DIT
 from models.photos import read_photos
+from models.synthetic import write_random_model
 from models.tiny_dit import architecture
 from models.vae.config import AutoencoderKLConfig
 from models.vae.params import AUTOENCODER_KL
 from quartz_jax.cli import arguments as cli
+from quartz_jax.cli import evaluate
 
 CLASSES = ("goldfish", "koala", "teapot", "pig")
 SIDE = 16  # pixels
@@ -168,3 +172,24 @@ def test_fewer_classes_are_spread_over_all(photos):
     kept = np.isin(whole.labels, [0, 2])
     np.testing.assert_array_equal(found.images, whole.images[kept])
     np.testing.assert_array_equal(found.labels, whole.labels[kept] // 2)
+
+
+def test_a_model_of_classes_is_evaluated_on_its_own_prompts(tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out.json"
+    config = DiTConfig(num_attention_heads=2, attention_head_dim=16, num_layers=1, out_channels=8)
+    config = dataclasses.replace(config, sample_size=SIDE // 4, num_embeds_ada_norm=len(CLASSES))
+    small_vae = AutoencoderKLConfig(block_out_channels=(8, 8, 8), norm_num_groups=4)
+    sizes = {"vae": small_vae, "transformer": config}
+    write_random_model(model, DIT, sizes, schedule="dit")
+    index = architecture.model_index([{"name": name} for name in CLASSES], SIDE)
+    loop.write_json(model / "model_index.json", index)
+    (model / "prompts.txt").write_text("\n".join(CLASSES))
+    argv = ["--model", str(model), "--recipes", "gptq+int8", "--count", "2", "--batch", "2"]
+    argv += ["--steps", "1", "--networks", str(tmp_path / "none"), "--out", str(out)]
+    evaluate.main(argv)
+    results = json.loads(out.read_text())
+    assert results["settings"]["prompts"] == list(CLASSES[:2])
+    assert results["settings"]["calibration_prompts"][:3] == ["0", "2", "0"]
+    assert set(results["recipes"]) == {"bf16", "gptq+int8"}
+    scores = results["recipes"]["gptq+int8"]["scores"]["psnr"]
+    assert all(20 < score < 99 for score in scores)  # near the original, and not it
