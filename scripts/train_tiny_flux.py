@@ -20,7 +20,6 @@ on it, and it isn't exported.
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import shutil
 import sys
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models import training as loop
 from models.flux.latents import pack
 from models.flux.params import TRANSFORMER
 from models.text_encoders.clip import CLIP_TEXT
@@ -45,13 +45,13 @@ from quartz_jax.io.files import check_output
 
 # Enough on H200 GPUs: one for the autoencoder, four for the rest.
 STAGES = {
-    "vae": training.TrainingConfig(
+    "vae": loop.TrainingConfig(
         steps=40_000, minutes=3.3, batch_size=64, learning_rate=6e-4, ema_decay=0.999
     ),
-    "flow": training.TrainingConfig(
+    "flow": loop.TrainingConfig(
         steps=40_000, minutes=9.6, batch_size=256, learning_rate=1e-3, warmup=1000
     ),
-    "distill": training.TrainingConfig(
+    "distill": loop.TrainingConfig(
         steps=8_000, minutes=2.0, batch_size=256, learning_rate=3e-4, ema_decay=0.998
     ),
 }
@@ -83,11 +83,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=cli.positive, help="on each device")
     add("--stop-after", type=cli.amount, default=math.inf, help="minutes of a stage; resumable")
     add("--latent-channels", type=cli.positive, help="default: 4, for photos 8")
-    add("--caption-dropout", type=share, default=0.1, help="captions left out, below 1")
+    add("--caption-dropout", type=cli.share, default=0.1, help="captions left out, below 1")
     args = parser.parse_args(argv)
-    order = [stage for stage in (*STAGES, "export", "measure") if stage in args.stages]
-    if args.stages != order:
-        raise ValueError(f"stages are given as {' '.join(args.stages)}; run {' '.join(order)}")
+    cli.check_order(args.stages, (*STAGES, "export", "measure"))
     if args.latent_channels is None:
         args.latent_channels = PHOTO_LATENT_CHANNELS if args.data.is_dir() else LATENT_CHANNELS
     trained = [stage for stage in args.stages if stage in STAGES]
@@ -103,13 +101,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     dataset.check_images(args.data)
     check_output((args.work or args.out) / "x")
     return args
-
-
-def share(text: str) -> float:
-    """Return a share from 0 to below 1, for argparse."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside 0 to below 1")
-    return float(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
 
 
-def stage_config(args: argparse.Namespace, stage: str) -> training.TrainingConfig:
+def stage_config(args: argparse.Namespace, stage: str) -> loop.TrainingConfig:
     """Return the stage's defaults with the command line's changes."""
     minutes = args.minutes.get(stage)
     changes = {"minutes": minutes, "batch_size": args.batch_size, "steps": args.steps}
@@ -151,13 +142,13 @@ def train_vae(args: argparse.Namespace, stage: str) -> bool:
     graphdef, params = nnx.split(vae)
     config = stage_config(args, stage)
     loss = training.vae_loss(graphdef, config.batch_size)
-    ema, finished = training.train(
+    ema, finished = loop.train(
         stage, config, loss, params, images, args.work / stage, stop_after=args.stop_after
     )
     if not finished:
         return False
     some = images[:: max(1, len(images) // STATISTICS_IMAGES)]
-    latents = training.encode_dataset(graphdef, ema, some)
+    latents = loop.encode_dataset(graphdef, ema, some)
     vae = nnx.merge(graphdef, ema)
     vae.config = dataclasses.replace(
         vae.config,
@@ -182,7 +173,7 @@ def conditioned_latents(path: Path, work: Path) -> tuple[dict, int]:
     tokenizers = make_tokenizers(path, data)
     if path.is_dir():
         data = with_mirrored(data)
-    latents = training.encode_dataset(*nnx.split(vae), data.images)
+    latents = loop.encode_dataset(*nnx.split(vae), data.images)
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     t5, clip = tokenizers
     forms = (data.prompts, data.prompts_bare)
@@ -226,9 +217,9 @@ def train_transformer(args: argparse.Namespace, stage: str) -> bool:
     if stage == "flow":
         loss = training.flow_loss(graphdef, config.batch_size, args.caption_dropout)
     else:
-        params = frozen = training.restore_ema(args.work / "flow", params)
+        params = frozen = loop.restore_ema(args.work / "flow", params)
         loss = training.guidance_loss(graphdef, config.batch_size)
-    _, finished = training.train(
+    _, finished = loop.train(
         stage,
         config,
         loss,
@@ -244,7 +235,7 @@ def train_transformer(args: argparse.Namespace, stage: str) -> bool:
 def check_finished(work: Path, stages: Sequence[str]) -> None:
     """Raise ValueError unless stages are trained, each to its end."""
     for stage in stages:
-        training.check_finished(work / stage)
+        loop.check_finished(work / stage)
 
 
 def initialise(channels: int) -> tuple[nnx.GraphDef, nnx.State]:
@@ -259,11 +250,11 @@ def export(args: argparse.Namespace) -> None:
     Raises:
       ValueError: a stage that goes into it isn't trained, or not to its end.
     """
-    last = "distill" if training.has_state(args.work / "distill") else "flow"
+    last = "distill" if loop.has_state(args.work / "distill") else "flow"
     check_finished(args.work, list(STAGES)[: list(STAGES).index(last) + 1])
     vae = AUTOENCODER_KL.load(args.work / "model" / "vae", dtype=compute_dtype())
     graphdef, params = initialise(vae.config.latent_channels)
-    model = nnx.merge(graphdef, training.restore_ema(args.work / last, params))
+    model = nnx.merge(graphdef, loop.restore_ema(args.work / last, params))
     TRANSFORMER.export(model.transformer, args.out / "transformer")
     CLIP_TEXT.export(model.clip, args.out / "text_encoder")
     T5_ENCODER.export(model.t5, args.out / "text_encoder_2")
@@ -277,10 +268,10 @@ def export(args: argparse.Namespace) -> None:
             log = args.out / "training" / f"{source.parent.name}.jsonl"
             log.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, log)
-    write_json(args.out / "scheduler" / "scheduler_config.json", architecture.SCHEDULER_CONFIG)
+    loop.write_json(args.out / "scheduler" / "scheduler_config.json", architecture.SCHEDULER_CONFIG)
     guidance = PHOTO_GUIDANCE if args.data.is_dir() else {}
     guidance = FLOW_GUIDANCE if last == "flow" else guidance
-    write_json(args.out / "model_index.json", model_index(data.images.shape[1], guidance))
+    loop.write_json(args.out / "model_index.json", model_index(data.images.shape[1], guidance))
     if args.data.is_dir():
         write_prompts(args.out, data)
     print(f"{last} weights from {jax.device_count()} device(s) written to {args.out}")
@@ -307,29 +298,9 @@ def measure(args: argparse.Namespace, images: int = 128) -> None:
     data = read_data(args.data)
     chosen = np.random.default_rng(0).choice(len(data.images), images, replace=False)
     vae = AUTOENCODER_KL.load(args.out / "vae", dtype=jnp.float32)
-    psnr = training.reconstruction_psnr(vae, data.images[np.sort(chosen)])
+    psnr = loop.reconstruction_psnr(vae, data.images[np.sort(chosen)])
     print(f"reconstruction of {images} images: PSNR {psnr.mean():.1f} dB, worst {psnr.min():.1f}")
-    plot_losses(args.out / "training")
-
-
-def plot_losses(folder: Path) -> None:
-    """Plot the loss of each stage's log over its steps into loss.png."""
-    from matplotlib import pyplot
-
-    logs = sorted(folder.glob("*.jsonl"), reverse=True)
-    figure, axes = pyplot.subplots(1, len(logs), figsize=(4.5 * len(logs), 3.2))
-    for axis, log in zip(axes, logs, strict=True):
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-        axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
-        axis.set(title=log.stem, xlabel="step", ylabel="loss", yscale="log")
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=110)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON object, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    loop.plot_losses(args.out / "training")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,15 @@
 
 One file holds `blob` (image files end to end), `off` (int64 [n + 1] offsets into it), `caption`
 and `style` (str [n]). A caption such as "pizza" in style "3d" reads "a pizza, 3d style".
-A folder holds photos by class: `train_*.npz` with `blob`, `off` and `label` (int16 [n], an index
-into the list in `classes.json`, whose entries have a `name`), captioned "a photo of a goldfish".
+A folder of photos by class (`models.photos`) is captioned "a photo of a goldfish".
 """
 
 import dataclasses
-import io
 import json
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -24,8 +20,9 @@ from tokenizers import (
     processors,
     trainers,
 )
-from tqdm import tqdm
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from models.photos import check_photos, decode, read_photos
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +37,7 @@ class CaptionedImages:
 def check_images(path: Path) -> None:
     """Raise ValueError unless a path is a file, or a folder with what one of photos holds."""
     if path.is_dir():
-        wanted = [x for x in ("classes.json", "train_*.npz") if not list(path.glob(x))]
-        if wanted:
-            raise ValueError(f"{path} holds no {' and no '.join(wanted)}; give a folder of photos")
+        check_photos(path)
     elif not path.is_file():
         raise ValueError(f"{path} doesn't exist; give an .npz of images or a folder of photos")
 
@@ -54,7 +49,7 @@ def read_captioned_images(path: Path) -> CaptionedImages:
 
 def _read_emoji(path: Path) -> CaptionedImages:
     with np.load(path) as file:
-        images = _decode(file["blob"], file["off"])
+        images = decode(file["blob"], file["off"])
         captions, styles = file["caption"].tolist(), file["style"].tolist()
     bare = [f"{caption}, {style} style" for caption, style in zip(captions, styles, strict=True)]
     return CaptionedImages(
@@ -63,33 +58,17 @@ def _read_emoji(path: Path) -> CaptionedImages:
 
 
 def _read_photos(folder: Path) -> CaptionedImages:
-    names = [entry["name"].lower() for entry in json.loads((folder / "classes.json").read_text())]
-    images, labels = [], []
-    for path in sorted(folder.glob("train_*.npz")):
-        with np.load(path) as file:
-            images.append(_decode(file["blob"], file["off"]))
-            labels += file["label"].tolist()
-    bare = [names[label] for label in labels]
+    photos = read_photos(folder)
+    names = [entry["name"].lower() for entry in photos.classes]
+    bare = [names[label] for label in photos.labels]
     return CaptionedImages(
-        images=np.concatenate(images), prompts=[photo_prompt(x) for x in bare], prompts_bare=bare
+        images=photos.images, prompts=[photo_prompt(x) for x in bare], prompts_bare=bare
     )
 
 
 def photo_prompt(name: str) -> str:
     """Return the caption of a photo by the name of its class."""
     return f"a photo of {with_article(name)}"
-
-
-def _decode(blob: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Decode image files that lie end to end, uint8 [n, height, width, 3]."""
-
-    def decode(index: int) -> np.ndarray:
-        data = blob[offsets[index] : offsets[index + 1]].tobytes()
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-    count = len(offsets) - 1
-    with ThreadPoolExecutor() as pool:
-        return np.stack(list(tqdm(pool.map(decode, range(count)), "decode", count)))
 
 
 def with_article(text: str) -> str:

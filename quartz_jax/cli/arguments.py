@@ -113,6 +113,20 @@ def amount(text: str) -> float:
     return float(text)
 
 
+def share(text: str) -> float:
+    """Return a share from 0 to below 1, for argparse."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside 0 to below 1")
+    return float(text)
+
+
+def check_order(stages: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ValueError unless stages are given once each, and in the order of the known ones."""
+    order = [stage for stage in known if stage in stages]
+    if list(stages) != order:
+        raise ValueError(f"stages are given as {' '.join(stages)}; run {' '.join(order)}")
+
+
 def seed(text: str) -> int:
     """Return what gives a noise of its own, for argparse: JAX takes seeds modulo 2**32."""
     if not 0 <= int(text) < 2**32:

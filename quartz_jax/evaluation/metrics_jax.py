@@ -139,6 +139,19 @@ def _unit(x: jax.Array) -> jax.Array:
     return x / (jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True)) + 1e-10)
 
 
+def features(
+    weights: Weights, images: np.ndarray, batch: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return EfficientNet's features [n, 1280] and logits [n, 1000] of images in 0..1, or uint8."""
+    parts = []
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        part = part / np.float32(255) if part.dtype == np.uint8 else part
+        parts.append(jax.device_get(efficientnet_lite0(weights, part)))
+    found, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return found, logits
+
+
 class ImageNetworks:
     """Both networks, loaded once, on numpy images batch by batch."""
 
@@ -155,13 +168,7 @@ class ImageNetworks:
 
     def features(self, images: np.ndarray, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
         """Return features [n, 1280] and logits [n, 1000] of images in 0..1, or uint8."""
-        parts = []
-        for start in range(0, len(images), batch):
-            part = images[start : start + batch]
-            part = part / np.float32(255) if part.dtype == np.uint8 else part
-            parts.append(jax.device_get(efficientnet_lite0(self._effnet, part)))
-        features, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return features, logits
+        return features(self._effnet, images, batch)
 
     def distance(self, images: np.ndarray, reference: np.ndarray, batch: int = 8) -> np.ndarray:
         """Return ST-LPIPS of each pair of images [n, h, w, 3] in 0..1, float32 [n].

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from models import load_pipeline
+from models import training as loop
 from models.flux.latents import pack
-from models.tiny_flux import architecture, dataset, training
+from models.tiny_flux import architecture, dataset
 
 PHOTO_FOLDER = architecture.FOLDER.parent / "tiny_flux_photo"
 
@@ -68,7 +69,7 @@ def test_latents_are_packed_as_diffusers_packs_them():
 
 
 def regression(params, frozen, data, key):
-    rows = training.draw(key, data, 8)
+    rows = loop.draw(key, data, 8)
     return ((rows["x"] @ params["w"] - rows["y"]) ** 2).mean()
 
 
@@ -78,11 +79,11 @@ def regression_data():
 
 
 def run_regression(folder, **changes):
-    config = training.TrainingConfig(
+    config = loop.TrainingConfig(
         steps=12, minutes=60, batch_size=8, learning_rate=0.1, warmup=2, scan=4
     )
     params = {"w": jnp.zeros(5)}
-    return training.train("test", config, regression, params, regression_data(), folder, **changes)
+    return loop.train("test", config, regression, params, regression_data(), folder, **changes)
 
 
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
@@ -91,23 +92,23 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
     _, finished = run_regression(tmp_path / "parts", stop_after=0)
     assert not finished
     with pytest.raises(ValueError, match="parts holds a stage that isn't finished"):
-        training.restore_ema(tmp_path / "parts", {"w": jnp.zeros(5)})
+        loop.restore_ema(tmp_path / "parts", {"w": jnp.zeros(5)})
     resumed, finished = run_regression(tmp_path / "parts")
     assert finished
     np.testing.assert_array_equal(whole["w"], resumed["w"])
-    restored = training.restore_ema(tmp_path / "parts", {"w": jnp.zeros(5)})
+    restored = loop.restore_ema(tmp_path / "parts", {"w": jnp.zeros(5)})
     np.testing.assert_array_equal(restored["w"], resumed["w"])
 
 
 def test_a_finished_training_that_is_gone_on_with_and_stopped_is_unfinished_again(tmp_path):
     run_regression(tmp_path)
-    training.check_finished(tmp_path)
+    loop.check_finished(tmp_path)
     with pytest.raises(FloatingPointError):
-        longer = training.TrainingConfig(steps=24, minutes=60, batch_size=8, learning_rate=1.0)
+        longer = loop.TrainingConfig(steps=24, minutes=60, batch_size=8, learning_rate=1.0)
         nowhere = {"x": np.full((8, 5), np.nan, np.float32), "y": np.zeros(8, np.float32)}
-        training.train("test", longer, regression, {"w": jnp.zeros(5)}, nowhere, tmp_path)
+        loop.train("test", longer, regression, {"w": jnp.zeros(5)}, nowhere, tmp_path)
     with pytest.raises(ValueError, match="isn't finished"):
-        training.check_finished(tmp_path)
+        loop.check_finished(tmp_path)
 
 
 def test_training_moves_towards_the_solution(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import train_tiny_flux
 from flax import nnx
 
+from models import training as loop
 from models.tiny_flux import architecture, training
 from quartz_jax.cli import arguments as cli
 
@@ -59,20 +60,20 @@ def test_data_that_is_not_there_is_named(photos, tmp_path, capsys, missing):
 
 
 def test_export_before_training_is_refused(tmp_path):
-    assert not training.has_state(tmp_path / "flow")
+    assert not loop.has_state(tmp_path / "flow")
     with pytest.raises(ValueError, match="train that stage first"):
-        training.restore_ema(tmp_path / "flow", {"w": jnp.zeros(1)})
+        loop.restore_ema(tmp_path / "flow", {"w": jnp.zeros(1)})
     assert not (tmp_path / "flow").exists()
 
 
 def stage_of_one_weight(folder, **changes):
     """Train a stage in the place of a real one, perhaps not to its end."""
-    config = training.TrainingConfig(steps=2, minutes=1, batch_size=1, learning_rate=0.1, scan=1)
+    config = loop.TrainingConfig(steps=2, minutes=1, batch_size=1, learning_rate=0.1, scan=1)
 
     def loss(params, frozen, data, key):
         return (params["w"] - 1) ** 2
 
-    training.train("test", config, loss, {"w": jnp.zeros(())}, {}, folder, **changes)
+    loop.train("test", config, loss, {"w": jnp.zeros(())}, {}, folder, **changes)
 
 
 @pytest.mark.parametrize(
