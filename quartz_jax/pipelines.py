@@ -179,10 +179,13 @@ def open_checkpoint(
             f"{', '.join(files.family.components)}"
         )
     build = functools.partial(build_component, dtype=compute_dtype())
+    known = files.family.components
     given = {
         name: Deferred(
-            config=models.component_config(component.config),
-            load=functools.partial(_load_quantized, folder, build, name),
+            config=models.component_config(component.config, known[name]),
+            load=functools.partial(
+                _load_quantized, folder, functools.partial(build, expected=known[name]), name
+            ),
         )
         for name, component in components.items()
     }
@@ -316,7 +319,8 @@ def _quantized(
         module, reports[name] = quantize_model(original, recipe, progress=bool(recipe.rules))
         return module
 
-    return Deferred(config=models.component_config(stored.config), load=load)
+    config = models.component_config(stored.config, files.family.components[name])
+    return Deferred(config=config, load=load)
 
 
 def _prepared(
@@ -359,7 +363,7 @@ def _open_pipeline(
     there = (name for name in there if files.paths[name].exists())
     for name in (name for name in there if name not in given):
         stored = files.open(name, dtype)
-        config = models.component_config(stored.config)
+        config = models.component_config(stored.config, files.family.components[name])
         deferred[name] = Deferred(config=config, load=functools.partial(stored.load, dtype))
     return models.load_pipeline(
         model, dtype, text_encoders=text_encoders, schedule=schedule, **deferred
@@ -445,7 +449,10 @@ def plan_conversion(
             "that does (--text-encoders)"
         )
     files.load_scheduler()  # what is only carried must load too
-    configs = {name: models.component_config(module.config) for name, module in opened.items()}
+    configs = {
+        name: models.component_config(module.config, files.family.components[name])
+        for name, module in opened.items()
+    }
     check_fit(files.family, configs, files.load_tokenizers())
     given = {files.family.main: calibration}
     sources = tuple(
