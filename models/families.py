@@ -48,13 +48,14 @@ def of_class(name: str | None, expected: Component | None = None) -> Component:
 
     Args:
       name: the class.
-      expected: is taken if the name is one of its own: families may share a class. Without it a
-        decoder gives its last state, as transformers' does, and not those that a family takes.
+      expected: is taken if the name is one of its own: families may share a class. Without it the
+        first family's is, but a decoder gives its last state, as transformers' does, and not those
+        that some family takes.
 
     Raises:
       CheckpointError: there is none; the message lists those there are.
     """
-    tried = (*components(), DECODER, *([expected] if expected else []))
+    tried = (*reversed([*components()]), DECODER, *([expected] if expected else []))
     known = {kind: x for x in tried for kind in x.classes}
     if name not in known:
         listed = ", ".join(sorted(known))

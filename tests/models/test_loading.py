@@ -27,6 +27,7 @@ from models.checkpoint_io import StoredModule, TracingRngs, stored_tensors
 from models.flux.family import FLUX
 from models.loading import find_model, model_name
 from models.schedulers import FlowMatchEulerScheduler
+from models.sd3.family import SD3
 from models.stored_files import CheckpointError
 from models.synthetic import write_random_model
 from models.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Encoder, clip, t5
@@ -547,3 +548,14 @@ def test_a_decoder_gives_its_last_state_by_itself_and_the_family_s_in_a_model(
         models.load_pipeline(tmp_path / "model", text_encoder=loaded)
     right = models.load_component(tmp_path / "model/text_encoder", jnp.float32)
     models.load_pipeline(tmp_path / "model", text_encoder=right)
+
+
+def test_clip_with_a_projection_is_read_without_it_but_in_a_model_that_takes_it(folder, tmp_path):
+    plain = shutil.copytree(folder / "text_encoder", tmp_path / "plain")
+    edit(plain / "config.json", architectures=["CLIPTextModelWithProjection"], projection_dim=8)
+    config = models.component_config(models.open_component(plain).config)
+    assert type(config) is CLIPTextConfig
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": SD3.pipelines[0]}))
+    shutil.copytree(plain, tmp_path / "text_encoder")
+    with pytest.raises(CheckpointError, match=r"missing .*text_projection\.weight"):
+        models.open_component(tmp_path / "text_encoder")
