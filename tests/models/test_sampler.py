@@ -132,6 +132,8 @@ def test_single_steps_are_those_of_the_whole(sampler):
         ({"prompts": "cat"}, "class 'cat' is out of range; give 0 to 9"),
         ({"prompts": "10"}, "class '10' is out of range"),
         ({"guidance_scale": 2.0}, "no guidance embedding"),
+        ({"prompts": "1\ud800"}, "isn't valid Unicode"),
+        ({"negative_prompt": "\udfff"}, "isn't valid Unicode"),
         ({"references": Image.new("I;16", (8, 8))}, "references has mode 'I;16', deeper than 8"),
         ({"references": [np.zeros((8, 8, 3))]}, "references is a ndarray; give an image"),
         ({"mask": Image.new("F", (8, 8))}, "mask has mode 'F', deeper than 8"),

@@ -102,9 +102,10 @@ def test_a_recipe_whose_rules_changed_starts_again(argv, out):
 
 
 @pytest.mark.usefixtures("done")
-def test_results_of_other_settings_are_not_mixed_in(argv, out, capsys):
+@pytest.mark.parametrize("other", [("--seed0", "1"), ("--batch", "2"), ("--true-cfg", "2")])
+def test_results_of_other_settings_are_not_mixed_in(argv, out, capsys, other):
     before = out.read_text()
-    assert cli.run(evaluate.main, [*argv, "--seed0", "1"]) == 2
+    assert cli.run(evaluate.main, [*argv, *other]) == 2
     assert "made with other settings; use another --out" in capsys.readouterr().err
     assert out.read_text() == before
 
