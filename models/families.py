@@ -16,6 +16,7 @@ from models.flux2.family import FLUX2
 from models.pixart.family import PIXART
 from models.sd3.family import SD3
 from models.stored_files import Checkpoint, CheckpointError
+from models.text_encoders.decoder import DECODER
 from models.zimage.family import ZIMAGE
 
 # Where a single file could be of several, the first that fits is taken.
@@ -39,17 +40,24 @@ def components() -> Iterator[Component]:
         yield from family.components.values()
 
 
+def configs() -> tuple[type, ...]:
+    """Return the classes of all components' configs."""
+    return tuple(dict.fromkeys(x.config for x in (*components(), DECODER)))
+
+
 def of_class(name: str | None, expected: Component | None = None) -> Component:
     """Return the component that config.json calls by a name.
 
     Args:
       name: the class.
-      expected: is taken if the name is one of its own: families may share a class.
+      expected: is taken if the name is one of its own: families may share a class. Without it the
+        first family's is, but a decoder gives its last state, as transformers' does, and not those
+        that some family takes.
 
     Raises:
       CheckpointError: there is none; the message lists those there are.
     """
-    tried = (*components(), *([expected] if expected else []))
+    tried = (*reversed([*components()]), DECODER, *([expected] if expected else []))
     known = {kind: x for x in tried for kind in x.classes}
     if name not in known:
         listed = ", ".join(sorted(known))

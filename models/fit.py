@@ -38,3 +38,27 @@ def tokenizer_misfits(name: str, tokenizer: Any, encoder: Any) -> Iterator[str]:
     wanted = getattr(encoder, "eos_token_id", 2)
     if wanted not in (2, tokenizer.eos_token_id):
         yield f"{name} ends texts with id {tokenizer.eos_token_id}, and its encoder wants {wanted}"
+
+
+def picture_misfits(vae: Any) -> Iterator[str]:
+    """Yield why an autoencoder isn't one of pictures.
+
+    Args:
+      vae: its config, with `in_channels` and `out_channels`; None for none.
+    """
+    if vae and (vae.in_channels, vae.out_channels) != (3, 3):
+        yield (
+            f"the autoencoder takes images of {vae.in_channels} channels and gives "
+            f"{vae.out_channels}, and 3 are needed"
+        )
+
+
+def length_misfits(encoder: Any, longest: int) -> Iterator[str]:
+    """Yield why a text encoder can't read what it is given.
+
+    Args:
+      encoder: its config, with `longest`; None for none.
+      longest: tokens of a text.
+    """
+    if encoder and encoder.longest < longest:
+        yield f"text_encoder reads {encoder.longest} tokens at most, and texts have up to {longest}"

@@ -307,8 +307,9 @@ def open_component(
 
     Args:
       path: a folder such as `<model>/transformer`, with a config.json whose `_class_name`
-        (diffusers) or `architectures` (transformers) decides; or a single file in its makers'
-        naming, or an index of its shards.
+        (diffusers) or `architectures` (transformers) decides, and the model_index.json beside it
+        where families read a class differently; or a single file in its makers' naming, or an index
+        of its shards.
       dtype: of the parameters and the computation.
       component: which one of a file that holds several, such as "vae"; None for the family's main
         one, or else the autoencoder.
@@ -321,7 +322,17 @@ def open_component(
     path = Path(path)
     if path.is_file():
         return _checked(_component_of_file(path, component).open(path, dtype), check_values)
-    return _checked(_folder_component(path).open(path, dtype), check_values)
+    found = _folder_component(path, _expected(path))
+    return _checked(found.open(path, dtype), check_values)
+
+
+def _expected(folder: Path) -> Component | None:
+    """Return what the model_index.json beside a component's folder says it is; None without one."""
+    index = folder.parent / "model_index.json"
+    values = read_json(index) if index.exists() else {}
+    with contextlib.suppress(CheckpointError):  # a model of another family, or no model
+        return families.of_index(values).components.get(folder.name)
+    return None
 
 
 def _checked(opened: StoredModule, check_values: bool) -> StoredModule:
@@ -330,27 +341,37 @@ def _checked(opened: StoredModule, check_values: bool) -> StoredModule:
     return opened
 
 
-def build_component(config: Mapping[str, Any], dtype: jnp.dtype = jnp.bfloat16) -> nnx.Module:
+def build_component(
+    config: Mapping[str, Any],
+    dtype: jnp.dtype = jnp.bfloat16,
+    *,
+    expected: Component | None = None,
+) -> nnx.Module:
     """Make a model for tracing only, as under `nnx.eval_shape`: its weights mean nothing.
 
     Args:
       config: contents of its config.json.
       dtype: of the parameters and the computation.
+      expected: the component that it is in its family, if it is of one: see `families.of_class`.
 
     Raises:
       CheckpointError: the class is unknown.
     """
-    component = families.of_config(config)
+    component = families.of_config(config, expected)
     return component.build(component.config.from_json(config), dtype)
 
 
-def component_config(config: Mapping[str, Any]) -> Any:
+def component_config(config: Mapping[str, Any], expected: Component | None = None) -> Any:
     """Return a model's config, such as a FluxConfig, from the contents of its config.json.
+
+    Args:
+      config: the contents.
+      expected: as for `build_component`.
 
     Raises:
       CheckpointError: the class is unknown.
     """
-    return families.of_config(config).config.from_json(config)
+    return families.of_config(config, expected).config.from_json(config)
 
 
 def load_component(path: Path | str, dtype: jnp.dtype = jnp.bfloat16) -> nnx.Module | Scheduler:
@@ -425,12 +446,7 @@ def load_pipeline(
         )
 
     tokenizers = files.load_tokenizers()
-    configs = files.configs() | {
-        name: module.config
-        for name, module in given.items()
-        if isinstance(getattr(module, "config", None), family.components[name].config)
-    }
-    check_fit(family, configs, tokenizers)
+    check_fit(family, files.configs() | _given_configs(family, given), tokenizers)
     models = {
         name: given[name] if name in given else files.open(name, dtype).load(dtype)
         for name in family.components
@@ -444,6 +460,26 @@ def load_pipeline(
         defaults=files.defaults({name: getattr(x, "config", None) for name, x in models.items()}),
         only_size=files.only_size,
     )
+
+
+def _given_configs(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configs of components that stand in place of files'; other classes have none.
+
+    Raises:
+      CheckpointError: one was read for another family, which takes other things of it.
+    """
+    known, configs = families.configs(), {}
+    for name, module in given.items():
+        config, wanted = getattr(module, "config", None), family.components[name].config
+        if type(config) is wanted:
+            configs[name] = config
+        elif type(config) in known:
+            raise CheckpointError(
+                f"the given {name} has a {type(config).__module__}.{type(config).__name__}, and "
+                f"{family.name} takes a {wanted.__module__}.{wanted.__name__}; load it from a "
+                f"folder of {family.name}, or with its component"
+            )
+    return configs
 
 
 def generation_defaults(

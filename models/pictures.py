@@ -8,15 +8,23 @@ _SHALLOW = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
-def check_mode(image: Image.Image) -> None:
-    """Raise ValueError for an image that a plain conversion to RGB would change unseen."""
+def check_mode(image: Image.Image, name: str = "image") -> None:
+    """Raise ValueError for what is no image of Pillow's, or changes unseen on its way to RGB.
+
+    Args:
+      image: as given.
+      name: of the argument, for errors.
+    """
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{name} is a {type(image).__name__}; give an image of Pillow's")
     if image.mode in _TRANSPARENT or "transparency" in image.info:
         # What lies under transparent pixels is never seen, and would become the picture.
         if image.convert("RGBA").getextrema()[3][0] < 255:
-            raise ValueError("image has transparent pixels; put it on a colour first")
+            raise ValueError(f"{name} has transparent pixels; put it on a colour first")
     elif image.mode not in _SHALLOW:
         raise ValueError(
-            f"image has mode {image.mode!r}, deeper than 8 bits; scale it to 8 bits a channel first"
+            f"{name} has mode {image.mode!r}, deeper than 8 bits; scale it to 8 bits a channel "
+            "first"
         )
 
 

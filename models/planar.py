@@ -1,5 +1,6 @@
 """What denoisers of latents that lie as channels, rows and columns have in common."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.denoiser import Canvas, Denoiser
+from models.fit import picture_misfits
 
 
 class PlanarDenoiser(Denoiser):
@@ -58,12 +60,22 @@ def default_side(configs: Any) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
-def latent_misfit(configs: Any) -> list[str]:
-    """Return why a transformer can't denoise an autoencoder's latents, if so, naming both sizes."""
+def latent_misfits(configs: Any, *, variance: bool = False) -> Iterator[str]:
+    """Yield why a transformer can't denoise an autoencoder's latents, naming both sizes.
+
+    Args:
+      configs: by component.
+      variance: whether the transformer may give as many channels again, of a learned variance.
+    """
     transformer, vae = configs.get("transformer"), configs.get("vae")
-    if not (transformer and vae) or transformer.in_channels == vae.latent_channels:
-        return []
-    return [
-        f"the transformer takes latents of {transformer.in_channels} channels, and the "
-        f"autoencoder gives {vae.latent_channels}"
-    ]
+    if transformer:
+        taken = transformer.in_channels
+        given = getattr(transformer, "out_channels", None) or taken
+        if given not in ((taken, 2 * taken) if variance else (taken,)):
+            yield f"the transformer takes latents of {taken} channels and gives {given}"
+        if vae and taken != vae.latent_channels:
+            yield (
+                f"the transformer takes latents of {taken} channels, and the autoencoder gives "
+                f"{vae.latent_channels}"
+            )
+    yield from picture_misfits(vae)

@@ -127,13 +127,15 @@ class Sampler:
         _check_scales(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
         _check_image(images, strength, len(prompts))
         guidance_scale = self._guidance_scale(guidance_scale)
+        canvas = self.canvas(height, width)
+        # Raises for numbers of steps that a scheduler hasn't, which else would be found late.
+        self.denoiser.levels(self.scheduler, num_inference_steps, canvas, strength)
         self._warn_of_size(width, height)
 
         with self._loading_ahead():
             key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
             if latents is None:
                 latents = self.initial_noise(key, len(prompts), height, width)
-            canvas = self.canvas(height, width)
             if true_cfg_scale != 1.0:
                 encoded = self.encode_prompts([*prompts, negative_prompt])
                 conditions = {name: x[:-1] for name, x in encoded.items()}
@@ -447,7 +449,9 @@ class Sampler:
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be 1 or more")
         for reference in inputs.references:
-            check_mode(reference)
+            check_mode(reference, "references")
+        if inputs.mask is not None:
+            check_mode(inputs.mask, "mask")
         self.denoiser.check(inputs)
         _check_reference_scales(inputs, self.denoiser.scales_references)
 

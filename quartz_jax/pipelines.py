@@ -179,10 +179,13 @@ def open_checkpoint(
             f"{', '.join(files.family.components)}"
         )
     build = functools.partial(build_component, dtype=compute_dtype())
+    known = files.family.components
     given = {
         name: Deferred(
-            config=models.component_config(component.config),
-            load=functools.partial(_load_quantized, folder, build, name),
+            config=models.component_config(component.config, known[name]),
+            load=functools.partial(
+                _load_quantized, folder, functools.partial(build, expected=known[name]), name
+            ),
             bytes=component.report.bytes,
         )
         for name, component in components.items()
@@ -318,7 +321,8 @@ def _quantized(
         return module
 
     size = stored.checkpoint.bytes  # before it is quantized, which frees what it had
-    return Deferred(config=models.component_config(stored.config), load=load, bytes=size)
+    config = models.component_config(stored.config, files.family.components[name])
+    return Deferred(config=config, load=load, bytes=size)
 
 
 def _prepared(
@@ -360,7 +364,7 @@ def _open_pipeline(
     there = (name for name in there if files.paths[name].exists())
     for name in (name for name in there if name not in given):
         stored = files.open(name, dtype)
-        config = models.component_config(stored.config)
+        config = models.component_config(stored.config, files.family.components[name])
         load, size = functools.partial(stored.load, dtype), stored.checkpoint.bytes
         deferred[name] = Deferred(config=config, load=load, bytes=size)
     return models.load_pipeline(
@@ -447,7 +451,10 @@ def plan_conversion(
             "that does (--text-encoders)"
         )
     files.load_scheduler()  # what is only carried must load too
-    configs = {name: models.component_config(module.config) for name, module in opened.items()}
+    configs = {
+        name: models.component_config(module.config, files.family.components[name])
+        for name, module in opened.items()
+    }
     check_fit(files.family, configs, files.load_tokenizers())
     given = {files.family.main: calibration}
     sources = tuple(

@@ -417,7 +417,7 @@ def run_quantize(m: int, k: int, options, copy_rate: float) -> list[Row]:
     if not backends:
         return []
     *keys, vectors = jax.random.split(jax.random.key(options.seed), 5)
-    sets = [(jax.random.normal(key, (m, k), jnp.bfloat16),) for key in keys]
+    sets = [(jax.random.normal(key, (m, k)).astype(jnp.bfloat16),) for key in keys]
     rows = []
     for name, change in quantize_forms(k, vectors, options.batch).items():
         settings = {"bits": 4, "group_size": 16, "step": "power", "rounding": "nearest"}
@@ -490,8 +490,8 @@ def run_qk_norm_rope(
 
     def make(key: jax.Array) -> tuple:
         keys = jax.random.split(key, 3)
-        qkv = [jax.random.normal(keys[0], (1, t, columns), jnp.bfloat16) for t in tokens]
-        scale = jax.random.uniform(keys[1], (HEAD_DIM,), jnp.bfloat16, 0.5, 2)
+        qkv = [jax.random.normal(keys[0], (1, t, columns)).astype(jnp.bfloat16) for t in tokens]
+        scale = jax.random.uniform(keys[1], (HEAD_DIM,), minval=0.5, maxval=2).astype(jnp.bfloat16)
         angles = jax.random.uniform(keys[2], (sum(tokens), HEAD_DIM // 2), jnp.float32, -3, 3)
         return qkv, scale, jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 

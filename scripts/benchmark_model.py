@@ -177,13 +177,13 @@ def random_model(family: Family, config: Any, key: jax.Array) -> nnx.Module:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def random_normal(key: jax.Array, shape: tuple[int, ...], deviation: float) -> jax.Array:
     """Return bfloat16 values."""
-    return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(deviation)
+    return (deviation * jax.random.normal(key, shape, jnp.float32)).astype(jnp.bfloat16)
 
 
 def random_condition(key: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
     """Return bfloat16 values of states, and ones of what counts or masks."""
     if jnp.issubdtype(shape.dtype, jnp.floating):
-        return jax.random.normal(key, shape.shape, jnp.bfloat16)
+        return random_normal(key, shape.shape, 1.0)
     return jnp.ones(shape.shape, shape.dtype)
 
 

@@ -57,3 +57,14 @@ def test_a_family_is_named_in_its_folder_and_in_one_other_file_alone():
         own = where.split("/")[1]
         named = {name for name in modules(file) if name.split(".")[1:2] and name[:7] == "models."}
         assert not {x.split(".")[1] for x in named} & (folders - {own}), where
+
+
+UNIX = {"fcntl", "grp", "pwd", "resource", "termios"}
+
+
+@pytest.mark.parametrize("package", [*MAY_IMPORT, "scripts"])
+def test_nothing_is_imported_that_windows_lacks(package):
+    for file in (ROOT / package).rglob("*.py"):
+        if file.is_file():  # scripts/inspect.py is a folder
+            names = {name.partition(".")[0] for name in modules(file)}
+            assert not names & UNIX, file

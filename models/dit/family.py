@@ -12,7 +12,7 @@ from models.dit.config import DiTConfig
 from models.dit.labels import Labels
 from models.dit.params import TRANSFORMER
 from models.family import Family, Schedule
-from models.planar import PlanarDenoiser, default_side, latent_misfit
+from models.planar import PlanarDenoiser, default_side, latent_misfits
 from models.vae.config import AutoencoderKLConfig
 from models.vae.params import AUTOENCODER_KL
 
@@ -64,7 +64,7 @@ class DiTDenoiser(PlanarDenoiser):
 
 def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Iterator[str]:
     """Yield why components of a DiT don't fit, naming both sizes."""
-    yield from latent_misfit(configs)
+    yield from latent_misfits(configs, variance=True)
 
 
 _SCHEDULER = {

@@ -60,7 +60,7 @@ class Labels:
     def _hint(self, wanted: str, classes: int) -> str:
         """Say what would be one."""
         numbers = f"give a number from 0 to {classes - 1}"
-        names = sorted({name for name, _ in self.names})
+        names = sorted({name for name, number in self.names if number < classes})
         if not names:
             return f"{numbers} (it has no names of classes: no id2label in model_index.json)"
         near = difflib.get_close_matches(wanted, names, n=3) or names[:1]

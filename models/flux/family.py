@@ -10,7 +10,7 @@ from flax import nnx
 
 from models.denoiser import Canvas, Conditions, Denoiser
 from models.family import AdapterNaming, Family, Schedule, Tokenizer
-from models.fit import tokenizer_misfits
+from models.fit import picture_misfits, tokenizer_misfits
 from models.flux.config import FluxConfig
 from models.flux.latents import image_ids, pack, unpack
 from models.flux.params import TRANSFORMER, bfl_rules, diffusers_rules
@@ -184,11 +184,7 @@ def misfits(
             f"the transformer takes pooled text of {transformer.pooled_projection_dim} channels, "
             f"and text_encoder gives {clip.hidden_size}"
         )
-    if vae and (vae.in_channels, vae.out_channels) != (3, 3):
-        yield (
-            f"the autoencoder takes images of {vae.in_channels} channels and gives "
-            f"{vae.out_channels}, and 3 are needed"
-        )
+    yield from picture_misfits(vae)
     for name, encoder in {"tokenizer": clip, "tokenizer_2": t5}.items():
         if encoder and name in tokenizers:
             yield from tokenizer_misfits(name, tokenizers[name], encoder)

@@ -41,10 +41,10 @@ class Flux2Config:
         check_bounds(self, num_layers=BLOCKS, num_single_layers=BLOCKS, mlp_ratio=(0.01, 64))
         check_bounds(self, rope_theta=(1, 10**9), eps=(0, 1))
         axes = self.axes_dims_rope
-        if not axes or sum(axes) != self.attention_head_dim or any(dim % 2 for dim in axes):
+        if len(axes) != 4 or sum(axes) != self.attention_head_dim or any(dim % 2 for dim in axes):
             raise CheckpointError(
-                f"axes_dims_rope {axes} must be even numbers that add up to attention_head_dim "
-                f"{self.attention_head_dim}"
+                f"axes_dims_rope {axes} must be four even numbers that add up to "
+                f"attention_head_dim {self.attention_head_dim}"
             )
 
     @property

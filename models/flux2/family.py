@@ -13,13 +13,21 @@ from PIL import Image
 from models.bfl_names import bfl_rules
 from models.denoiser import Canvas, Conditions, Denoiser, Inputs
 from models.family import AdapterNaming, Family, Schedule, Tokenizer
-from models.fit import tokenizer_misfits
+from models.fit import length_misfits, picture_misfits, tokenizer_misfits
 from models.flux2.config import Flux2Config
 from models.flux2.params import TRANSFORMER, diffusers_rules
-from models.flux2.prompts import TEMPLATE, TEXT_ENCODER, TextConfig, encode_tokens, text_tokens
+from models.flux2.prompts import (
+    LONGEST,
+    TEMPLATE,
+    TEXT_ENCODER,
+    TextConfig,
+    encode_tokens,
+    text_tokens,
+)
 from models.flux2.schedule import empirical_mu
 from models.pictures import to_pixels
 from models.schedulers import Level, Scheduler
+from models.stored_files import CheckpointError
 from models.text_encoders.chat import QWEN_SPECIALS
 from models.vae.config import AutoencoderKLFlux2Config
 from models.vae.flux2 import AUTOENCODER_KL_FLUX2
@@ -189,6 +197,13 @@ def _schedule_of(configs: Mapping[str, Any], index: Mapping[str, Any]) -> tuple[
     )
 
 
+def _index_configs(index: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return nothing: a denoiser needs none of it. Raises CheckpointError for what isn't a bool."""
+    if not isinstance(distilled := index.get("is_distilled", False), bool):
+        raise CheckpointError(f"is_distilled is {distilled!r}; expected a bool")
+    return {}
+
+
 def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Iterator[str]:
     """Yield why components of a FLUX.2 model don't fit, naming both sizes."""
     transformer, vae = configs.get("transformer"), configs.get("vae")
@@ -208,6 +223,8 @@ def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Itera
             f"the transformer takes text tokens of {transformer.joint_attention_dim} channels, and "
             f"text_encoder gives {encoder.channels}: klein 4B reads Qwen3-4B, klein 9B Qwen3-8B"
         )
+    yield from picture_misfits(vae)
+    yield from length_misfits(encoder, LONGEST)
     if encoder and "tokenizer" in tokenizers:
         yield from tokenizer_misfits("tokenizer", tokenizers["tokenizer"], encoder)
     if "tokenizer" in tokenizers:
@@ -284,6 +301,7 @@ FLUX2 = Family(
     schedule_of=_schedule_of,
     schedule_like=lambda scheduler, index: _schedule_of({}, index)[0],
     misfits=_misfits,
+    index_configs=_index_configs,
     adapters=(
         AdapterNaming(
             rules=diffusers_rules,

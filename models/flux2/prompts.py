@@ -14,7 +14,7 @@ from models.text_encoders.chat import chat_tokens, qwen_turn
 from models.text_encoders.decoder import Decoder, DecoderConfig, decoder_component
 from models.tokenizers import Tokens
 
-_LONGEST = 512  # tokens, the template's and padding included, which the transformer attends to
+LONGEST = 512  # tokens, the template's and padding included, which the transformer attends to
 TEMPLATE = qwen_turn(thinking=False)
 
 
@@ -30,7 +30,7 @@ TEXT_ENCODER = decoder_component(TextConfig)
 
 def text_tokens(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
     """Return the tokens of prompts, [prompts, 512]; a warning says what is cut from one."""
-    return chat_tokens(tokenizer, prompts, TEMPLATE, longest=_LONGEST)
+    return chat_tokens(tokenizer, prompts, TEMPLATE, longest=LONGEST)
 
 
 def encode_tokens(

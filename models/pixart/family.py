@@ -11,7 +11,7 @@ from models.family import Family, Schedule, Tokenizer
 from models.fit import tokenizer_misfits
 from models.pixart.config import PixArtConfig
 from models.pixart.params import TRANSFORMER
-from models.planar import PlanarDenoiser, default_side, latent_misfit
+from models.planar import PlanarDenoiser, default_side, latent_misfits
 from models.text_encoders.t5 import T5_ENCODER, T5_XXL
 from models.tokenizers import padded_tokens
 from models.vae.config import AutoencoderKLConfig
@@ -60,7 +60,7 @@ class PixArtDenoiser(PlanarDenoiser):
 def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Iterator[str]:
     """Yield why components of a PixArt-Sigma don't fit, naming both sizes."""
     transformer, encoder = configs.get("transformer"), configs.get("text_encoder")
-    yield from latent_misfit(configs)
+    yield from latent_misfits(configs, variance=True)
     if transformer and encoder and transformer.caption_channels != encoder.d_model:
         yield (
             f"the transformer takes text tokens of {transformer.caption_channels} channels, and "

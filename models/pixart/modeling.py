@@ -117,8 +117,8 @@ class PixArtTransformer(nnx.Module):
         linear, hidden = partial(Linear, **options), config.hidden_size
 
         def table(rows: int) -> nnx.Param:
-            normal = jax.random.normal(rngs.params(), (rows, hidden), param_dtype)
-            return nnx.Param(normal / hidden**0.5)
+            normal = jax.random.normal(rngs.params(), (rows, hidden), jnp.float32)
+            return nnx.Param((normal / hidden**0.5).astype(param_dtype))
 
         self.config = config
         self.patches = PatchEmbed(config.in_channels, hidden, config.patch_size, **options)

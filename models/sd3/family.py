@@ -11,7 +11,7 @@ from models.component import Component
 from models.denoiser import Canvas, Conditions
 from models.family import AdapterNaming, Family, Schedule, Tokenizer
 from models.fit import tokenizer_misfits
-from models.planar import PlanarDenoiser, default_side, latent_misfit
+from models.planar import PlanarDenoiser, default_side, latent_misfits
 from models.schedulers import Level, Scheduler
 from models.sd3.config import SD3Config
 from models.sd3.params import TRANSFORMER, diffusers_rules, file_rules
@@ -32,6 +32,13 @@ _SCALING = {"scaling_factor": 1.5305, "shift_factor": 0.0609}  # of the autoenco
 
 class SD3Denoiser(PlanarDenoiser):
     """Two CLIPs' states beside each other, T5's behind them, and a velocity."""
+
+    def canvas(self, height: int, width: int) -> Canvas:
+        """Return the size of an image's latents; raises ValueError where positions end."""
+        most = self.multiple * self.configs["transformer"].pos_embed_max_size
+        if max(height, width) > most:
+            raise ValueError(f"{width}x{height} is too large: sides of {most} pixels at most")
+        return super().canvas(height, width)
 
     def encode(self, sampler: "Sampler", texts: Sequence[str]) -> Conditions:
         """Return text tokens [texts, tokens, channels] and pooled texts [texts, channels].
@@ -96,7 +103,7 @@ def _schedule_of(configs: Mapping[str, Any], index: Mapping[str, Any]) -> tuple[
 
 def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Iterator[str]:
     """Yield why components of an SD3 model don't fit, naming both sizes."""
-    yield from latent_misfit(configs)
+    yield from latent_misfits(configs)
     clips, t5 = [configs.get(name) for name in _CLIPS], configs.get("text_encoder_3")
     transformer = configs.get("transformer")
     if transformer and t5 and transformer.joint_attention_dim != t5.d_model:

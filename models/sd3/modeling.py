@@ -33,7 +33,8 @@ class Positions(nnx.Module):
     def __init__(self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
         self.side = config.pos_embed_max_size
         shape = (1, self.side**2, config.hidden_size)
-        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, param_dtype))
+        normal = jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.table = nnx.Param((0.02 * normal).astype(param_dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Tokens [b, rows, columns, c] to [b, t, c], their positions added.

@@ -29,8 +29,8 @@ class DiagonalGaussian(NamedTuple):
 
     def sample(self, key: jax.Array) -> jax.Array:
         """Draw latents with a random key."""
-        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
-        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+        noise = jax.random.normal(key, self.mean.shape, jnp.float32)
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise.astype(self.mean.dtype)
 
 
 class _Autoencoder(nnx.Module):

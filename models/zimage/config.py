@@ -41,7 +41,7 @@ class ZImageConfig:
         sizes = ("all_patch_size", "in_channels", "dim", "n_heads", "cap_feat_dim", "axes_dims")
         check_bounds(self, **dict.fromkeys(sizes, WIDTHS))
         check_bounds(self, n_layers=BLOCKS, n_refiner_layers=BLOCKS, norm_eps=(0, 1))
-        check_bounds(self, rope_theta=(1, 10**9), t_scale=(0, 10**9))
+        check_bounds(self, rope_theta=(1, 10**9), t_scale=(1e-6, 10**9))
         self._check_patches()
         if self.n_kv_heads != self.n_heads or self.dim % self.n_heads:
             raise CheckpointError(

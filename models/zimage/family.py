@@ -11,15 +11,22 @@ from flax import nnx
 from models.compiled import compiled
 from models.denoiser import Canvas, Conditions
 from models.family import AdapterNaming, Family, Schedule, Tokenizer
-from models.fit import tokenizer_misfits
-from models.planar import PlanarDenoiser, latent_misfit
+from models.fit import length_misfits, tokenizer_misfits
+from models.planar import PlanarDenoiser, latent_misfits
 from models.text_encoders.chat import QWEN_SPECIALS
 from models.vae.config import AutoencoderKLConfig
 from models.vae.params import AUTOENCODER_KL
 from models.zimage.config import ZImageConfig
 from models.zimage.modeling import padded
 from models.zimage.params import TRANSFORMER, diffusers_rules, file_rules
-from models.zimage.prompts import TEMPLATE, TEXT_ENCODER, TextConfig, encode_tokens, text_tokens
+from models.zimage.prompts import (
+    LONGEST,
+    TEMPLATE,
+    TEXT_ENCODER,
+    TextConfig,
+    encode_tokens,
+    text_tokens,
+)
 
 if TYPE_CHECKING:
     from models.sampler import Sampler
@@ -87,12 +94,13 @@ def _schedule_of(configs: Mapping[str, Any], index: Mapping[str, Any]) -> tuple[
 def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Iterator[str]:
     """Yield why components of a Z-Image model don't fit, naming both sizes."""
     transformer, encoder = configs.get("transformer"), configs.get("text_encoder")
-    yield from latent_misfit(configs)
+    yield from latent_misfits(configs)
     if transformer and encoder and transformer.cap_feat_dim != encoder.channels:
         yield (
             f"the transformer takes text tokens of {transformer.cap_feat_dim} channels, and "
             f"text_encoder gives {encoder.channels}"
         )
+    yield from length_misfits(encoder, LONGEST)
     if encoder and "tokenizer" in tokenizers:
         yield from tokenizer_misfits("tokenizer", tokenizers["tokenizer"], encoder)
     if "tokenizer" in tokenizers:

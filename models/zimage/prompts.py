@@ -13,7 +13,7 @@ from models.text_encoders.chat import chat_tokens, qwen_turn
 from models.text_encoders.decoder import Decoder, DecoderConfig, decoder_component
 from models.tokenizers import Tokens
 
-_LONGEST = 512  # tokens, the template's included
+LONGEST = 512  # tokens, the template's included
 _MULTIPLE = 32  # what the transformer pads texts to; lengths that share a compiled program
 TEMPLATE = qwen_turn(thinking=True)
 
@@ -33,7 +33,7 @@ def text_tokens(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
 
     A warning says what is cut from a prompt.
     """
-    return chat_tokens(tokenizer, prompts, TEMPLATE, longest=_LONGEST, multiple=_MULTIPLE)
+    return chat_tokens(tokenizer, prompts, TEMPLATE, longest=LONGEST, multiple=_MULTIPLE)
 
 
 def encode_tokens(

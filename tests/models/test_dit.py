@@ -184,6 +184,12 @@ def test_without_names_a_number_is_asked_for():
         Labels().find("cock", 10)
 
 
+def test_names_of_classes_that_a_model_lacks_are_not_proposed():
+    labels = Labels(names=(("cock", 7), ("crane", 134)))
+    with pytest.raises(ValueError, match=r"no class of this model; .* such as 'cock'$"):
+        labels.find("crane", 10)
+
+
 @pytest.mark.parametrize("value", [["tench"], {"a": "tench"}, {"0": 1}])
 def test_malformed_labels_are_refused_when_the_model_is_found(folder, tmp_path, value):
     for path in folder.iterdir():

@@ -5,12 +5,14 @@ import os
 import re
 import shutil
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from small_families import SMALL
 from small_flux import (
     SIZES,
     random_transformer,
@@ -25,6 +27,7 @@ from models.checkpoint_io import StoredModule, TracingRngs, stored_tensors
 from models.flux.family import FLUX
 from models.loading import find_model, model_name
 from models.schedulers import FlowMatchEulerScheduler
+from models.sd3.family import SD3
 from models.stored_files import CheckpointError
 from models.synthetic import write_random_model
 from models.text_encoders import (
@@ -36,6 +39,7 @@ from models.text_encoders import (
     clip,
     t5,
 )
+from models.text_encoders.decoder import DecoderConfig
 from models.tiny_flux.architecture import FOLDER
 from models.tokenizers import load_tokenizer
 
@@ -538,3 +542,38 @@ def test_a_model_is_called_by_its_own_name_or_its_repository_s(tmp_path, path, n
     (tmp_path / "4f9a").touch()
     (tmp_path / path).symlink_to(tmp_path / "4f9a")  # as the cache's files are
     assert model_name(tmp_path / path) == name
+
+
+@pytest.mark.parametrize(("name", "states"), [("klein", (1, 2, 3)), ("Z-Image", (2,))])
+def test_a_decoder_gives_its_last_state_by_itself_and_the_family_s_in_a_model(
+    tmp_path, name, states
+):
+    small = SMALL[name]
+    small.write(tmp_path / "model")
+    inside = models.open_component(tmp_path / "model/text_encoder")
+    assert models.component_config(inside.config).states == states
+    plain = shutil.copytree(tmp_path / "model/text_encoder", tmp_path / "plain")
+    own = json.loads((plain / "config.json").read_text())
+    own.pop("hidden_states", None)  # our own key, which no published file has
+    (plain / "config.json").write_text(json.dumps(own))
+    last = small.sizes["text_encoder"].num_hidden_layers
+    loaded: Any = models.load_component(plain, jnp.float32)
+    assert type(loaded.config) is DecoderConfig and loaded.config.states == (last,)
+    assert models.component_config(own).states == (last,)
+    built = nnx.eval_shape(lambda: models.build_component(own))
+    assert built.config.states == (last,)
+    with pytest.raises(CheckpointError, match=rf"given text_encoder .*, and {small.family.name}"):
+        models.load_pipeline(tmp_path / "model", text_encoder=loaded)
+    right = models.load_component(tmp_path / "model/text_encoder", jnp.float32)
+    models.load_pipeline(tmp_path / "model", text_encoder=right)
+
+
+def test_clip_with_a_projection_is_read_without_it_but_in_a_model_that_takes_it(folder, tmp_path):
+    plain = shutil.copytree(folder / "text_encoder", tmp_path / "plain")
+    edit(plain / "config.json", architectures=["CLIPTextModelWithProjection"], projection_dim=8)
+    config = models.component_config(models.open_component(plain).config)
+    assert type(config) is CLIPTextConfig
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": SD3.pipelines[0]}))
+    shutil.copytree(plain, tmp_path / "text_encoder")
+    with pytest.raises(CheckpointError, match=r"missing .*text_projection\.weight"):
+        models.open_component(tmp_path / "text_encoder")

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import save_file
 from toy_family import TOY, TRANSFORMER, ToyConfig
 
 import models
 from models import families
 from models.component import Naming
+from models.noise_schedulers import DDIMScheduler
 from models.schedulers import FlowMatchEulerScheduler
 from models.stored_files import CheckpointError, open_checkpoint
 from models.synthetic import write_random_model
@@ -130,11 +132,25 @@ def test_single_steps_are_those_of_the_whole(sampler):
         ({"prompts": "cat"}, "class 'cat' is out of range; give 0 to 9"),
         ({"prompts": "10"}, "class '10' is out of range"),
         ({"guidance_scale": 2.0}, "no guidance embedding"),
+        ({"prompts": "1\ud800"}, "isn't valid Unicode"),
+        ({"negative_prompt": "\udfff"}, "isn't valid Unicode"),
+        ({"references": Image.new("I;16", (8, 8))}, "references has mode 'I;16', deeper than 8"),
+        ({"references": [np.zeros((8, 8, 3))]}, "references is a ndarray; give an image"),
+        ({"mask": Image.new("F", (8, 8))}, "mask has mode 'F', deeper than 8"),
+        ({"mask": Image.new("LA", (8, 8))}, "mask has transparent pixels"),
+        ({"image": [np.zeros((8, 8, 3))]}, "image is a ndarray; give an image"),
     ],
 )
 def test_what_the_family_refuses_is_named_before_any_work(sampler, arguments, told):
     with pytest.raises(ValueError, match=told):
         sampler(**{"prompts": "1", **LATENTS, **arguments})
+
+
+def test_more_steps_than_a_scheduler_has_are_refused_before_the_encoders_run(sampler, monkeypatch):
+    monkeypatch.setattr(type(sampler), "encode_prompts", lambda *args: pytest.fail("it encodes"))
+    ours = dataclasses.replace(sampler, scheduler=DDIMScheduler())
+    with pytest.raises(ValueError, match="num_inference_steps is 2000; it must be 1 to 1000"):
+        ours("1", num_inference_steps=2000, **LATENTS)
 
 
 def test_components_by_name_are_attributes_and_replaced(sampler):

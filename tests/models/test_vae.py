@@ -171,6 +171,13 @@ def test_samples_have_the_mean_and_deviation_of_the_distribution():
     assert float(samples.std()) == pytest.approx(np.exp(-1.0), abs=0.01)
 
 
+def test_samples_in_bfloat16_are_those_of_float32_rounded():
+    zeros = jnp.zeros(2**16, jnp.bfloat16)
+    samples = vae_modeling.DiagonalGaussian(zeros, zeros).sample(jax.random.key(0))
+    wanted = jax.random.normal(jax.random.key(0), zeros.shape).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(samples, wanted)  # drawn in bfloat16 there are 128 values
+
+
 def test_every_parameter_gets_a_gradient():
     config = {"block_out_channels": (8, 12), "dtype": jnp.bfloat16}
     autoencoder, images = tiny_autoencoder(**config), random_image(4, 4, 3)

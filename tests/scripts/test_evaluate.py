@@ -102,9 +102,10 @@ def test_a_recipe_whose_rules_changed_starts_again(argv, out):
 
 
 @pytest.mark.usefixtures("done")
-def test_results_of_other_settings_are_not_mixed_in(argv, out, capsys):
+@pytest.mark.parametrize("other", [("--seed0", "1"), ("--batch", "2"), ("--true-cfg", "2")])
+def test_results_of_other_settings_are_not_mixed_in(argv, out, capsys, other):
     before = out.read_text()
-    assert cli.run(evaluate.main, [*argv, "--seed0", "1"]) == 2
+    assert cli.run(evaluate.main, [*argv, *other]) == 2
     assert "made with other settings; use another --out" in capsys.readouterr().err
     assert out.read_text() == before
 
@@ -208,8 +209,10 @@ def test_no_two_rows_share_a_colour_and_more_rows_change_none():
 
 
 def test_a_row_has_one_colour_in_every_figure(made):
-    pytest.importorskip("matplotlib")
+    colors = pytest.importorskip("matplotlib.colors")
     assert made.colours["w4a4"] == comparison.colours([])["w4a4"]
+    drawn = colors.to_hex(made.colours["w4a4"])
+    assert drawn in comparison._by_layer_and_step(made) and drawn in comparison._scatter(made)
     other = made.colours["gptq+int4-g64"]
     assert other in comparison._scatter(made) and other not in comparison.colours([]).values()
 
