@@ -172,6 +172,8 @@ def add_lora(
         for step in parents:
             parent = parent[int(step)] if step.isdigit() else getattr(parent, step)
         base = getattr(parent, name)
+        if hasattr(base, "beside"):  # a layer that is given or gives something else than the linear
+            down, up = base.beside(down, up)
         setattr(parent, name, LoRALinear(base, jnp.asarray(down, dtype), jnp.asarray(up, dtype)))
     return model
 
