@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def quantize(
     _check_rotation(k, rotation, rotated_from)
     wide = _check_wide(wide, -(-k // group_size), bits, packed)
     given = x, norm, multiplier
-    rotated = {"rotation": rotation, "rotated_from": rotated_from}
+    rotated: dict[str, Any] = {"rotation": rotation, "rotated_from": rotated_from}
     run = functools.partial(
         QUANTIZE,
         bits=bits,

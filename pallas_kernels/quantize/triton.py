@@ -109,7 +109,7 @@ def quantize(
     starts = {start for part in parts for start in (part.start, part.times or 0)}
     odd = any(start % _ALIGNED for start in starts) or any(part.size % whole for part in parts)
     if rotated_from and (odd or rotated_from % whole):
-        rotated = {"rotation": rotation, "rotated_from": rotated_from}
+        rotated: dict[str, Any] = {"rotation": rotation, "rotated_from": rotated_from}
         parts = _as_parts(reference.before(x, norm, multiplier, **rotated))
         norm = multiplier = rotation = None
     elif odd:

@@ -266,7 +266,7 @@ class TestQuantize:
         joined = functools.partial(of_parts, reference.quantize)
         options = {"group_size": 16, "rotation": 16, "rotated_from": first, **CONFIGS[0]}
         if multiplied:
-            options["multiplier"] = np.exp(rng.standard_normal(1088)).astype(np.float32)
+            options["multiplier"] = np.exp(rng.standard_normal(1024)).astype(np.float32)
         assert_near(functools.partial(of_parts, subject), arrays, joined, **options)
 
     @pytest.mark.parametrize(("norm", "rotation"), [(False, None), (True, None), (False, 64)])
