@@ -22,6 +22,7 @@ from quartz_jax import (
     Quartz,
     Recipe,
     Rule,
+    get_recipe,
     observe,
     place,
     quantize_model,
@@ -342,6 +343,23 @@ def test_what_rotates_online_all_the_same_is_named_with_the_reason():
     assert reason(recipe(layer(FOLD)), Silent())["0.proj"] == "the model states no values for it"
     found, _ = quantized(recipe(layer(FOLD)), Silent())
     assert relative(call(found), Silent()(X)) < 1.5 * plain_error()
+
+
+def test_a_plan_says_what_is_folded_and_what_is_not_and_why(tmp_path):
+    text = convert(tmp_path, recipe(layer(FOLD), rule(r".*0\.qkv", layer()))).plan()
+    lines = [line.split() for line in text.splitlines()]
+    assert ["layers.1.proj", "folded", "int8"] in [x[:3] for x in lines]
+    assert "online" not in text
+    text = convert(tmp_path, recipe(layer(FOLD), rule(r".*\.qkv", LayerRecipe()))).plan()
+    for i in (0, 1):
+        line = f"  rotated online, since layers.{i}.qkv isn't quantized: layers.{i}.proj"
+        assert line in text.splitlines()
+
+
+@pytest.mark.parametrize(("word", "size"), [("fold16", 16), ("fold64", 64)])
+def test_names_of_recipes_have_words_for_it(word, size):
+    found = get_recipe(f"{word}+gptq+quartz-stretched/int8").rules[-1].layer
+    assert found.transforms == (Rotate(block=16, fold=size),)
 
 
 def test_two_streams_whose_outputs_rotate_otherwise_rotate_online():
