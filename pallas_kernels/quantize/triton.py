@@ -64,8 +64,7 @@ class _Span:
 
         That is a power of two: the row's multiplier takes it, which changes no integer.
         """
-        turned = self.rotation is not None and plan.signed
-        return channels.root(self.rotation) if turned else 1.0
+        return 1.0 if self.rotation is None or not plan.signed else channels.root(self.rotation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -424,14 +423,21 @@ def _scale_row(
 def _largest(parts: list, plan: _Plan) -> jax.Array:
     """Return the bits of the largest magnitude: as integers they keep their order, NaN on top."""
     pairwise = functools.partial(_larger_magnitude, interpret=plan.interpret)
-    by_factor: dict[float, list[jax.Array]] = {}
-    for span, part in zip(plan.spans, parts, strict=True):
-        by_factor.setdefault(span.lacking(plan), []).append(part)
-    tops = []
-    for factor, same in by_factor.items():
-        top = _reduce(pairwise, lambda part: jnp.max(_magnitude_bits(part)), same, jnp.maximum)
-        tops.append(_bits(lax.bitcast_convert_type(top, jnp.float32) * jnp.float32(factor)))
-    return functools.reduce(jnp.maximum, tops)
+    factors = [span.lacking(plan) for span in plan.spans]
+    if len(set(factors)) > 1:  # before anything goes from thread to thread
+        parts = [part * jnp.float32(f) for f, part in _combined(pairwise, factors, parts)]
+    top = _reduce(pairwise, lambda part: jnp.max(_magnitude_bits(part)), parts, jnp.maximum)
+    factor = 1.0 if len(set(factors)) > 1 else factors[0]
+    return _bits(lax.bitcast_convert_type(top, jnp.float32) * jnp.float32(factor))
+
+
+def _combined(pairwise, factors: list[float], parts: list) -> list[tuple[float, jax.Array]]:
+    """Return one part for those of the same length and factor."""
+    found: dict[tuple, jax.Array] = {}
+    for factor, part in zip(factors, parts, strict=True):
+        key = factor, part.shape
+        found[key] = pairwise(found[key], part) if key in found else part
+    return [(factor, part) for (factor, _), part in found.items()]
 
 
 def _store(part, span: _Span, row, lo, multiplier, mask_ref, out_refs, plan: _Plan) -> None:

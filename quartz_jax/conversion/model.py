@@ -281,6 +281,26 @@ def check_unplaced(model: nnx.Module, recipe: Recipe, report: Report) -> None:
             )
 
 
+def check_folded(model: nnx.Module, report: Report) -> None:
+    """Raise ValueError unless rotations are folded into the layers that they were folded into.
+
+    Which those are the model says, and its arrays don't: an edition of it that says otherwise
+    would multiply what isn't rotated.
+    """
+    now = {
+        ".".join(map(str, keys))
+        for keys, module in nnx.iter_modules(model)
+        if isinstance(module, QuantizedLinear) and module.folded
+    }
+    then = {x.path for x in report.layers if {"folded", "turned"} & {*x.weight.split()}}
+    if differing := sorted(now ^ then):
+        was, by_now = ("had a", "has none") if differing[0] in then else ("had no", "has one")
+        raise ValueError(
+            f"{differing[0]} {was} rotation folded into it when the checkpoint was written, and "
+            f"{by_now} by what the model states now; quantize again"
+        )
+
+
 def _layout(tree: Any) -> Any:
     return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 

@@ -84,6 +84,12 @@ class QuantizedLinear(nnx.Module):
         """Inputs, k."""
         return self.weight.get_value().shape[1]
 
+    @property
+    def folded(self) -> bool:
+        """Whether it is given some channels rotated, or gives some so, unlike the linear."""
+        ops = self.ops.get_value() if self.ops else ()
+        return any(isinstance(op, TurnedRows) or getattr(op, "folded", None) for op in ops)
+
     def beside(
         self,
         down: np.ndarray,  # float32 [k, rank]

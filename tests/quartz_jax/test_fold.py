@@ -298,6 +298,16 @@ def test_saved_is_loaded_and_shapes_are_known_without_data(tmp_path):
     }
 
 
+def test_a_checkpoint_of_a_model_that_now_states_other_values_is_refused(tmp_path):
+    """Its arrays would fit, and its pictures be noise."""
+    convert(tmp_path, recipe(layer(FOLD))).run(tmp_path / "out")
+    changed = Model()
+    changed.layers[1].mixtures = changed.layers[1].mixtures[:1]
+    with pytest.raises(ValueError, match=r"layers.1.linear1 had a rotation folded into it when"):
+        checkpoint.load(tmp_path / "out", lambda _: changed)
+    assert loaded(tmp_path / "out").layers[0].proj.folded
+
+
 def test_adapters_beside_folded_layers_add_what_they_add_to_the_linears():
     rng = np.random.default_rng(0)
     shapes = {
