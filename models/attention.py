@@ -57,6 +57,37 @@ def _fits_cudnn(query: jax.Array, mask: jax.Array | None, bias: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Where what one attention makes of its values comes from, and where it goes.
+
+    A module with attention states these as `mixtures`, where values are rows of linears as they are
+    and nothing but sums over tokens stands between them and other linears' inputs: what multiplies
+    the channels of a head there may as well multiply the rows. Paths are of the module's linears.
+    """
+
+    values: tuple[tuple[str, int], ...]  # the linears, and the first of their rows that is a value
+    rows: int  # of values in each: heads of keys times head_dim
+    outputs: tuple[str, ...]  # the linears whose input begins with the mixtures
+    columns: int  # of mixtures there: heads of queries times head_dim
+    head_dim: int
+
+
+def fused_mixture(
+    layers: tuple[tuple[str, str], ...],  # what makes queries, keys, values, and what reads it
+    columns: int,  # heads times head_dim
+    head_dim: int,
+) -> Mixture:
+    """Return the mixture of streams whose values follow queries and keys, as many each."""
+    return Mixture(
+        values=tuple((qkv, 2 * columns) for qkv, _ in layers),
+        rows=columns,
+        outputs=tuple(out for _, out in layers if out),
+        columns=columns,
+        head_dim=head_dim,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stream:
     """Projected tokens of one stream, and the norms of its queries and keys."""
 

@@ -172,9 +172,13 @@ def add_lora(
         parent: Any = model
         for step in parents:
             parent = parent[int(step)] if step.isdigit() else getattr(parent, step)
-        base, factors = getattr(parent, name), (jnp.asarray(down, dtype), jnp.asarray(up, dtype))
-        own = getattr(base, "with_branch", None)  # of a layer that takes a branch into its product
-        setattr(parent, name, own(*factors) if own else LoRALinear(base, *factors))
+        base = getattr(parent, name)
+        if hasattr(base, "with_branch"):  # a layer that takes a branch into its product
+            setattr(parent, name, base.with_branch(down, up, dtype))
+        else:
+            setattr(
+                parent, name, LoRALinear(base, jnp.asarray(down, dtype), jnp.asarray(up, dtype))
+            )
     return model
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import dot_product_attention, split_heads
+from models.attention import dot_product_attention, fused_mixture, split_heads
 from models.conditioning import (
     TIME_CHANNELS,
     Embedder,
@@ -51,6 +51,7 @@ class Block(nnx.Module):
         self.modulation = Modulation(hidden, 6, linear=linear)
         self.qkv = linear(hidden, 3 * hidden, role="attention_in")
         self.proj = linear(hidden, hidden, role="attention_out")
+        self.mixtures = (fused_mixture((("qkv", "proj"),), hidden, hidden // self.heads),)
         self.mlp = MLP(hidden, _MLP_RATIO * hidden, linear=linear)
 
     def __call__(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import JointAttention, Stream
+from models.attention import JointAttention, Stream, fused_mixture
 from models.conditioning import (
     TIME_CHANNELS,
     Embedder,
@@ -61,6 +61,8 @@ class DoubleStreamBlock(nnx.Module):
         self.img_mlp = MLP(hidden, _MLP_RATIO * hidden, linear=linear)
         self.txt_mlp = MLP(hidden, _MLP_RATIO * hidden, linear=linear)
         self.attention = JointAttention(config.num_attention_heads, config.attention_head_dim)
+        streams = (("img_attn.qkv", "img_attn.proj"), ("txt_attn.qkv", "txt_attn.proj"))
+        self.mixtures = (fused_mixture(streams, hidden, config.attention_head_dim),)
 
     def __call__(
         self,
@@ -96,6 +98,8 @@ class SingleStreamBlock(nnx.Module):
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
         self.attention = JointAttention(config.num_attention_heads, config.attention_head_dim)
+        stream = (("linear1", "linear2"),)
+        self.mixtures = (fused_mixture(stream, hidden, config.attention_head_dim),)
 
     def __call__(
         self,

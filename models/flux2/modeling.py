@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import JointAttention, Stream
+from models.attention import JointAttention, Stream, fused_mixture
 from models.conditioning import Embedder, FinalLayer, Modulation, sinusoidal_embedding
 from models.flux2.config import Flux2Config
 from models.linear import Linear, Norm, Part, modulation, swiglu
@@ -62,6 +62,8 @@ class DoubleStreamBlock(nnx.Module):
         self.img_mlp = MLP(hidden, config.mlp_size, gated=True, linear=linear)
         self.txt_mlp = MLP(hidden, config.mlp_size, gated=True, linear=linear)
         self.attention = JointAttention(config.num_attention_heads, config.attention_head_dim)
+        streams = (("img_attn.qkv", "img_attn.proj"), ("txt_attn.qkv", "txt_attn.proj"))
+        self.mixtures = (fused_mixture(streams, hidden, config.attention_head_dim),)
 
     def __call__(
         self,
@@ -100,6 +102,8 @@ class SingleStreamBlock(nnx.Module):
         self.query_norm = norm(config.attention_head_dim)
         self.key_norm = norm(config.attention_head_dim)
         self.attention = JointAttention(config.num_attention_heads, config.attention_head_dim)
+        stream = (("linear1", "linear2"),)
+        self.mixtures = (fused_mixture(stream, hidden, config.attention_head_dim),)
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from models.attention import dot_product_attention
+from models.attention import dot_product_attention, fused_mixture
 from models.checkpoint_io import (
     BLOCKS,
     WIDTHS,
@@ -130,6 +130,7 @@ class _Layer(nnx.Module):
         self.layer_norm1 = _norm(config, **options)
         self.qkv = linear(width, 3 * width, role="attention_in")
         self.out = linear(width, width, role="attention_out")
+        self.mixtures = (fused_mixture((("qkv", "out"),), width, width // self.heads),)
         self.layer_norm2 = _norm(config, **options)
         self.fc1 = linear(width, hidden, role="mlp_in")
         self.fc2 = linear(hidden, width, role="mlp_out")

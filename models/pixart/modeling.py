@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import dot_product_attention, split_heads
+from models.attention import Mixture, dot_product_attention, fused_mixture, split_heads
 from models.conditioning import TIME_CHANNELS, Embedder, Modulation, sinusoidal_embedding
 from models.linear import Linear, modulation
 from models.mlp import MLP
@@ -42,6 +42,15 @@ class CrossAttention(nnx.Module):
         self.q = linear(hidden, hidden, role="attention_in")
         self.kv = linear(hidden, 2 * hidden, role="attention_in")
         self.proj = linear(hidden, hidden, role="attention_out")
+        self.mixtures = (
+            Mixture(
+                values=(("kv", hidden),),
+                rows=hidden,
+                outputs=("proj",),
+                columns=hidden,
+                head_dim=hidden // heads,
+            ),
+        )
 
     def __call__(
         self,
@@ -67,6 +76,7 @@ class Block(nnx.Module):
         self.table = table(6)
         self.qkv = linear(hidden, 3 * hidden, role="attention_in")
         self.proj = linear(hidden, hidden, role="attention_out")
+        self.mixtures = (fused_mixture((("qkv", "proj"),), hidden, hidden // heads),)
         self.cross = CrossAttention(hidden, heads, linear=linear)
         self.mlp = MLP(hidden, _MLP_RATIO * hidden, linear=linear)
 

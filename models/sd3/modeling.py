@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import JointAttention, Stream, apart, dot_product_attention, split_heads
+from models.attention import (
+    JointAttention,
+    Stream,
+    apart,
+    dot_product_attention,
+    fused_mixture,
+    split_heads,
+)
 from models.conditioning import (
     TIME_CHANNELS,
     Embedder,
@@ -106,6 +113,10 @@ class Block(nnx.Module):
         self.txt_mlp = None if last else MLP(hidden, _MLP_RATIO * hidden, linear=linear)
         heads, size = config.num_attention_heads, config.attention_head_dim
         self.attention = PlainAttention(heads) if norm is None else JointAttention(heads, size)
+        streams = (("img_attn.qkv", "img_attn.proj"),)
+        streams += (("txt_attn.qkv", "" if last else "txt_attn.proj"),)
+        again = ((("img_attn2.qkv", "img_attn2.proj"),),) if dual else ()
+        self.mixtures = tuple(fused_mixture(x, hidden, size) for x in (streams, *again))
 
     def __call__(
         self,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import dot_product_attention
+from models.attention import Mixture, dot_product_attention
 from models.checkpoint_io import (
     BLOCKS,
     WIDTHS,
@@ -189,6 +189,15 @@ class _Attention(nnx.Module):
         self.k_proj = _linear(width, width, in_stddev, role="attention_in", **options)
         self.v_proj = _linear(width, width, in_stddev, role="attention_in", **options)
         self.out_proj = _linear(width, width, stddev, role="attention_out", **options)
+        self.mixtures = (
+            Mixture(
+                values=(("v_proj", 0),),
+                rows=width,
+                outputs=("out_proj",),
+                columns=width,
+                head_dim=width // self.num_heads,
+            ),
+        )
 
     def __call__(self, x, mask):
         batch, tokens, _ = x.shape

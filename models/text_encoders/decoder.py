@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import dot_product_attention
+from models.attention import Mixture, dot_product_attention
 from models.checkpoint_io import (
     BLOCKS,
     WIDTHS,
@@ -325,6 +325,15 @@ class _Attention(nnx.Module):
             role="attention_in",
         )
         self.out = linear(heads * d, width, use_bias=biased, role="attention_out")
+        self.mixtures = (
+            Mixture(
+                values=(("qkv", (heads + groups) * d),),
+                rows=groups * d,
+                outputs=("out",),
+                columns=heads * d,
+                head_dim=d,
+            ),
+        )
         # float32 out of the norms: the rotation that follows wants it anyway
         head_norm = partial(_norm, config, d, **options | {"dtype": jnp.float32})
         self.query_norm = head_norm() if kind.qk_norm else None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import dot_product_attention
+from models.attention import Mixture, dot_product_attention
 from models.checkpoint_io import (
     BLOCKS,
     WIDTHS,
@@ -175,6 +175,15 @@ class _Attention(nnx.Module):
         self.k = _linear(width, inner, width**-0.5, role="attention_in", **options)
         self.v = _linear(width, inner, width**-0.5, role="attention_in", **options)
         self.o = _linear(inner, width, inner**-0.5, role="attention_out", **options)
+        self.mixtures = (
+            Mixture(
+                values=(("v", 0),),
+                rows=inner,
+                outputs=("o",),
+                columns=inner,
+                head_dim=config.d_kv,
+            ),
+        )
 
     def __call__(self, x, bias, mask):
         batch, tokens, _ = x.shape

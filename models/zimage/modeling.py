@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import JointAttention, Stream
+from models.attention import JointAttention, Stream, fused_mixture
 from models.conditioning import TIME_CHANNELS, Embedder, sinusoidal_embedding
 from models.linear import Linear, Norm, normalize, rms_norm
 from models.mlp import MLP
@@ -38,6 +38,7 @@ class SelfAttention(nnx.Module):
         self.q_norm = norm(head, epsilon=_QK_EPSILON, dtype=jnp.float32)
         self.k_norm = norm(head, epsilon=_QK_EPSILON, dtype=jnp.float32)
         self.attention = JointAttention(config.n_heads, head)
+        self.mixtures = (fused_mixture((("qkv", "out"),), config.dim, head),)
 
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,7 @@ def quantize(
     norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k], floating
     rotation: int | None = None,
+    rotated_from: int = 0,
     wide: Sequence[bool] | np.ndarray | jax.Array | None = None,  # [ceil(k / group_size)]
     packed: bool = False,
     implementation: Implementation = None,
@@ -85,6 +87,7 @@ def quantize(
       multiplier: of each channel, in float32 and not rounded: `channels.scale_channels`.
       rotation: rotate blocks of 16, 64 or 256 channels by a regular Hadamard matrix, not rounded:
         `channels.rotate`. A row whose sums overflow float32 has scale NaN.
+      rotated_from: the first channel that is rotated, of a whole block: those before stay.
       wide: True for the groups that stay at 8 bits, though the others have 4.
       packed: return the 4-bit form instead of the decoded values.
       implementation: a backend's name, several in order of preference, or None for the best.
@@ -97,18 +100,20 @@ def quantize(
     Raises:
       ValueError: x isn't floating or has no [m, k] with k >= 1, a value that the format lacks, an
         integer step with "minmax" or "truncate", stretched levels without it, packed with 8 bits
-        or with wide groups, norm or multiplier or wide of another size than k asks for, k no
-        multiple of the rotation, parts don't fit together, or a named implementation can't run
-        here.
+        or with wide groups, norm or multiplier or wide of another size than k asks for, k or
+        rotated_from no multiple of the rotation, parts don't fit together, or a named
+        implementation can't run here.
     """
     check_choices(bits=bits, group_size=group_size, range=range, step=step, rounding=rounding)
     check_choices(levels=levels, step=step)
     if packed and bits == 8:
         raise ValueError("packed is True with bits=8; only 4-bit codes are packed")
     m, k = _check_x(x)
-    _check_channels(m, k, norm, multiplier, rotation)
+    _check_channels(m, k, norm, multiplier)
+    _check_rotation(k, rotation, rotated_from)
     wide = _check_wide(wide, -(-k // group_size), bits, packed)
     given = x, norm, multiplier
+    rotated: dict[str, Any] = {"rotation": rotation, "rotated_from": rotated_from}
     run = functools.partial(
         QUANTIZE,
         bits=bits,
@@ -117,9 +122,9 @@ def quantize(
         step=step,
         rounding=rounding,
         levels=levels,
-        rotation=rotation,
         packed=packed,
         implementation=implementation,
+        **rotated,
     )
     arrays = partitioned(
         lambda wide, x, norm, multiplier: run(x, norm=norm, multiplier=multiplier, wide=wide),
@@ -140,11 +145,11 @@ def quantize(
             range=range,
             padding=2 * codes.shape[1] - k,
         )
-        return remembering(rows, functools.partial(reference.before, rotation=rotation), *given)
+        return remembering(rows, functools.partial(reference.before, **rotated), *given)
     powers = bits == 4 and step == "power" and wide is None
     values, scale, lo = arrays
     rows = Int8Rows(values=values, scale=scale, lo=lo, value_bits=4 if powers else 8)
-    return remembering(rows, functools.partial(reference.before, rotation=rotation), *given)
+    return remembering(rows, functools.partial(reference.before, **rotated), *given)
 
 
 def _check_x(x: jax.Array | tuple[Part, ...]) -> tuple[int, int]:
@@ -175,10 +180,8 @@ def _check_parts(parts: tuple[Part, ...]) -> None:
         raise ValueError(f"x has parts {kinds}; they must have the same rows and dtype")
 
 
-def _check_channels(
-    m: int, k: int, norm: Norm | None, multiplier: jax.Array | None, rotation: int | None
-) -> None:
-    """Refuse a norm, a multiplier or a rotation that rows of k channels can't have."""
+def _check_channels(m: int, k: int, norm: Norm | None, multiplier: jax.Array | None) -> None:
+    """Refuse a norm or a multiplier that rows of k channels can't have."""
     if norm is not None:
         if not isinstance(norm, Norm):
             raise ValueError(f"norm is a {type(norm).__name__}; it must be a Norm or None")
@@ -192,12 +195,23 @@ def _check_channels(
                     )
     if multiplier is not None:
         check_array("multiplier", multiplier, (k,), jnp.floating)
+
+
+def _check_rotation(k: int, rotation: int | None, first: int) -> None:
+    """Refuse a rotation that rows of k channels can't have, of those from `first` on."""
+    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < k:
+        raise ValueError(f"rotated_from is {first!r}; it must be one of the {k} channels")
     if rotation is None:
+        if first:
+            raise ValueError(f"rotated_from is {first} without a rotation; leave it out")
         return
     if isinstance(rotation, bool) or rotation not in channels.SIZES:
         raise ValueError(f"rotation is {rotation!r}; it must be None, 16, 64 or 256")
-    if k % rotation:
-        raise ValueError(f"k is {k} with rotation={rotation}; it must be a multiple of that")
+    for name, value in (("k", k), ("rotated_from", first)):
+        if value % rotation:
+            raise ValueError(
+                f"{name} is {value} with rotation={rotation}; it must be a multiple of that"
+            )
 
 
 def _check_wide(

@@ -56,6 +56,17 @@ def rotate(
     return x * jnp.float32(root(size))
 
 
+def rotate_from(
+    x: jax.Array,  # [..., k], float32
+    size: int,  # of a block
+    first: int,  # channel that is rotated, a multiple of size; those before stay
+) -> jax.Array:
+    """Return x with the blocks from a channel on rotated, [..., k], float32."""
+    if not first:
+        return rotate(x, size)
+    return jnp.concatenate([x[..., :first], rotate(x[..., first:], size)], axis=-1)
+
+
 def scale_channels(
     x: jax.Array,  # [..., k], floating
     multiplier: jax.Array,  # [k], floating

@@ -52,6 +52,7 @@ class _Plan:
     epsilon: float  # of the norm
     centered: bool  # a layer norm, not an RMS norm
     rotation: int | None  # channels of a block
+    rotated_from: int  # first channel that is rotated
     packed: bool  # codes and shifts are written, else decoded values
 
     @property
@@ -72,6 +73,7 @@ def quantize(
     norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     rotation: int | None = None,  # channels of a block
+    rotated_from: int = 0,  # first channel that is rotated
     wide: jax.Array | None = None,  # bool [groups]
     packed: bool = False,
 ) -> tuple[jax.Array | None, ...]:
@@ -94,6 +96,7 @@ def quantize(
         epsilon=0.0 if norm is None else norm.epsilon,
         centered=norm is None or norm.kind == "layer",
         rotation=rotation,
+        rotated_from=rotated_from,
         packed=packed,
     )
     inputs = _inputs(x, norm, multiplier, wide, plan)
@@ -270,21 +273,30 @@ def _rotate_channels(x_ref, in_refs, rotated_ref, plan: _Plan) -> None:
     """Write what `channels` makes of a block of rows: a factor a channel, and the rotation."""
     rows = x_ref.shape[0]
 
-    def write(i, _):
+    def write(i, _, turned):
         at = _chunk(i, plan)
         x = x_ref[:, at].astype(jnp.float32)
         if "multiplier" in in_refs:
             x = channels.scale_channels(x, in_refs["multiplier"][:, at])
-        if plan.rotation:
-            size = max(plan.rotation, _LANES)
-            # Lanes of a single row aren't gathered: it is taken twice.
-            x = jnp.broadcast_to(x, (max(rows, 2), plan.chunk))
-            parts = [x[:, start : start + size] for start in range(0, plan.chunk, size)]
-            x = jnp.concatenate([_rotate(part, plan.rotation) for part in parts], axis=1)[:rows]
-        rotated_ref[:, at] = x
+        rotated_ref[:, at] = rotated(i, x) if turned else x
         return _
 
-    lax.fori_loop(0, plan.width // plan.chunk, write, 0)
+    def rotated(i, given):
+        size = max(plan.rotation, _LANES)
+        # Lanes of a single row aren't gathered: it is taken twice.
+        x = jnp.broadcast_to(given, (max(rows, 2), plan.chunk))
+        parts = [x[:, start : start + size] for start in range(0, plan.chunk, size)]
+        x = jnp.concatenate([_rotate(part, plan.rotation) for part in parts], axis=1)[:rows]
+        if plan.rotated_from % plan.chunk:
+            x = jnp.where(_column(i, plan, rows) < plan.rotated_from, given, x)
+        return x
+
+    chunks = plan.width // plan.chunk
+    first = plan.rotated_from // plan.chunk if plan.rotation else chunks
+    if first:
+        lax.fori_loop(0, first, functools.partial(write, turned=False), 0)
+    if first < chunks:
+        lax.fori_loop(first, chunks, functools.partial(write, turned=True), 0)
 
 
 def _rotate(x: jax.Array, size: int) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import codec
 from pallas_kernels.functions import Norm, Part, join, modulate_images
-from pallas_kernels.quantize.channels import rotate, scale_channels
+from pallas_kernels.quantize.channels import rotate_from, scale_channels
 
 
 def quantize(
@@ -20,6 +20,7 @@ def quantize(
     norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     rotation: int | None = None,  # channels of a block
+    rotated_from: int = 0,  # first channel that is rotated
     wide: jax.Array | None = None,  # bool [groups]
     packed: bool = False,
 ) -> tuple[jax.Array | None, ...]:
@@ -28,7 +29,7 @@ def quantize(
     Returns:
       int8 values [m, k], or if packed codes and shifts; then scale and lo, float32 [m, 1].
     """
-    x = before(x, norm, multiplier, rotation=rotation)
+    x = before(x, norm, multiplier, rotation=rotation, rotated_from=rotated_from)
     values, scale, lo = codec.quantize_8bit(x, range=range)
     if bits == 4:
         codes, shifts = codec.encode(
@@ -47,6 +48,7 @@ def before(
     multiplier: jax.Array | None = None,  # [k]
     *,
     rotation: int | None = None,  # channels of a block
+    rotated_from: int = 0,  # first channel that is rotated
 ) -> jax.Array:
     """Return the floats that are quantized, [m, k]: float32 behind a multiplier or a rotation."""
     x = join(x)
@@ -54,7 +56,7 @@ def before(
         x = modulate_images(x, norm)
     if multiplier is not None:
         x = scale_channels(x, multiplier)
-    return x if rotation is None else rotate(x.astype(jnp.float32), rotation)
+    return x if rotation is None else rotate_from(x.astype(jnp.float32), rotation, rotated_from)
 
 
 def _keep(

@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import codec, device
 from pallas_kernels.functions import SQRT_2_PI, Norm, Part, join
-from pallas_kernels.quantize import channels
+from pallas_kernels.quantize import channels, reference
 
 MAX_K = 32768  # elements of a row that registers hold
 ELEMENTS = 8  # of a thread in each part of a row: 16 bytes of bfloat16
@@ -43,7 +43,8 @@ _SIGNED = (
     "prmt.b32 e, $5, $6, 0x00fb; prmt.b32 f, $7, $8, 0x00fb; prmt.b32 n, e, f, 0x5410; "
     "sub.u32 v, 0x80808080, w; xor.b32 v, v, 0x80808080; lop3.b32 $0, n, v, w, 0xca; }"
 )
-_Columns = tuple[int, int, str | None, int | None]  # start, size, activation and times of a part
+# start, size, activation and times of a part, and the channels of a block that is rotated
+_Columns = tuple[int, int, str | None, int | None, int | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,14 @@ class _Span:
     size: int
     activation: str | None
     times: int | None  # of that array, the first column of those that multiply
+    rotation: int | None  # channels of a block
+
+    def lacking(self, plan: "_Plan") -> float:
+        """Return what values behind the rotation are still to be multiplied by.
+
+        That is a power of two: the row's multiplier takes it, which changes no integer.
+        """
+        return 1.0 if self.rotation is None or not plan.signed else channels.root(self.rotation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +80,6 @@ class _Plan:
     step: str
     levels: str
     rounding: str
-    rotation: int | None  # channels of a block
     packed: bool  # codes and shifts are written, else decoded values
     interpret: bool
 
@@ -89,24 +97,48 @@ def quantize(
     norm: Norm | None = None,  # of [k] or [images, k]
     multiplier: jax.Array | None = None,  # [k]
     rotation: int | None = None,  # channels of a block
+    rotated_from: int = 0,  # first channel that is rotated
     wide: jax.Array | None = None,  # bool [groups]
     **options,  # of `_quantize`
 ) -> tuple[jax.Array | None, ...]:
     """Quantize each row; see `reference.quantize`."""
-    parts = x if isinstance(x, tuple) else (Part(array=x, start=0, size=x.shape[1]),)
+    parts = _as_parts(x)
     # Columns that are no whole groups, or start where no wide load can, are copied first.
     whole = max(_ALIGNED, rotation or 0)
     starts = {start for part in parts for start in (part.start, part.times or 0)}
-    if any(start % _ALIGNED for start in starts) or any(part.size % whole for part in parts):
-        joined = join(parts)
-        parts = (Part(array=joined, start=0, size=joined.shape[1]),)
-    arrays = tuple(part.array for part in parts)
-    columns = tuple((part.start, part.size, part.activation, part.times) for part in parts)
+    odd = any(start % _ALIGNED for start in starts) or any(part.size % whole for part in parts)
+    if rotated_from and (odd or rotated_from % whole):
+        rotated: dict[str, Any] = {"rotation": rotation, "rotated_from": rotated_from}
+        parts = _as_parts(reference.before(x, norm, multiplier, **rotated))
+        norm = multiplier = rotation = None
+    elif odd:
+        parts = _as_parts(join(parts))
+    arrays, columns = _columns(parts, rotation, rotated_from)
     if norm is not None:
         images = norm.images
         norm = jax.tree.map(lambda v: jnp.broadcast_to(v, (images, v.shape[-1])), norm)
     mask = None if wide is None else jnp.asarray(wide, jnp.int8)
-    return _quantize(arrays, norm, multiplier, mask, columns=columns, rotation=rotation, **options)
+    return _quantize(arrays, norm, multiplier, mask, columns=columns, **options)
+
+
+def _as_parts(x: jax.Array | tuple[Part, ...]) -> tuple[Part, ...]:
+    return x if isinstance(x, tuple) else (Part(array=x, start=0, size=x.shape[1]),)
+
+
+def _columns(
+    parts: tuple[Part, ...], rotation: int | None, first: int
+) -> tuple[tuple[jax.Array, ...], tuple[_Columns, ...]]:
+    """Return arrays and columns of parts; one that the first rotated channel lies in is cut."""
+    arrays, columns, at = [], [], 0
+    for part in parts:
+        before = min(max(first - at, 0), part.size) if rotation else 0
+        for skipped, size, turned in ((0, before, None), (before, part.size - before, rotation)):
+            if size:
+                times = None if part.times is None else part.times + skipped
+                columns.append((part.start + skipped, size, part.activation, times, turned))
+                arrays.append(part.array)
+        at += part.size
+    return tuple(arrays), tuple(columns)
 
 
 # Under jit of its own a kernel that a program calls many times is lowered once.
@@ -120,7 +152,6 @@ def quantize(
         "step",
         "levels",
         "rounding",
-        "rotation",
         "packed",
         "interpret",
     ),
@@ -138,7 +169,6 @@ def _quantize(
     step: str,
     rounding: str,
     levels: str = "uniform",
-    rotation: int | None = None,
     packed: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array | None, ...]:
@@ -147,7 +177,7 @@ def _quantize(
     missing = -k % max(group_size, 16)
     if missing:
         arrays = (jnp.pad(arrays[0], [(0, 0), (0, missing)], mode="wrap"),)
-        columns = ((0, k + missing, None, None),)
+        columns = ((0, k + missing, None, None, columns[0][-1]),)
         norm, multiplier = jax.tree.map(
             lambda v: jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, missing)], mode="wrap"),
             (norm, multiplier),
@@ -164,7 +194,6 @@ def _quantize(
         step=step,
         levels=levels,
         rounding=rounding,
-        rotation=rotation,
         packed=packed,
         interpret=interpret,
     )
@@ -211,13 +240,10 @@ def _kernel(x_refs, norm, multiplier_ref, mask_ref, out_refs, scale_ref, lo_ref,
     if multiplier_ref is not None:
         pairs = zip(plan.spans, parts, strict=True)
         parts = [_scale_channels(part, multiplier_ref, span, plan) for span, part in pairs]
-    if plan.rotation is not None:
-        parts = [_rotate(part, plan.rotation) for part in parts]
-        if not plan.signed:
-            parts = [part * jnp.float32(channels.root(plan.rotation)) for part in parts]
+    parts = [_rotate(part, span, plan) for span, part in zip(plan.spans, parts, strict=True)]
     lo, multiplier = _scale_row(parts, row, scale_ref, lo_ref, plan)
     for span, part in zip(plan.spans, parts, strict=True):
-        _store(part, span, row, lo, multiplier, mask_ref, out_refs, plan)
+        _store(part, span, row, lo, multiplier * span.lacking(plan), mask_ref, out_refs, plan)
 
 
 def _load(x_ref, row, span: _Span, interpret: bool) -> jax.Array:
@@ -318,17 +344,16 @@ def _scale_channels(part: jax.Array, multiplier_ref, span: _Span, plan: _Plan) -
     return _assemble("mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", arrays, jnp.float32)
 
 
-def _rotate(x: jax.Array, size: int) -> jax.Array:
-    """Return `channels.rotate` of whole blocks but for its factor `channels.root(size)`.
-
-    That is a power of two: the row's multiplier takes it, which changes no integer.
-    """
+def _rotate(x: jax.Array, span: _Span, plan: _Plan) -> jax.Array:
+    """Return `channels.rotate` of a span but for the factor that it lacks by itself."""
+    if span.rotation is None:
+        return x
     distance = 1
-    while distance < size:
+    while distance < span.rotation:
         step = _step_in_thread if distance < ELEMENTS else _step_between_threads
         x = step(x, distance)
         distance *= 4
-    return x
+    return x if plan.signed else x * jnp.float32(channels.root(span.rotation))
 
 
 def _step_in_thread(x: jax.Array, distance: int) -> jax.Array:
@@ -373,16 +398,11 @@ def _scale_row(
     parts: list, row, scale_ref, lo_ref, plan: _Plan
 ) -> tuple[jax.Array | None, jax.Array]:
     """Write scale and lo of the row; return lo and its multiplier, 0 where no values are kept."""
-    factor = jnp.float32(1)  # what the values still lack
     if plan.signed:
         lo, levels = None, 127
-        if plan.rotation is not None:
-            factor = jnp.float32(channels.root(plan.rotation))
-        # As integers, magnitudes keep their order and NaN is the largest.
-        pairwise = functools.partial(_larger_magnitude, interpret=plan.interpret)
-        top = _reduce(pairwise, lambda part: jnp.max(_magnitude_bits(part)), parts, jnp.maximum)
+        top = _largest(parts, plan)
         finite = top < _INFINITY_BITS
-        extent = lax.bitcast_convert_type(top, jnp.float32) * factor
+        extent = lax.bitcast_convert_type(top, jnp.float32)
     else:
         flush = channels.without_subnormals
         lo, levels = flush(_reduce(jnp.minimum, jnp.min, parts)), 255
@@ -392,12 +412,32 @@ def _scale_row(
         finite = (zero == 0) & (_magnitude_bits(extent) < _INFINITY_BITS)
     tiny = extent < codec.TINY_RANGE
     live = finite & ~tiny
-    multiplier = _divide(levels, jnp.where(live, extent, 1.0), plan.interpret) * factor
+    multiplier = _divide(levels, jnp.where(live, extent, 1.0), plan.interpret)
     scale = jnp.where(tiny, 0.0, extent * jnp.float32(1 / levels))
     plgpu.store(scale_ref.at[row], jnp.where(finite, scale, jnp.nan))
     if lo is not None:
         plgpu.store(lo_ref.at[row], jnp.where(finite, lo, jnp.nan))
     return lo, jnp.where(live, multiplier, 0.0)
+
+
+def _largest(parts: list, plan: _Plan) -> jax.Array:
+    """Return the bits of the largest magnitude: as integers they keep their order, NaN on top."""
+    pairwise = functools.partial(_larger_magnitude, interpret=plan.interpret)
+    factors = [span.lacking(plan) for span in plan.spans]
+    if len(set(factors)) > 1:  # before anything goes from thread to thread
+        parts = [part * jnp.float32(f) for f, part in _combined(pairwise, factors, parts)]
+    top = _reduce(pairwise, lambda part: jnp.max(_magnitude_bits(part)), parts, jnp.maximum)
+    factor = 1.0 if len(set(factors)) > 1 else factors[0]
+    return _bits(lax.bitcast_convert_type(top, jnp.float32) * jnp.float32(factor))
+
+
+def _combined(pairwise, factors: list[float], parts: list) -> list[tuple[float, jax.Array]]:
+    """Return one part for those of the same length and factor."""
+    found: dict[tuple, jax.Array] = {}
+    for factor, part in zip(factors, parts, strict=True):
+        key = factor, part.shape
+        found[key] = pairwise(found[key], part) if key in found else part
+    return [(factor, part) for (factor, _), part in found.items()]
 
 
 def _store(part, span: _Span, row, lo, multiplier, mask_ref, out_refs, plan: _Plan) -> None:
@@ -582,7 +622,7 @@ def _pack(codes: jax.Array) -> jax.Array:
 def _spans(columns: tuple[_Columns, ...], largest: int) -> tuple[_Span, ...]:
     """Cut a row into spans whose lengths are powers of two, as Triton wants them."""
     spans, start = [], 0
-    for array, (column, whole, activation, times) in enumerate(columns):
+    for array, (column, whole, activation, times, rotation) in enumerate(columns):
         at = 0
         while at < whole:
             size = min(largest, 1 << ((whole - at).bit_length() - 1))
@@ -594,6 +634,7 @@ def _spans(columns: tuple[_Columns, ...], largest: int) -> tuple[_Span, ...]:
                     size=size,
                     activation=activation,
                     times=None if times is None else times + at,
+                    rotation=rotation,
                 )
             )
             at += size

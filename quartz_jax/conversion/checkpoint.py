@@ -37,6 +37,7 @@ from orbax.checkpoint import v1 as ocp
 from quartz_jax import schema
 from quartz_jax.conversion.model import (
     abstract_quantized,
+    check_folded,
     check_unplaced,
     leaf_name,
     part_of,
@@ -481,7 +482,8 @@ def load(
 
     Raises:
       ValueError: there is no such component, or quartz.json or a tensor is missing, misshapen,
-        corrupt or of a newer version.
+        corrupt or of a newer version; or the model states other layers to fold rotations into than
+        it did.
     """
     manifest = read_manifest(folder)
     if component not in manifest.components:
@@ -490,6 +492,7 @@ def load(
     described = manifest.components[component]
     path = Path(folder).absolute() / component
     model = abstract_quantized(lambda: build(described.config), described.recipe)
+    check_folded(model, described.report)
     graphdef, state = nnx.split(model)
     stored = _read(path, described.parts, stored_arrays(state))
     filled = jax.tree_util.tree_map_with_path(

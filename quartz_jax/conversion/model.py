@@ -24,7 +24,7 @@ from quartz_jax.formats.storage import WeightError, check_finite, dequantize
 from quartz_jax.recipes.recipe import LayerRecipe, Recipe
 from quartz_jax.recipes.sites import Site, block_of, sites
 from quartz_jax.rounding import Nearest
-from quartz_jax.transforms import Layer, Op, Seen
+from quartz_jax.transforms import Layer, Op, Seen, TurnedRows
 from quartz_jax.transforms.base import HIGHEST
 
 M = TypeVar("M", bound=nnx.Module)
@@ -53,11 +53,27 @@ class Fitted:
         weight = put_on(sharding.mesh, (n_axes, k_axes), self.weight)
         return Fitted(weight=weight, ops=put_on(sharding.mesh, (), self.ops))
 
+    def bias(self, bias: nnx.Param | None) -> nnx.Param | None:
+        """Return what becomes of the linear's bias; shapes in place of arrays stay so."""
+        value = None if bias is None else bias.get_value()
+        if value is None or isinstance(value, jax.ShapeDtypeStruct):
+            return bias
+        turned = self.turned(value)
+        return bias if turned is value else nnx.Param(turned)
+
+    def turned(self, bias: Any) -> Any:
+        """Return a bias [n], rotated where the rows of the weight are, in bfloat16 values."""
+        op = next((op for op in self.ops if isinstance(op, TurnedRows)), None)
+        if op is None:
+            return bias
+        exact = round_to_bf16(jnp.asarray(bias)).astype(jnp.float32)
+        return round_to_bf16(op.turned(exact)).astype(bias.dtype)
+
     def module(self, linear: nnx.Linear, recipe: LayerRecipe) -> QuantizedLinear:
         """Return the module that takes the place of a linear."""
         return QuantizedLinear(
             self.weight,
-            linear.bias,
+            self.bias(linear.bias),
             recipe.activation,
             self.ops,
             dtype=linear.dtype,
@@ -265,6 +281,26 @@ def check_unplaced(model: nnx.Module, recipe: Recipe, report: Report) -> None:
             )
 
 
+def check_folded(model: nnx.Module, report: Report) -> None:
+    """Raise ValueError unless rotations are folded into the layers that they were folded into.
+
+    Which those are the model says, and its arrays don't: an edition of it that says otherwise
+    would multiply what isn't rotated.
+    """
+    now = {
+        ".".join(map(str, keys))
+        for keys, module in nnx.iter_modules(model)
+        if isinstance(module, QuantizedLinear) and module.folded
+    }
+    then = {x.path for x in report.layers if {"folded", "turned"} & {*x.weight.split()}}
+    if differing := sorted(now ^ then):
+        was, by_now = ("had a", "has none") if differing[0] in then else ("had no", "has one")
+        raise ValueError(
+            f"{differing[0]} {was} rotation folded into it when the checkpoint was written, and "
+            f"{by_now} by what the model states now; quantize again"
+        )
+
+
 def _layout(tree: Any) -> Any:
     return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
@@ -339,6 +375,9 @@ class Part:
                 (seen or {}).get(path),
             )
             reports.append(dataclasses.replace(report, role=self.roles[path]))
+            if (name := f"{path}.bias") in self.arrays:
+                bias = np.asarray(fitted.turned(params[name]))
+                arrays[name] = _as_stored(name, bias, self.arrays[name].dtype)
             for prefix, tree in (("weight", fitted.weight), ("ops", fitted.ops)):
                 for leaf, value in jax.tree_util.tree_leaves_with_path(tree):
                     arrays[f"{path}.{prefix}.{leaf_name(leaf)}"] = np.asarray(value)

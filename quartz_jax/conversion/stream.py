@@ -42,6 +42,7 @@ from quartz_jax.io.files import (
     work_folder,
 )
 from quartz_jax.recipes.recipe import Recipe
+from quartz_jax.recipes.sites import sites
 
 _PART_OVERHEAD = 2**17  # bytes at most of Orbax's own files in a part
 _LAYER_OVERHEAD = 2**11  # of its lines in quartz.json
@@ -141,6 +142,7 @@ class Conversion:
                     "  " + "  ".join(map(_align, row, widths, range(len(row)))).rstrip()
                     for row in table
                 ),
+                *_rotated_online(source),
             ]
         lines += [f"{item.name}: {item.bytes:,} bytes, carried along" for item in self.carried]
         return "\n".join(
@@ -346,6 +348,16 @@ def _component(source: Source, work: WorkFolder, base_sha256: str) -> Component:
         parts={name: record["sha256"] for name, record in records.items()},
         calibration=source.calibration.record if source.calibration and source.calibrated else None,
     )
+
+
+def _rotated_online(source: Source) -> list[str]:
+    """Return a line for each reason why a rotation isn't folded though the recipe asks for it."""
+    paths: dict[str, list[str]] = {}
+    for path, reason in source.recipe.online(sites(source.model)).items():
+        paths.setdefault(reason, []).append(path)
+    return [
+        f"  rotated online, since {reason}: {', '.join(names)}" for reason, names in paths.items()
+    ]
 
 
 def _layer_bytes(part: Part, path: str) -> tuple[int, int]:

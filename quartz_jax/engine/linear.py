@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels import functions
@@ -22,7 +23,16 @@ from pallas_kernels.sharding import axes_of, partitioned
 from quartz_jax.engine.matmul import execution, multiply, simulated_dot
 from quartz_jax.formats import BlockRows, Format, Int, Quartz, Stored
 from quartz_jax.formats.storage import axes_of_rows, dequantize, row_operand
-from quartz_jax.transforms import BlockRotation, Offset, Op, Product, Scale, TakeOut, Wide
+from quartz_jax.transforms import (
+    BlockRotation,
+    Offset,
+    Op,
+    Product,
+    Scale,
+    TakeOut,
+    TurnedRows,
+    Wide,
+)
 from quartz_jax.transforms.wide import rounded_input
 
 FEW_ROWS = 8  # rows of x up to which reading the weights is the whole cost of a weight-only layer
@@ -76,25 +86,51 @@ class QuantizedLinear(nnx.Module):
 
     def with_branch(
         self,
-        down: jax.Array,  # [k, rank], floating
-        up: jax.Array,  # [rank, n], floating
+        down: jax.Array | np.ndarray,  # [k, rank], floating
+        up: jax.Array | np.ndarray,  # [rank, n], floating
+        dtype: Any,  # that the branch is multiplied in
     ) -> "QuantizedLinear":
-        """Return a copy that adds x down up, as an adapter does; it shares the weight.
+        """Return a copy that adds x down up, as an adapter of the 16-bit linear does.
 
-        The product is added in the epilogue. Where the layer's input is int8, what a 16-bit branch
-        would read is near enough (as `apart` has it), so nothing is computed for the branch alone;
-        elsewhere it reads x itself.
+        It shares the weight. The product is added in the epilogue. Where the layer's input is int8,
+        what a 16-bit branch would read is near enough (as `apart` has it), so nothing is computed
+        for the branch alone; elsewhere it reads x itself.
         """
         ops = self.ops.get_value() if self.ops else ()
+        down, up = (jnp.asarray(x, jnp.float32) for x in (down, up))
+        wide, turned = self._beside(down, up)
+        branch = Product(down=wide.astype(dtype), up=turned.T.astype(dtype))
         return QuantizedLinear(
             self.weight.get_value(),
             self.bias,
             self.activation,
-            _with_product(ops, Product(down=down, up=up.T), self.activation),
+            _with_product(ops, branch, down, self.activation),
             dtype=self.dtype,
             role=self.role,
             simulated=self.simulated,
         )
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is given some channels rotated, or gives some so, unlike the linear."""
+        ops = self.ops.get_value() if self.ops else ()
+        return any(isinstance(op, TurnedRows) or getattr(op, "folded", None) for op in ops)
+
+    def _beside(
+        self,
+        down: jax.Array,  # float32 [k, rank]
+        up: jax.Array,  # float32 [rank, n]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the factors of a branch beside the 16-bit linear for one beside this layer.
+
+        Where rotations are folded, it is given some channels rotated, or is to give some so.
+        """
+        for op in self.ops.get_value() if self.ops else ():
+            if isinstance(op, BlockRotation):
+                down = op.given(down.T).T
+            elif isinstance(op, TurnedRows):
+                up = op.turned(up)
+        return down, up
 
     def __call__(
         self,
@@ -166,6 +202,7 @@ class Given:
     norm: Norm | None = None  # of [k] or [images, k]
     multiplier: jax.Array | None = None  # float32 [k]
     rotation: int | None = None  # channels of a block
+    rotated_from: int = 0  # first channel that is rotated
     wide: jax.Array | None = None  # bool [groups of a QuaRTZ format]: those that keep eight bits
 
     @property
@@ -175,7 +212,7 @@ class Given:
 
     def value(self) -> jax.Array:
         """Return the input itself, [m, k]: float32 behind a multiplier or a rotation."""
-        return before(self.rows, self.norm, self.multiplier, rotation=self.rotation)
+        return before(self.rows, self.norm, self.multiplier, **self._rotated)
 
     def images(self, format: Format) -> jax.Array:
         """Return the input as a format takes it: images apart if rows share something there."""
@@ -203,7 +240,7 @@ class Given:
             self.rows,
             norm=self.norm,
             multiplier=self.multiplier,
-            rotation=self.rotation,
+            **self._rotated,
             **kind,
         )
 
@@ -218,11 +255,28 @@ class Given:
         norm = jax.tree.map(lambda vector: vector * factor, self.norm)
         return dataclasses.replace(self, norm=norm)
 
-    def rotated(self, size: int) -> "Given":
-        """Return it with blocks of channels rotated, in the pass if that has the size."""
-        if self.rotation is None and size in channels.SIZES:
-            return dataclasses.replace(self, rotation=size)
-        return self.behind(channels.rotate(self.value().astype(jnp.float32), size))
+    def rotated(self, op: BlockRotation) -> "Given":
+        """Return it with blocks of channels rotated, in the pass if that has the size.
+
+        Channels before the op's first come rotated already, if they are to be.
+        """
+        if op.first == self.k:
+            return self
+        if self.rotation is None and op.size in channels.SIZES and op.first % op.size == 0:
+            return dataclasses.replace(self, rotation=op.size, rotated_from=op.first)
+        wide = self.value().astype(jnp.float32)
+        return self.behind(channels.rotate_from(wide, op.size, op.first))
+
+    @property
+    def k(self) -> int:
+        """Channels."""
+        if isinstance(self.rows, tuple):
+            return sum(part.size for part in self.rows)
+        return self.rows.shape[1]
+
+    @property
+    def _rotated(self) -> dict[str, Any]:
+        return {"rotation": self.rotation, "rotated_from": self.rotated_from}
 
 
 def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Given, Epilogue]:
@@ -232,7 +286,7 @@ def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Give
         if isinstance(op, Scale):
             given = given.scaled(op.factor)
         elif isinstance(op, BlockRotation):
-            given = given.rotated(op.size)
+            given = given.rotated(op)
         elif isinstance(op, Product):
             inner = op.inner(given.value().astype(dtype))
             epilogue = _with_branch(epilogue, inner, op.up.astype(dtype))
@@ -241,6 +295,8 @@ def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Give
             taken = whole[:, op.index].astype(dtype)
             epilogue = _with_branch(epilogue, taken, op.weight.astype(dtype))
             given = given.behind(whole.at[:, op.index].set(0))
+        elif isinstance(op, TurnedRows):  # the layers behind expect them so
+            continue
         elif isinstance(op, Wide):  # the last of all
             given = dataclasses.replace(given, wide=op.groups)
         elif isinstance(op, Offset):
@@ -256,10 +312,13 @@ def through(ops: tuple[Op, ...], given: Given, epilogue: Epilogue) -> tuple[Give
 
 
 def _with_product(
-    ops: tuple[Op, ...], branch: Product, activation: Format | None
+    ops: tuple[Op, ...],
+    branch: Product,  # of what the layer is given
+    down: jax.Array,  # float32 [k, rank]: of what the 16-bit linear is given, before all ops
+    activation: Format | None,
 ) -> tuple[Op, ...]:
     """Return ops with one branch more: last, if it may read the quantized input, else first."""
-    narrow = branch.down.T.astype(jnp.float32) if _is_int8(activation) else None
+    narrow = down.T if _is_int8(activation) else None
     for op in ops:
         narrow = None if narrow is None else op.behind(narrow)
     if narrow is None:

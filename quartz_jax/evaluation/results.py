@@ -23,6 +23,7 @@ from quartz_jax.evaluation.metrics import Interval, bootstrap_interval
 from quartz_jax.io import provenance
 from quartz_jax.io.files import atomic_file, read_json
 from quartz_jax.io.images import to_bytes
+from quartz_jax.recipes.recipe import Recipe
 from quartz_jax.recipes.sites import linears
 from quartz_jax.transforms import Seen
 
@@ -298,8 +299,19 @@ def open_scores(results: dict[str, Any], name: str, identity: Mapping[str, Any])
 
 
 def is_of(entry: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    """Whether an entry's figures are of a row."""
-    return all(entry.get(key) == value for key, value in identity.items())
+    """Whether an entry's figures are of a row; fields that recipes lacked then have defaults."""
+    return all(
+        entry.get(key) == value or (key == "recipe" and _same_recipe(entry.get(key), value))
+        for key, value in identity.items()
+    )
+
+
+def _same_recipe(found: Any, expected: Any) -> bool:
+    """Whether two recipes in JSON are the same."""
+    try:
+        return Recipe.from_json(found) == Recipe.from_json(expected)
+    except ValueError:
+        return False
 
 
 def folder_name(name: str) -> str:

@@ -90,6 +90,9 @@ _PHRASES: dict[str, tuple[Transform, ...]] = {
     "smooth.5": (Smooth(alpha=0.5),),
     "rotate16": (Rotate(block=16),),
     "rotate64": (Rotate(block=64),),
+    # in heads of attention for nothing, the rest in the pass that quantizes
+    "fold16": (Rotate(block=16, fold=16),),
+    "fold64": (Rotate(block=16, fold=64),),
     "svdquant": (Smooth(), LowRank()),
 }
 

@@ -17,6 +17,7 @@ from quartz_jax import schema
 from quartz_jax.formats import Format, Int, Quartz, Stored
 from quartz_jax.io.files import read_json
 from quartz_jax.recipes.earlier import from_version_2
+from quartz_jax.recipes.fold import fold
 from quartz_jax.recipes.sites import ROLES, Site
 from quartz_jax.rounding import Nearest, Rounding
 from quartz_jax.transforms import Layer, Transform, Wide
@@ -225,6 +226,8 @@ class Recipe:
     def assign(self, sites: Iterable[Site]) -> dict[str, LayerRecipe]:
         """Return what is done to each layer that is quantized, by path, in the order of sites.
 
+        Rotations are folded where they say so and the model lets them.
+
         Args:
           sites: all layers of the model, `recipes.sites.sites`.
 
@@ -232,7 +235,21 @@ class Recipe:
           ValueError: a rule with a path decides no layer, none of the rules does, or one decides a
             layer that can't be quantized; the layer and its class are named.
         """
+        return self._folded(sites)[0]
+
+    def online(self, sites: Iterable[Site]) -> dict[str, str]:
+        """Return why layers whose rotation was to be folded rotate online all the same, by path.
+
+        Those have a reason that read what attention makes. Arguments and errors as for `assign`.
+        """
+        return self._folded(sites)[1]
+
+    def _folded(self, sites: Iterable[Site]) -> tuple[dict[str, LayerRecipe], dict[str, str]]:
         sites = list(sites)
+        return fold(self._assigned(sites), sites)
+
+    def _assigned(self, sites: list[Site]) -> dict[str, LayerRecipe]:
+        """Return what the rules say of each layer."""
         first = {s.path: next((r for r in self.rules if r.match(s)), None) for s in sites}
         decided = [rule for rule in first.values() if rule is not None]
         for rule in self.rules:

@@ -11,18 +11,20 @@ from quartz_jax.transforms.base import (
     Seen,
     TakeOut,
     Transform,
+    TurnedRows,
     Wide,
     run_ops,
 )
 from quartz_jax.transforms.low_rank import LowRank
 from quartz_jax.transforms.permute import Sort
 from quartz_jax.transforms.residual import ResidualChannels
-from quartz_jax.transforms.rotate import Rotate
+from quartz_jax.transforms.rotate import Folded, Rotate, Turned
 from quartz_jax.transforms.shift import Shift
 from quartz_jax.transforms.smooth import ReverseSmooth, Smooth
 
 __all__ = [
     "BlockRotation",
+    "Folded",
     "Layer",
     "LowRank",
     "Offset",
@@ -39,6 +41,8 @@ __all__ = [
     "Sort",
     "TakeOut",
     "Transform",
+    "Turned",
+    "TurnedRows",
     "Wide",
     "run_ops",
 ]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize.channels import rotate
+from pallas_kernels.quantize.channels import rotate, rotate_from
 
 if TYPE_CHECKING:
     from quartz_jax.recipes.recipe import LayerRecipe
@@ -78,6 +78,10 @@ class Op:
         """
         return weight
 
+    def after(self, y: jax.Array) -> jax.Array:
+        """Return what becomes of the product [..., n], its bias added: itself but for few ops."""
+        return y
+
 
 @pytree
 class Scale(Op):
@@ -138,38 +142,90 @@ class Offset(Op):
 
 @pytree
 class BlockRotation(Op):
-    """Rotates blocks of channels by one orthogonal matrix, `hadamard(size)`."""
+    """Rotates blocks of channels by one orthogonal matrix, `hadamard(size)`.
 
-    size: int = static()
+    Channels before `first` come rotated already from the layers that made them, `TurnedRows`:
+    nothing is done for them at run time. What the op is to the 16-bit model's input has it all.
+    """
+
+    size: int = static()  # channels of a block, from `first` on
+    first: int = static(0)
+    folded: int | None = static(None)  # channels of a block before `first`
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """Return x with its blocks rotated."""
-        return rotate(x, self.size), None
+        return self._rotate(x), None
 
     def back(self, weight: jax.Array) -> jax.Array:
         """Return the weight rotated: the matrix is symmetric, its own inverse."""
-        return rotate(weight, self.size)
+        return self._rotate(weight)
 
     behind = back
 
     def see(self, seen: Seen) -> Seen:
         """Return the statistics behind the rotation; maxima are bounds unless there are rows."""
-        rows = mapped(lambda rows: rotate(rows, self.size), seen.rows)
+        rows = mapped(self._rotate, seen.rows)
         absmax = mapped(self._bound, seen.absmax)
         if rows is not None and absmax is not None:
             absmax = jnp.max(jnp.abs(rows), axis=(0, 1))
-        both = mapped(lambda gram: rotate(gram, self.size), seen.gram)
+        both = mapped(self._rotate, seen.gram)
         return Seen(
             rows=rows,
             absmax=absmax,
-            mean=mapped(lambda mean: rotate(mean, self.size), seen.mean),
-            gram=mapped(lambda gram: rotate(gram.T, self.size).T, both),
+            mean=mapped(self._rotate, seen.mean),
+            gram=mapped(lambda gram: self._rotate(gram.T).T, both),
         )
 
+    def given(self, x: jax.Array) -> jax.Array:
+        """Return x [..., k] of the 16-bit model as the quantized one gives it to the layer."""
+        if self.folded is None:
+            return x
+        front = rotate(x[..., : self.first], self.folded)
+        return jnp.concatenate([front, x[..., self.first :]], axis=-1)
+
+    def _rotate(self, x: jax.Array) -> jax.Array:
+        return rotate_from(self.given(x), self.size, self.first)
+
     def _bound(self, absmax: jax.Array) -> jax.Array:
-        blocks = absmax.reshape(-1, self.size)
-        total = jnp.sum(blocks, axis=1, keepdims=True) * self.size**-0.5
-        return jnp.broadcast_to(total, blocks.shape).reshape(-1)
+        front, rest = absmax[: self.first], absmax[self.first :]
+        front = front if self.folded is None else _block_bound(front, self.folded)
+        return jnp.concatenate([front, _block_bound(rest, self.size)])
+
+
+def _block_bound(absmax: jax.Array, size: int) -> jax.Array:
+    """Return the most that a rotation of blocks makes of channels with these maxima, [k]."""
+    blocks = absmax.reshape(-1, size)
+    total = jnp.sum(blocks, axis=1, keepdims=True) * size**-0.5
+    return jnp.broadcast_to(total, blocks.shape).reshape(-1)
+
+
+@pytree
+class TurnedRows(Op):
+    """Marks rows of a weight that are rotated in blocks, for the layers that read their outputs.
+
+    Those layers' weights are, too: nothing is done at run time. Else `after` turns them back.
+    """
+
+    size: int = static()  # channels of a block, `hadamard(size)`
+    first: int = static()  # row
+    rows: int = static()
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        """Return x."""
+        return x, None
+
+    def see(self, seen: Seen) -> Seen:
+        """Return the statistics as they are."""
+        return seen
+
+    def after(self, y: jax.Array) -> jax.Array:
+        """Return the product [..., n] as the 16-bit model has it."""
+        return self.turned(y)
+
+    def turned(self, y: jax.Array) -> jax.Array:
+        """Return y [..., n] with its values rotated: the other way is the same, in float32."""
+        parts = jnp.split(y, [self.first, self.first + self.rows], axis=-1)
+        return jnp.concatenate([parts[0], rotate(parts[1], self.size), parts[2]], axis=-1)
 
 
 @pytree
@@ -299,7 +355,10 @@ class Layer:
         given, added = run_ops(self.ops, x)
         y = jnp.matmul(given, self.weight.T, precision=HIGHEST)
         y = y if self.bias is None else y + self.bias
-        return y if added is None else y + added
+        y = y if added is None else y + added
+        for op in reversed(self.ops):
+            y = op.after(y)
+        return y
 
 
 class Transform(abc.ABC):

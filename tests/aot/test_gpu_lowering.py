@@ -482,6 +482,25 @@ def test_rotations_shuffle_registers_and_use_no_shared_memory(rotation, shuffled
     assert memory_rotated == memory
 
 
+def test_channels_that_come_rotated_take_no_instruction_of_a_rotation(tmp_path):
+    """Of 8192 channels 6144 are rotated: three quarters of the additions and shuffles."""
+
+    def counts(**rotated):
+        def make(shape, **where):
+            shape = dataclasses.replace(shape, k=8192)
+            operation, args, options = quantize_call(shape, **where)
+            return operation, args, options | rotated
+
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        ptx = compile_for(H100, make, "triton", folder)
+        words = ("add.rn.f32", "sub.rn.f32", "shfl.sync")
+        return np.array([ptx.count(word) for word in words])
+
+    plain, part = counts(), counts(rotation=16, rotated_from=2048)
+    np.testing.assert_array_equal(4 * (part - plain), 3 * (counts(rotation=16) - plain))
+
+
 @on_gpus
 def test_norm_and_rotation_move_whole_vectors(gpu, tmp_path):
     ptx = compile_for(gpu, qk_norm_rope_call, "triton", tmp_path)

@@ -135,6 +135,13 @@ def test_rotated_channels_stretched_levels_and_wide_groups_compile(chip, rotatio
 
 
 @on_chips
+@pytest.mark.parametrize("first", [3072, 48])
+def test_rows_that_are_rotated_from_a_channel_on_compile(chip, first):
+    options = {"rotation": 16, "rotated_from": first, "step": "integer", "levels": "stretched"}
+    compile_quantize(chip, 256, 15360, **options)
+
+
+@on_chips
 @pytest.mark.parametrize("group_size", [8, 64])
 def test_odd_rows_and_other_groups_compile(chip, group_size):
     options = {"norm": True, "packed": True, "range": "minmax", "group_size": group_size}

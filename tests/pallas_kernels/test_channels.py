@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantize.channels import SIZES, hadamard, rotate, scale_channels
+from pallas_kernels.quantize.channels import SIZES, hadamard, rotate, rotate_from, scale_channels
 
 sizes = pytest.mark.parametrize("size", SIZES)
 
@@ -23,6 +23,14 @@ def test_the_matrix_is_orthonormal_symmetric_and_regular(size):
 def test_rotating_unit_vectors_gives_the_matrix(size):
     rotated = rotate(jnp.eye(2 * size, dtype=jnp.float32), size)
     np.testing.assert_array_equal(rotated, np.kron(np.eye(2), hadamard(size)))
+
+
+@pytest.mark.parametrize("first", [0, 16, 48])
+def test_rotating_from_a_channel_on_is_the_matrix_beside_ones(first):
+    wanted = np.eye(64)
+    wanted[first:, first:] = np.kron(np.eye(4 - first // 16), hadamard(16))
+    found = rotate_from(jnp.eye(64, dtype=jnp.float32), 16, first)
+    np.testing.assert_array_equal(found, wanted)
 
 
 @sizes

@@ -247,6 +247,28 @@ class TestQuantize:
         options = {"group_size": 16, "rotation": rotation, **CONFIGS[0]}
         assert_near(functools.partial(of_parts, subject), arrays, joined, **options)
 
+    @pytest.mark.parametrize("rotation", channels.SIZES)
+    @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[4], STRETCHED], ids=str)
+    @pytest.mark.parametrize(("k", "blocks"), [(1536, 1), (1536, 4), (2304, 8)])
+    def test_channels_before_the_first_that_is_rotated_stay(
+        self, subject, k, blocks, config, rotation
+    ):
+        x = random_input(np.random.default_rng(k + blocks), 5, k, jnp.bfloat16)
+        first = blocks * rotation
+        options = {"group_size": 16, "rotation": rotation, "rotated_from": first}
+        assert_same(subject, x, **options, **config)
+
+    @pytest.mark.parametrize("first", [16, 48, 192, 208])
+    @pytest.mark.parametrize("multiplied", [False, True])
+    def test_part_of_parts_is_rotated(self, subject, first, multiplied):
+        rng = np.random.default_rng(first)
+        arrays = tuple(rng.standard_normal((7, n)).astype(jnp.bfloat16) * 4 for n in (192, 896))
+        joined = functools.partial(of_parts, reference.quantize)
+        options = {"group_size": 16, "rotation": 16, "rotated_from": first, **CONFIGS[0]}
+        if multiplied:
+            options["multiplier"] = np.exp(rng.standard_normal(1024)).astype(np.float32)
+        assert_near(functools.partial(of_parts, subject), arrays, joined, **options)
+
     @pytest.mark.parametrize(("norm", "rotation"), [(False, None), (True, None), (False, 64)])
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("range_", ["absmax", "minmax"])
@@ -421,6 +443,9 @@ PART = quantize.Part(array=np.ones((3, 8), np.float32), start=0, size=8)
         ({"multiplier": np.ones(37, int)}, "multiplier has dtype int64; it must be floating"),
         ({"rotation": 32}, "rotation is 32; it must be None, 16, 64 or 256"),
         ({"rotation": 16}, "k is 37 with rotation=16; it must be a multiple of that"),
+        ({"rotated_from": 16}, "rotated_from is 16 without a rotation"),
+        ({"rotated_from": 37}, "rotated_from is 37; it must be one of the 37 channels"),
+        ({"rotated_from": -1}, "rotated_from is -1; it must be one of the 37 channels"),
         (
             {"wide": [True, False]},
             r"wide is bool\[2\]; it must be None or one boolean for each of 3",

@@ -14,7 +14,7 @@ from models.flux.family import FLUX
 from models.linear import modulation, normalize
 from models.lora import add_lora, read_lora
 from quartz_jax import Int, QuantizedLinear, Quartz, get_recipe, quantize, quantize_model
-from quartz_jax.transforms import BlockRotation, Offset, Permute, Product, Scale, TakeOut
+from quartz_jax.transforms import BlockRotation, Offset, Permute, Product, Scale, TakeOut, TurnedRows
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
 import lora_files
@@ -99,11 +99,26 @@ def test_a_branch_reads_the_input_in_front_of_all_ops(ops, format):
     x, down, up = (jnp.asarray(random.normal(size=s), jnp.float32) for s in shapes)
     weight = quantize(random.normal(size=(96, 64)).astype(np.float32) / 8)
     layer = QuantizedLinear(weight, None, format, ops)
-    found = layer.with_branch(down, up)(x) - layer(x)
+    found = layer.with_branch(down, up, jnp.float32)(x) - layer(x)
     expected = x @ down @ up
     # It reads the int8 input unless an op in between added to that or took from it.
     exact = format != Int(width=8) or any(isinstance(op, Offset | TakeOut) for op in ops)
     bound = 1e-5 if exact else 0.03  # roundings of up to 1/254 of a row's largest value
+    np.testing.assert_allclose(found, expected, atol=bound * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("format", [Int(width=8), Quartz(), None], ids=["int8", "quartz", "16"])
+def test_a_branch_is_of_the_16_bit_linear_where_rotations_are_folded(format):
+    """The layer is given channels rotated and gives rows so; the adapter knows neither."""
+    rotation, turned = BlockRotation(size=16, first=32, folded=8), TurnedRows(8, 16, 32)
+    random = np.random.default_rng(0)
+    shapes = ((5, 64), (64, 3), (3, 96))
+    x, down, up = (jnp.asarray(random.normal(size=s), jnp.float32) for s in shapes)
+    weight = quantize(random.normal(size=(96, 64)).astype(np.float32) / 8)
+    layer, given = QuantizedLinear(weight, None, format, (rotation, turned)), rotation.given(x)
+    found = layer.with_branch(down, up, jnp.float32)(given) - layer(given)
+    expected = turned.turned(x @ down @ up)
+    bound = 0.03 if format == Int(width=8) else 1e-5  # as above
     np.testing.assert_allclose(found, expected, atol=bound * np.abs(expected).max())
 
 
@@ -112,7 +127,8 @@ def test_several_branches_of_int8_layers_are_one(quantized, adapter):
     rank = sum(2 * x.down.shape[1] for x in [adapter.branches["single_blocks.0.linear1"]])
     (op,) = layer.ops.get_value()
     assert op.down.shape == (layer.in_features, rank)
-    assert layer.with_branch(op.down, op.up.T).ops.get_value()[-1].up.shape[1] in (rank, 2 * rank)
+    again = layer.with_branch(op.down, op.up.T, op.down.dtype)
+    assert again.ops.get_value()[-1].up.shape[1] in (rank, 2 * rank)
 
 
 def test_a_scale_of_zero_is_the_quantized_model(quantized, adapter):

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from quartz_jax import get_recipe
 from quartz_jax.evaluation.judges import Judges
 from quartz_jax.evaluation.pages.comparison import compare
 from quartz_jax.evaluation.prompts import Prompts
-from quartz_jax.evaluation.results import ImageStore, read_results
+from quartz_jax.evaluation.results import ImageStore, is_of, read_results
 
 INTERVAL = {"mean": 1.0, "low": 0.5, "high": 2.0}
 SUMMARY = {"weight_bits": 4.5, "activation_bits": 8.0, "runs": "executed", "psnr": INTERVAL}
@@ -146,3 +147,19 @@ def test_networks_of_other_weights_are_refused(tmp_path):
         save_file({"x": np.zeros(3, np.float32)}, tmp_path / name)
     with pytest.raises(ValueError, match="holds other networks than those needed"):
         judges(tmp_path, networks=tmp_path)
+
+
+def test_an_entry_of_a_recipe_without_later_fields_is_kept():
+    """It would be thrown away, and measured anew, whenever recipes get a field."""
+    now = get_recipe("rotate16+gptq+quartz/int8").to_json()
+    before = json.loads(json.dumps(now))
+    for rule in before["rules"]:
+        del rule["layer"]["wide"]
+        for step in rule["layer"]["transforms"]:
+            step.pop("fold")
+    assert before != now
+    assert is_of({"recipe": before, "scores": 1}, {"recipe": now})
+    other = get_recipe("fold16+gptq+quartz/int8").to_json() | {"name": now["name"]}
+    assert not is_of({"recipe": other}, {"recipe": now})
+    assert not is_of({"recipe": None}, {"recipe": now})
+    assert not is_of({"recipe": before}, {"recipe": now, "simulated": True})
