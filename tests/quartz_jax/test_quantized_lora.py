@@ -14,7 +14,15 @@ from models.flux.family import FLUX
 from models.linear import modulation, normalize
 from models.lora import add_lora, read_lora
 from quartz_jax import Int, QuantizedLinear, Quartz, get_recipe, quantize, quantize_model
-from quartz_jax.transforms import BlockRotation, Offset, Permute, Product, Scale, TakeOut, TurnedRows
+from quartz_jax.transforms import (
+    BlockRotation,
+    Offset,
+    Permute,
+    Product,
+    Scale,
+    TakeOut,
+    TurnedRows,
+)
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
 import lora_files
