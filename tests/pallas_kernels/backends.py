@@ -5,8 +5,10 @@ python -m pytest tests/pallas_kernels`) only what is made for it runs, and nothi
 """
 
 import dataclasses
+import functools
 import inspect
 import re
+from collections.abc import Callable
 
 import jax
 import pytest
@@ -80,6 +82,36 @@ class Subject:
         gpu = self.made_for is not None and self.made_for.platform == "gpu"
         interpret = {"interpret": True} if gpu and not ON_HARDWARE else {}
         return self.backend.run(*args, **kwargs, **interpret)
+
+
+def is_known(option: str, value: bool | int) -> bool:
+    """Return whether XLA has an option: versions drop some."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: value})()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+@functools.cache
+def quickly() -> dict[str, bool | int]:
+    """Return how interpreted kernels are compiled.
+
+    What XLA's CPU compiler makes of the interpreter says nothing of the kernel on its hardware, and
+    takes most of these tests' time.
+    """
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    return {} if ON_HARDWARE else {x: v for x, v in options.items() if is_known(x, v)}
+
+
+def jit(subject: Callable, function: Callable | None = None) -> Callable:
+    """Return a subject under jit, or a function that calls it, compiled quickly if interpreted."""
+    interpreted = isinstance(subject, Subject) and subject.made_for is not None
+    return jax.jit(function or subject, compiler_options=quickly() if interpreted else None)
 
 
 def subjects(operation: Operation, *, without: str = "") -> list:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import ON_HARDWARE, subjects
+from backends import ON_HARDWARE, jit, subjects
 
 from pallas_kernels import device
 from pallas_kernels.attention import (
@@ -99,7 +99,7 @@ class TestAttention:
     @of_shapes
     def test_close_to_float64(self, subject, shape, data):
         q, k, v = heads_of(1, shape, data)
-        found = jax.jit(lambda *a: subject(*a, scale=0.1))(q, k, v)
+        found = jit(subject, lambda *a: subject(*a, scale=0.1))(q, k, v)
         assert found.dtype == jnp.bfloat16
         error, gain = error_and_gain(found, exact(q, k, v, 0.1))
         # p and the result are rounded to bfloat16, 2**-9 at most and 0.0017 rms each.
@@ -122,7 +122,7 @@ class TestAttentionInt8Fp8:
     def test_close_to_float64(self, subject, shape, data):
         q, k, v = heads_of(2, shape, data)
         scale = 1 / math.sqrt(shape[-1])
-        found = jax.jit(lambda x: whole(subject, x, scale=scale))(quantized(q, k, v))
+        found = jit(subject, lambda x: whole(subject, x, scale=scale))(quantized(q, k, v))
         assert found.dtype == jnp.bfloat16
         assert found.shape == q.shape
         error, gain = error_and_gain(found, exact(q, k, v, scale))
@@ -133,7 +133,7 @@ class TestAttentionInt8Fp8:
     @of_shapes
     def test_close_to_the_reference_on_the_same_codes(self, subject, shape, data):
         heads = quantized(*heads_of(3, shape, data))
-        found = jax.jit(lambda x: whole(subject, x, scale=0.1))(heads)
+        found = jit(subject, lambda x: whole(subject, x, scale=0.1))(heads)
         wanted = np.asarray(whole(reference.attention_int8_fp8, heads, scale=0.1), np.float64)
         # The same codes but for those at a rounding's edge; sums of 128 in some 14 bits, and one
         # rounding to bfloat16.

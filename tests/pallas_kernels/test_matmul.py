@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import ON_HARDWARE, Subject, subjects
+from backends import ON_HARDWARE, Subject, jit, subjects
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
@@ -97,7 +97,7 @@ def finish(y, *, bias=0, activation=None, gate=1, residual=0):
 @functools.cache
 def compiled(subject: Subject):
     """Jit a backend once for all tests."""
-    return jax.jit(subject)
+    return jit(subject)
 
 
 def run(subject: Subject, *operands):

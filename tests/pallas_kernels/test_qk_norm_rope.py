@@ -1,10 +1,9 @@
 """Every backend of the norm and rotation of queries and keys against float64."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import ON_HARDWARE, subjects
+from backends import ON_HARDWARE, jit, subjects
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +35,7 @@ SCALES = ("query_scale", "key_scale")
 
 def check(subject, streams, rope, heads):
     """Hold queries and keys within one rounding of float64, and values equal."""
-    found = jax.jit(lambda s, r: subject(s, r, heads=heads))(streams, rope)
+    found = jit(subject, lambda s, r: subject(s, r, heads=heads))(streams, rope)
     parts = zip(*(exact(stream, heads) for stream in streams), strict=True)
     *normed, values = (np.concatenate(part, axis=1) for part in parts)
     dtype = streams[0].qkv.dtype

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import ON_HARDWARE, subjects
+from backends import ON_HARDWARE, jit, subjects
 from test_qk_norm_rope import SCALES, exact, random_call, rotate
 
 from pallas_kernels import device
@@ -76,7 +76,7 @@ class TestQKNormRope8Bit:
         streams, rope = random_call(rng, batch, tokens, heads, d, 3 * heads * d + more, dtype)
         v_scale = rng.uniform(0.05, 4, (batch, heads, d)).astype(np.float32) if scaled else None
         function, *args = run(subject, streams, rope, heads=heads)
-        found = jax.jit(function)(*args, v_scale)
+        found = jit(subject, function)(*args, v_scale)
         count = sum(tokens)
         assert found.tokens == count
         parts = zip(*(exact(stream, heads) for stream in streams), strict=True)
@@ -93,9 +93,9 @@ class TestQKNormRope8Bit:
             for s in streams
         )
         function, *args = run(subject, streams, rope, heads=1)
-        wanted = jax.jit(function)(*args, None)
+        wanted = jit(subject, function)(*args, None)
         for other in (wide, wide[:1] + streams[1:]):
-            found = jax.jit(function)(other, rope, None)
+            found = jit(subject, function)(other, rope, None)
             jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
     def check_queries(self, found, wanted, eps):
@@ -139,7 +139,7 @@ class TestQKNormRope8Bit:
         qkv = qkv.at[0, 5, 128 + 9].set(what)  # value 5, head 0, channel 9
         streams = (dataclasses.replace(streams[0], qkv=qkv),)
         function, *args = run(subject, streams, rope, heads=2)
-        found = jax.jit(function)(*args, None)
+        found = jit(subject, function)(*args, None)
         assert np.argwhere(np.isnan(found.q_scale)).tolist() == [[0, 0, 3]]
         assert np.argwhere(np.isnan(found.k_scale)).tolist() == [[0, 1, 0]]
         values = operands.from_kernel_order(found.v.astype(jnp.float32))
@@ -152,7 +152,7 @@ class TestQKNormRope8Bit:
     def test_a_rotation_that_is_not_a_number_spoils_its_token_alone(self, subject):
         streams, rope = random_call(np.random.default_rng(7), 1, (130,), 1, 32, 96, jnp.bfloat16)
         function, *args = run(subject, streams, jnp.asarray(rope).at[1, 7, 3].set(jnp.nan), heads=1)
-        found = jax.jit(function)(*args, None)
+        found = jit(subject, function)(*args, None)
         assert np.argwhere(np.isnan(found.q_scale)).tolist() == [[0, 0, 7]]
         assert np.argwhere(np.isnan(found.k_scale)).tolist() == [[0, 0, 0]]
 

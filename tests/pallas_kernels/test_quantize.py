@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import ON_HARDWARE, Subject, subjects
+from backends import ON_HARDWARE, Subject, quickly, subjects
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +49,11 @@ def random_input(rng, m, k, dtype):
 @functools.cache
 def compiled(function, config):
     """Jit a backend or the reference once for all tests, config as pairs."""
-    return jax.jit(lambda x, arrays: function(x, **arrays, **dict(config)))
+    plain = reference.quantize in (function, *getattr(function, "args", ()))
+    return jax.jit(
+        lambda x, arrays: function(x, **arrays, **dict(config)),
+        compiler_options=None if plain else quickly(),
+    )
 
 
 def run(function, x, *, norm=None, multiplier=None, **config):
