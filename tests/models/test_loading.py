@@ -24,9 +24,10 @@ from small_flux import (
 
 import models
 from models.checkpoint_io import StoredModule, TracingRngs, stored_tensors
+from models.families import FAMILIES
 from models.flux.family import FLUX
 from models.loading import find_model, model_name
-from models.schedulers import FlowMatchEulerScheduler
+from models.schedulers import FlowMatchEulerScheduler, scheduler_from_json
 from models.sd3.family import SD3
 from models.stored_files import CheckpointError
 from models.synthetic import write_random_model
@@ -463,6 +464,16 @@ def test_a_tokenizer_s_settings_that_can_t_be_used_are_named(copy, field, value,
     edit(copy / "tokenizer/tokenizer_config.json", **{field: value})
     with pytest.raises(CheckpointError, match=re.escape(told)):
         load_tokenizer(copy / "tokenizer")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_s_schedulers_go_with_a_schedule_of_its_own(family):
+    """As --schedule folder asks."""
+    for schedule in family.schedules.values():
+        scheduler = scheduler_from_json(schedule.scheduler)
+        name = family.schedule_like(scheduler, {**family.index, **schedule.index})
+        found = family.schedules[name]
+        assert found.scheduler["_class_name"] == schedule.scheduler["_class_name"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes as POSIX has them")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -152,6 +153,39 @@ def test_a_calibrated_conversion_goes_on_after_an_interruption(models, tmp_path,
     component = checkpoint.read_manifest(tmp_path / "out").components["transformer"]
     assert component.calibration.size == (32, 16)
     assert all(layer.execution != "simulated" for layer in component.report.layers)
+
+
+def test_a_conversion_holds_no_more_than_two_blocks(tmp_path):
+    """The one that is quantized, and the next, which is read meanwhile."""
+    small = SMALL["klein"]
+    deep = dataclasses.replace(small.sizes["transformer"], num_single_layers=12)
+    small._replace(sizes=small.sizes | {"transformer": deep}).write(tmp_path / "model")
+    plan = pipelines.plan_conversion(tmp_path / "model", cli.component_recipes("w8a8"))
+    (source,) = plan.sources
+    sizes = [sum(source.read(x).nbytes for x in part.params) for part in source.parts]
+    held = Held(source.read)
+    dataclasses.replace(plan, sources=(dataclasses.replace(source, read=held),)).run(tmp_path / "x")
+    first, second = sorted(sizes)[-2:]
+    assert held.total == sum(sizes)
+    assert held.most <= first + second < held.total / 2
+
+
+class Held:
+    """Reads parameters, and counts the bytes of those that are still held by anyone."""
+
+    def __init__(self, read):
+        self.read, self.now, self.most, self.total = read, 0, 0, 0
+
+    def __call__(self, path):
+        values = self.read(path)
+        self.total += values.nbytes
+        self.now += values.nbytes
+        self.most = max(self.most, self.now)
+        weakref.finalize(values, self.let_go, values.nbytes)
+        return values
+
+    def let_go(self, size):
+        self.now -= size
 
 
 def of_roles(name, roles):
