@@ -1,4 +1,4 @@
-r"""Train the embedded DiT from photos by class, in the latents of an autoencoder that is there.
+r"""Train tiny-dit from photos by class, in the latents of an autoencoder that is there.
 
     python scripts/train_tiny_dit.py train export --data tiny-imagenet --work dit/ --out OUT
     python scripts/train_tiny_dit.py judge plot --data tiny-imagenet --out OUT

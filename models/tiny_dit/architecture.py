@@ -1,18 +1,15 @@
-"""Configurations of the embedded DiT, as diffusers writes them.
+"""Configurations of tiny-dit, a small DiT, as diffusers writes them.
 
 DiT's architecture (Peebles and Xie, arXiv 2212.09748): classes in place of text, adaLN-Zero, noise
 and a learned variance predicted, at a size that trains in minutes and samples on a CPU.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from models.dit.config import DiTConfig
 from models.dit.family import DIT
 
-FOLDER = Path(__file__).parent  # the trained weights lie beside this file
-IMAGE_SIZE = 64  # pixels a side
 SCHEDULER_CONFIG = dict(DIT.schedules["dit"].scheduler)
 STEPS = 25  # of DDIM, by default
 GUIDANCE = 4.0  # classifier-free, by default

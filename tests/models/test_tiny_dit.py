@@ -1,4 +1,4 @@
-"""The embedded DiT: its files, its parity with diffusers, and the loss that trained it."""
+"""The loss that trains the small DiT, and what is drawn once it is learned."""
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def test_the_variance_has_no_part_in_how_noise_is_learned(monkeypatch):
     loss = training.hybrid_loss(graphdef, TABLE, 8, 0.0)
 
     def gradients():  # of the noise's and of the variance's outputs
-        grads = jax.grad(loss)(params, None, small_data(), jax.random.key(1))
+        grads = jax.jit(jax.grad(loss))(params, None, small_data(), jax.random.key(1))
         bias = np.asarray(grads["final_layer"]["linear"]["bias"][...]).reshape(4, 4)
         return bias[:, :2], bias[:, 2:]
 
@@ -151,7 +151,7 @@ def test_labels_are_dropped_as_often_as_was_asked():
         loss = training.hybrid_loss(graphdef, TABLE, 32, dropout)
         # the last linears are zero at first, through which no gradient passes
         moved = jax.tree.map(lambda x: x + 0.01, params)
-        grads = jax.grad(loss)(moved, None, small_data(), jax.random.key(2))
+        grads = jax.jit(jax.grad(loss))(moved, None, small_data(), jax.random.key(2))
         rows = np.asarray(grads["layers"][0]["condition"]["label"]["embedding"][...])
         touched[dropout] = np.abs(rows).max(axis=1) > 0
     assert table[...].shape[0] == 4

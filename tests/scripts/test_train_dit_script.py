@@ -1,4 +1,4 @@
-"""The training of the embedded DiT on a small one: stopped, resumed, exported, drawn, judged."""
+"""The training of tiny-dit, on a smaller one: stopped, resumed, exported, drawn, judged."""
 
 import dataclasses
 import io
@@ -111,6 +111,30 @@ def test_training_is_stopped_resumed_exported_and_draws(photos, vae, tmp_path, c
     named, numbered = (pipeline(x, **options) for x in (["koala", "pig"], ["1", "3"]))
     np.testing.assert_array_equal(named, numbered)
     assert named.shape == (2, SIDE, SIDE, 3) and not np.array_equal(*named)
+
+
+def test_images_are_judged_by_their_classes(photos, tmp_path, capsys, monkeypatch):
+    def features(weights, images):  # a classifier by colour, in the place of EfficientNet
+        value = images[:, 0, 0, 0] * (1 if images.dtype == np.uint8 else 255)
+        logits = np.zeros((len(images), 1000))
+        logits[np.arange(len(images)), np.round((value - 20) / 60).astype(int)] = 1
+        logits[:, 500] = 2  # no class of these photos
+        return logits[:, :4], logits
+
+    def draw(pipeline, labels, guidance, steps):  # each class but the last as it should be
+        right = np.where(labels == 3, 0, labels)
+        return np.tile(((60 * right + 20) / 255)[:, None, None, None], (1, SIDE, SIDE, 3))
+
+    monkeypatch.setattr(train_tiny_dit.metrics_jax, "load_network", lambda *_: {})
+    monkeypatch.setattr(train_tiny_dit.metrics_jax, "features", features)
+    monkeypatch.setattr(train_tiny_dit, "load_pipeline", lambda *_, **__: None)
+    monkeypatch.setattr(train_tiny_dit, "draw", draw)
+    argv = ["judge", "--data", str(photos), "--classes", "4", "--out", str(tmp_path)]
+    assert not cli.run(train_tiny_dit.main, [*argv, "--count", "8", "--guidance", "1", "3"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["guidance"] for row in rows] == [1, 3]
+    assert [row["agreement"]["mean"] for row in rows] == [0.75, 0.75]
+    assert json.loads((tmp_path / "training" / "judged.json").read_text())["rows"] == rows
 
 
 def test_training_begins_with_given_weights(photos, vae, tmp_path, small):
