@@ -92,8 +92,9 @@ class Row:
 
     @property
     def is_16_bit(self) -> bool:
-        """Whether nothing is quantized."""
-        return self.checkpoint is None and not self.recipe.rules
+        """Whether nothing is quantized, neither layers nor attention."""
+        plain = not self.recipe.rules and self.recipe.attention == "bf16"
+        return self.checkpoint is None and plain
 
 
 def open_rows(
@@ -248,10 +249,9 @@ class Bench:
         entry["sigmas"] = [float(level["time"]) for level in path.levels]
         exact = pipelines.loaded_main(self.rounded)
         entry["sqnr"] = results.layer_sqnr(exact, pipelines.loaded_main(pipeline), self.inputs)
-        return {
-            "velocity": vars(bootstrap_interval(np.mean(entry["velocity"], axis=0))),
-            "sqnr": float(np.mean(list(entry["sqnr"].values()))),
-        }
+        velocity = vars(bootstrap_interval(np.mean(entry["velocity"], axis=0)))
+        layers = list(entry["sqnr"].values())  # none where attention alone is in 8 bits
+        return {"velocity": velocity} | ({"sqnr": float(np.mean(layers))} if layers else {})
 
     def finished(self, row: Row) -> bool:
         """Whether all images of a row are measured."""

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from quartz_jax import get_recipe
 from quartz_jax.cli import arguments as cli
 from quartz_jax.cli import evaluate, report
 from quartz_jax.evaluation import bench, shards
@@ -140,6 +141,19 @@ def test_a_recipe_can_stand_beside_its_simulation():
         "bf16", "w4a8x", "int4", "w4a8x (simulated)", "int4 (simulated)",
     ]  # fmt: skip
     assert rows[1].identity != rows[3].identity
+
+
+def test_a_recipe_of_attention_alone_is_measured_and_not_taken_for_the_16_bit_model(
+    argv, out, tmp_path
+):
+    """Its images were those of the 16-bit model, and its PSNR that of equal ones, 100."""
+    recipe = dataclasses.replace(get_recipe("bf16"), name="attention8", attention="int8_fp8")
+    (tmp_path / "attention8.json").write_text(json.dumps(recipe.to_json()))
+    evaluate.main(with_recipes(argv, str(tmp_path / "attention8.json")))
+    entry = json.loads(out.read_text())["recipes"]["attention8"]
+    assert "in 8 bits it needs a Hopper GPU" in entry["placement"]  # asked for, and not there
+    assert "sqnr" not in entry["summary"]
+    assert entry["velocity"]
 
 
 def test_calibration_prompts_change_what_is_measured(argv, out, tmp_path):

@@ -253,7 +253,7 @@ def _scatter(made: Comparison) -> str:
 
 
 def _by_layer_and_step(made: Comparison, most: int = 10) -> str:
-    shown = [n for n in made.ranked if "sqnr" in made.done[n]]
+    shown = [n for n in made.ranked if made.done[n].get("sqnr")]
     core = [n for n in shown if n in _COLOURS] or shown[:most]
     if not core:
         return ""
