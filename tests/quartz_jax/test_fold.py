@@ -37,7 +37,7 @@ from quartz_jax.rounding import Gptq
 from quartz_jax.transforms import BlockRotation, Folded, Rotate, Smooth, Turned, TurnedRows
 
 INT8 = Int(width=8)
-STRETCHED = Quartz(step="integer", levels="stretched", search=True)
+STRETCHED = Quartz(step="integer", levels="stretched")
 HEADS, HEAD, HIDDEN = 2, 64, 128
 FOLD = Rotate(block=16, fold=64)
 X = jax.random.normal(jax.random.key(1), (2, 6, HIDDEN))
