@@ -218,7 +218,7 @@ def matmul_prepared(
 ) -> jax.Array:
     """Multiply by prepared weights; see `pallas_kernels.matmul.matmul`."""
     (m, k), n, decode = x.shape, w.n, len(w.tiles) == 2
-    sms = 2 if interpret else _multiprocessors()
+    sms = 2 if interpret else device.processors()
     rank = 0 if epilogue.branch is None else epilogue.branch.up.shape[1]
     if config is None and not interpret:
         found = tuned.lookup("mosaic_gpu" if decode else "mosaic_gpu_int8", m, n, k)
@@ -296,13 +296,6 @@ def _flat(x: jax.Array, multiple: int) -> jax.Array:
     wide = x if x.dtype == jnp.int32 else x.astype(jnp.float32)
     rows = wide.reshape(1, -1) if x.ndim == 1 or x.shape[1] == 1 else wide
     return codec.pad(rows, multiple).reshape(-1)
-
-
-def _multiprocessors() -> int:
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.num_cores
-    return getattr(jax.devices()[0], "core_count", 132)
 
 
 def _scratch(
