@@ -43,6 +43,7 @@ FOLDER = Path(tuned.__file__).parent / "tuning"
 # What the searches pack weights as: the sizes serve every kind of them.
 GROUP = {"group_size": 16, "step": "integer", "levels": "stretched"}
 WRONG = "differs from the reference"
+CLOSE = 1.04  # times the fastest's first time: what is timed again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             entries[_key(entry)] = entry
             us = 1e6 * min(map(_median, _timed(entry["times"])))
             print(f"{name:20} {kernel:20} {us:8.1f} us {entry['best']}", flush=True)
-            table = {"entries": list(entries.values())}
+            table = {"processors": device.processors(), "entries": list(entries.values())}
             provenance.write_results(out, provenance.environment() | table)
     return int(wrong > 0)
 
@@ -129,7 +130,8 @@ def search(shape: Shape, kernel: str, seed: int, pool) -> dict[str, Any]:
     compiled = {
         config: pool.submit(compile_function, with_config(config), sets[0]) for config in configs(m)
     }
-    times = []
+    times: list[dict[str, Any]] = []
+    functions: dict[int, Callable] = {}  # to time, by their place in times
     for config, future in tqdm(compiled.items(), f"{kernel} {m}x{n}x{k}", leave=False):
         try:
             function = future.result()
@@ -137,10 +139,15 @@ def search(shape: Shape, kernel: str, seed: int, pool) -> dict[str, Any]:
             times.append({"config": dataclasses.asdict(config), "error": str(error)[:200]})
             continue
         if within_a_rounding(function(*sets[0]), wanted):
-            seconds = timing.measure(function, sets, batches=3)
+            functions[len(times)] = function
+            seconds = timing.measure(function, sets, batches=1)
             times.append({"config": dataclasses.asdict(config), "seconds": seconds})
         else:
             times.append({"config": dataclasses.asdict(config), "error": WRONG})
+    limit = CLOSE * min(map(_median, _timed(times)), default=0.0)
+    for i, function in functions.items():
+        if _median(times[i]) <= limit:
+            times[i]["seconds"] += timing.measure(function, sets, batches=2)
     best = min(_timed(times), key=_median, default={"config": None})["config"]
     return {"kernel": kernel, "m": m, "n": n, "k": k, "seed": seed, "best": best, "times": times}
 
