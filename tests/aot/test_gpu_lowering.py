@@ -365,6 +365,14 @@ def test_tiles_fit_shared_memory_and_leave_few_processors_idle(m, n, decode, ran
         assert -(-tiles // 132) <= 1.1 * ideal
 
 
+@pytest.mark.parametrize(
+    ("n", "decode", "tokens"), [(12288, True, 256), (12288, False, 192), (3072, True, 224)]
+)
+def test_the_fastest_of_measured_tiles_is_chosen(n, decode, tokens):
+    """On an H200, 4608 rows: mlp-up of FLUX in stretched levels and in int8, and proj."""
+    assert mosaic_gpu.choose_config(4608, n, decode=decode).tokens == tokens
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_symbolizer():
     """Spare each compilation the seconds in which LLVM names the frames of a stack trace."""
