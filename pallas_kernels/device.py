@@ -63,6 +63,14 @@ def current() -> Device:
     return describe(device.platform, device.device_kind)
 
 
+def processors() -> int:
+    """Return the multiprocessors of the GPU being traced for, those of an H100 if it has no say."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.num_cores
+    return getattr(jax.devices()[0], "core_count", 132)
+
+
 def triton_why_not(target: Device) -> str | None:
     """Say why Triton kernels with NVIDIA's assembly can't run on a device, or return None."""
     if target.platform == "gpu" and target.generation >= 80:

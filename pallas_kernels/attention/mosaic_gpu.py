@@ -105,7 +105,7 @@ def attention_int8_fp8(
         whole = attention_int8_fp8(heads, scale=scale, streams=(heads.tokens,), config=config)
         return split(whole[0], streams)
     config = config or choose_config(heads.tokens)
-    processors = _multiprocessors() // config.cluster
+    processors = device.processors() // config.cluster
     clustered = config.cluster > 1
     # Copies clip at the end of an axis of whole rows of the swizzle, but not along one that a tile
     # covers whole.
@@ -138,13 +138,6 @@ def attention_int8_fp8(
         out.reshape(*out.shape[:2], count, d)[:, :tokens]
         for out, tokens in zip(outs, streams, strict=True)
     )
-
-
-def _multiprocessors() -> int:
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.num_cores
-    return getattr(jax.devices()[0], "core_count", 132)
 
 
 def _scratch(config: Config, d: int, v_rows: int) -> dict:
