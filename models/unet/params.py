@@ -1,0 +1,83 @@
+"""Names of a UNet's tensors, diffusers'."""
+
+from collections.abc import Iterator
+
+from models.checkpoint_io import Rule
+from models.component import Component, Naming
+from models.unet.config import UNetConditionConfig, UNetSizes
+from models.unet.modeling import UNetCondition
+
+
+def block_names(config: UNetSizes) -> Iterator[tuple[str, str, int]]:
+    """Yield our pattern of each block, its prefix in diffusers' names, and its width."""
+    widths = config.block_out_channels
+    for side, order in (("down_blocks", widths), ("up_blocks", widths[::-1])):
+        for index, width in enumerate(order):
+            yield rf"{side}\.{index}\.", f"{side}.{index}.", width
+    yield r"mid_blocks\.0\.", "mid_block.", widths[-1]
+
+
+def common_rules(config: UNetSizes) -> list[Rule]:
+    """Return the rules of what all UNets have."""
+    rules = list(_embedder("time_in", "time_embedding"))
+    for ours, theirs, _ in block_names(config):
+        resnet, to = ours + r"resnets\.(\d+)\.", theirs + r"resnets.\1."
+        rules += [
+            Rule(pattern=ours + "downsample", sources=theirs + "downsamplers.0.conv"),
+            Rule(pattern=ours + "upsample", sources=theirs + "upsamplers.0.conv"),
+            Rule(pattern=resnet + "time_proj", sources=to + "time_emb_proj"),
+            Rule(pattern=resnet + "shortcut", sources=to + "conv_shortcut", convolution=True),
+            Rule(pattern=resnet + "(.+)", sources=to + r"\2"),
+        ]
+    return rules
+
+
+def _embedder(ours: str, theirs: str) -> Iterator[Rule]:
+    for index, name in enumerate(("in_layer", "out_layer"), 1):
+        yield Rule(pattern=rf"{ours}\.{name}", sources=f"{theirs}.linear_{index}")
+
+
+def condition_rules(config: UNetConditionConfig) -> list[Rule]:
+    """Return the rules from our module paths to those of diffusers' UNet2DConditionModel."""
+    rules = list(_embedder("add_in", "add_embedding"))
+    for ours, theirs, width in block_names(config):
+        attention, to = ours + r"attentions\.(\d+)\.", theirs + r"attentions.\1."
+        around = Rule(
+            pattern=attention + "(proj_in|proj_out)",
+            sources=to + r"\2",
+            convolution=not config.use_linear_projection,
+        )
+        inner = _transformer_block(attention + r"blocks\.(\d+)\.", to, width)
+        rules += [around, *inner, Rule(pattern=attention + "norm", sources=to + "norm")]
+    return [*rules, *common_rules(config)]
+
+
+def _transformer_block(ours: str, attention: str, width: int) -> Iterator[Rule]:
+    to = attention + r"transformer_blocks.\2."
+    joined = {"qkv": ("attn1", "qkv"), "cross_kv": ("attn2", "kv")}
+    for name, (which, parts) in joined.items():
+        sources = tuple(f"{to}{which}.to_{part}" for part in parts)
+        yield Rule(pattern=ours + name, sources=sources, rows=(width,) * len(parts))
+    table = {
+        "proj": "attn1.to_out.0",
+        "cross_q": "attn2.to_q",
+        "cross_proj": "attn2.to_out.0",
+        "up": "ff.net.0.proj",
+        "down": "ff.net.2",
+        r"(norm\d)": r"\3",
+    }
+    for name, source in table.items():
+        yield Rule(pattern=ours + name, sources=to + source)
+
+
+UNET_CONDITION = Component(
+    name="UNet of described images",
+    classes=("UNet2DConditionModel",),
+    library="diffusers",
+    config=UNetConditionConfig,
+    module=UNetCondition,
+    folder=Naming(
+        telling="mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        rules=lambda config, names: condition_rules(config),
+    ),
+)
