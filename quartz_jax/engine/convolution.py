@@ -72,6 +72,12 @@ class QuantizedConv(QuantizedLinear):
             apart = True
         return "window" if apart else "image"
 
+    def by_window(self, x: jax.Array) -> jax.Array:
+        """Return the result [b, rows, columns, n] with a scale a window, in any case."""
+        seen = self.window.unfold(x)
+        y = self(seen.reshape(-1, seen.shape[-1]))
+        return y.reshape(*seen.shape[:3], self.out_features)
+
     def _is_cut(self, format: Format) -> bool:
         """Whether a window cuts what shares something in an image's row of a format."""
         if isinstance(format, Int):
