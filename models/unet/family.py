@@ -164,7 +164,13 @@ _NOISE = {
 }
 _EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", **_NOISE}
 _ANCESTRAL = {"_class_name": "EulerAncestralDiscreteScheduler", **_NOISE}
-_DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, **_NOISE}
+_PNDM = {
+    "_class_name": "PNDMScheduler",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    **_NOISE,
+}
 
 _LEVELS: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 _CLIP_L: dict[str, Any] = {
@@ -221,7 +227,7 @@ SD = Family(
     schedules={
         "sd": Schedule(
             name="SD's",
-            scheduler=_DDIM,
+            scheduler=_PNDM,
             defaults={"num_inference_steps": 50, "true_cfg_scale": 7.5},
         )
     },

@@ -147,7 +147,7 @@ class QuantizedConv(QuantizedLinear):
             seen = self.window.unfold(dequantize(quantized).reshape(x.shape))
             given = Given(rows=seen.reshape(-1, seen.shape[-1]))
             return simulated_product(given, weight, None, epilogue)
-        if self.by_xla:
+        if self.by_xla and not isinstance(weight, PreparedWeights):
             return _convolved(quantized, weight, epilogue, self.window, x.shape)
         windows = self._windows(quantized, x.shape)
         y = multiply(windows, weight, epilogue)
@@ -168,7 +168,7 @@ def _convolved(
     weight: Stored,  # [n, taps c]
     epilogue: Epilogue,
     window: Window,
-    shape: tuple[int, int, int, int],  # of the images
+    shape: tuple[int, ...],  # of the images, [b, h, w, c]
 ) -> jax.Array:
     """Return [m, n] by XLA's convolution of int8, exact."""
     rows = row_operand(weight)

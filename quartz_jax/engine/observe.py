@@ -106,6 +106,7 @@ def whole_input(
 ) -> jax.Array:
     """Return what a layer multiplies, [..., k]: parts joined, normed and unfolded to windows."""
     if window is not None:
+        assert not isinstance(x, tuple)
         return window.unfold(x)
     if isinstance(x, tuple):
         x = jnp.concatenate([part.value() for part in x], axis=-1)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from flax import nnx
 
@@ -77,7 +77,7 @@ def layers(model: nnx.Module) -> Iterator[tuple[str, nnx.Linear | nnx.Conv]]:
             yield path, module
 
 
-def is_conv(module: nnx.Module) -> bool:
+def is_conv(module: nnx.Module) -> TypeGuard[nnx.Conv]:
     """Whether a layer is a convolution."""
     return isinstance(module, nnx.Conv)
 

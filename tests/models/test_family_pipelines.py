@@ -30,6 +30,8 @@ _LEVELS = {
     "up_block_types": ["UpDecoderBlock2D"] * 3,
 }
 
+_SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
 
 def qwen3(tokenizer):
     config = transformers.Qwen3Config(
@@ -111,9 +113,7 @@ def make_sd3(case):
 def make_sd():
     tokenizer = clip_tokenizer()
     return diffusers.StableDiffusionPipeline(
-        scheduler=diffusers.DDIMScheduler(
-            beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        ),
+        scheduler=diffusers.PNDMScheduler(**_SCALED, skip_prk_steps=True, steps_offset=1),
         vae=diffusers.AutoencoderKL(**_VAE, **_LEVELS, latent_channels=4),
         text_encoder=clip(tokenizer, hidden_size=32),
         tokenizer=tokenizer,
@@ -141,14 +141,13 @@ def make_sdxl(scheduler):
     )
 
 
-_SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 MAKE = {
     "SD": make_sd,
     "SDXL": lambda: make_sdxl(
-        diffusers.EulerDiscreteScheduler(**_SDXL, steps_offset=1, timestep_spacing="leading")
+        diffusers.EulerDiscreteScheduler(**_SCALED, steps_offset=1, timestep_spacing="leading")
     ),
     "SDXL-Turbo": lambda: make_sdxl(
-        diffusers.EulerAncestralDiscreteScheduler(**_SDXL, timestep_spacing="trailing")
+        diffusers.EulerAncestralDiscreteScheduler(**_SCALED, timestep_spacing="trailing")
     ),
     "FLUX.2 klein": lambda: make_klein(True),
     "FLUX.2 klein base": lambda: make_klein(False),
