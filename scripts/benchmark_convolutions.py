@@ -94,6 +94,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--out", type=Path, help="JSON file for the results")
+    add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     add("--batch", type=cli.positive, default=1, help="images")
     add("--batches", type=cli.positive, default=5, help="batches whose median counts")
     add("--shapes", type=cli.positive, help="only so many of the shapes, the first")
@@ -122,7 +123,7 @@ def _time_shape(shape: tuple[int, ...], count: int, options: argparse.Namespace)
     make: dict[str, Any] = {"shape": shape, "count": count}
     plain = _timed(Row(**make, recipe="bf16", way="bf16", runs="XLA"), model, images, options)[0]
     rows = [plain]
-    for recipe in RECIPES:
+    for recipe in options.recipes:
         made, _ = quantize_model(model, _of_convolutions(recipe))
         expected = None
         for way in ("matmul", "xla", "window"):

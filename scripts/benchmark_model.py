@@ -53,6 +53,7 @@ GROUPS = {
     "dequantize": "decoding",
     "qk_norm_rope": "norms and rotations of q and k",
     "quantize": "quantize passes",
+    "fprop": "convolutions",
     "nvjet": "matmuls",
     "gemm": "matmuls",
     "cutlass": "matmuls",
@@ -74,15 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     results = {}
     if args.together:
-        subjects = {name: in_recipe(model, name, args.expand, weights_key) for name in args.recipes}
+        subjects = {name: in_recipe(model, name, args, weights_key) for name in args.recipes}
         with ThreadPoolExecutor() as pool:
             list(pool.map(step.run_once, subjects.values()))
     for name in args.recipes:
-        subject = (
-            subjects.pop(name)
-            if args.together
-            else in_recipe(model, name, args.expand, weights_key)
-        )
+        subject = subjects.pop(name) if args.together else in_recipe(model, name, args, weights_key)
         results[name] = measure(subject, step, args.steps)
         if args.together:  # it was compiled among the others
             results[name]["first_call_s"] = None
@@ -94,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         provenance.write_results(args.out, record)
 
 
-def in_recipe(model: nnx.Module, name: str, expand: bool, key: jax.Array) -> nnx.Module:
+def in_recipe(model: nnx.Module, name: str, args: argparse.Namespace, key: jax.Array) -> nnx.Module:
     """Return a model as a recipe stores it, ready for this device's kernels; itself for bf16.
 
     Its arrays are random, not quantized from the model's: a step takes as long, and recipes that
@@ -111,7 +108,8 @@ def in_recipe(model: nnx.Module, name: str, expand: bool, key: jax.Array) -> nnx
         for i, (path, leaf) in enumerate(leaves)
     ]
     quantized = nnx.merge(graphdef, jax.tree_util.tree_unflatten(structure, made))
-    return place(quantized, expand=expand, dtype=jnp.bfloat16)[0]
+    options = {"expand": args.expand, "convolutions": args.convolutions}
+    return place(quantized, dtype=jnp.bfloat16, **options)[0]
 
 
 def random_array(key: jax.Array, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -276,6 +274,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--text-tokens", type=cli.positive, default=512)
     add("--steps", type=cli.positive, default=5, help="steps that are enqueued together")
     add("--expand", action="store_true", help="4-bit weights decoded to int8 beforehand")
+    ways = {"choices": ("matmul", "xla"), "default": "matmul"}
+    add("--convolutions", **ways, help="how quantized ones run, see `place`")
     add("--together", action="store_true", help="compile all at once; no first calls")
     add("--out", type=Path, help="JSON file for the results")
     cli.add_seed(parser)

@@ -145,6 +145,9 @@ def _index_configs(index: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _sdxl_schedule_of(configs: Mapping[str, Any], index: Mapping[str, Any]) -> tuple[str, None]:
+    unet = configs.get("unet")
+    if "scheduler" not in configs and unet is not None and unet.sample_size == _TURBO_SIDE:
+        return "sdxl-turbo", None
     return _sdxl_schedule_like(configs.get("scheduler"), index), None
 
 
@@ -153,6 +156,7 @@ def _sdxl_schedule_like(scheduler: Any, index: Mapping[str, Any]) -> str:
     return "sdxl-turbo" if getattr(scheduler, "stochastic", False) else "sdxl"
 
 
+_TURBO_SIDE = 64  # latent pixels that SDXL-Turbo was trained with
 _NOISE = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -277,6 +281,6 @@ SDXL = Family(
     misfits=_misfits,
     defaults_of=partial(default_side, main="unet"),
     index_configs=_index_configs,
-    sizes={"sd_xl_base_1.0": _sdxl_sizes(128), "sdxl-turbo": _sdxl_sizes(64)},
+    sizes={"sd_xl_base_1.0": _sdxl_sizes(128), "sdxl-turbo": _sdxl_sizes(_TURBO_SIDE)},
     main="unet",
 )

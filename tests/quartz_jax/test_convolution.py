@@ -108,7 +108,7 @@ WINDOWS = st.tuples(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(WINDOWS, st.integers(4, 7), st.integers(4, 7), st.integers(0, 2**32 - 1))
 def test_windows_of_integers_are_the_oracle_s_in_both_ways(geometry, height, width, seed):
     rng = np.random.default_rng(seed)
@@ -128,9 +128,15 @@ def test_an_image_smaller_than_a_window_is_refused():
         Window((3, 3)).unfold(jnp.zeros((1, 2, 5, 3)))
 
 
-@pytest.mark.parametrize("activation", [INT8, Quartz(), STRETCHED], ids=str)
-@pytest.mark.parametrize("weight", [INT8, Quartz(), SEARCHED], ids=str)
-@pytest.mark.parametrize("strides", [1, 2])
+OPERANDS = [
+    (INT8, INT8, 1),
+    (SEARCHED, INT8, 2),
+    (Quartz(), Quartz(), 2),
+    (SEARCHED, STRETCHED, 1),
+]
+
+
+@pytest.mark.parametrize(("weight", "activation", "strides"), OPERANDS, ids=str)
 def test_the_result_is_one_integer_dot_under_a_scale_an_image(weight, activation, strides):
     """The integers are those of the format with an image as one row, their sums the oracle's."""
     layer = quantized(conv(strides=strides, use_bias=False), weight, activation)
@@ -188,9 +194,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("fields", "scales"), CASES, ids=str)
-@pytest.mark.parametrize("strides", [1, 2])
-def test_the_output_is_what_the_formats_make_of_windows(fields, scales, strides):
-    model = conv(strides=strides)
+def test_the_output_is_what_the_formats_make_of_windows(fields, scales):
+    model = conv(strides=2)
     needs = {"layers.0": frozenset({"rows", "absmax", "gram", "mean"})}
     seen = observe(model, [{"x": images(2)}], needs, call=lambda m, x: m(x))
     layer = quantized(model, seen=seen, **fields)
@@ -242,7 +247,7 @@ def test_sites_tell_convolutions_with_their_windows():
     }
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a8x", "w4a4", "w4a16", "int4"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8x", "w4a4", "w4a16"])
 def test_presets_quantize_convolutions_that_state_a_role(recipe):
     model = net()
     made, report = quantize_model(model, get_recipe(recipe))
