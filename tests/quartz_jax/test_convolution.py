@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.convolution import Conv
+from pallas_kernels import device
 from pallas_kernels.windows import Window
 from quartz_jax import (
     Int,
@@ -121,6 +122,17 @@ def test_windows_of_integers_are_the_oracle_s_in_both_ways(geometry, height, wid
     np.testing.assert_array_equal(unfolded.astype(np.int64) @ w.T.astype(np.int64), expected)
     found = window.convolve(jnp.asarray(x), jnp.asarray(w), jnp.int32)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_bytes_are_moved_four_at_a_time_on_a_gpu(monkeypatch):
+    window, rng = Window((3, 3), (2, 1), ((1, 0), (1, 1))), np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-128, 128, (2, 5, 6, 8), np.int8))
+    expected, plain = window.unfold(x), jax.make_jaxpr(window.unfold)(x)
+    chip = device.describe("gpu", "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(device, "current", lambda: chip)
+    np.testing.assert_array_equal(window.unfold(x), expected)
+    assert "i32[2,5,6,2]" in str(jax.make_jaxpr(window.unfold)(x))
+    assert "i32[2" not in str(plain)
 
 
 def test_an_image_smaller_than_a_window_is_refused():
