@@ -32,8 +32,10 @@ class Case:
     prefix: str = "model.diffusion_model."  # of a single file's names, as ComfyUI writes them
 
     @property
-    def shallow(self) -> dict[str, int]:
-        """Counts of blocks with which one of each kind is left."""
+    def shallow(self) -> dict[str, Any]:
+        """Sizes with which one of each kind of block is left, and few sizes of layers."""
+        if "block_out_channels" in self.config:
+            return {"block_out_channels": (16, 16), "layers_per_block": 1}
         return {key: 1 for key in self.config if re.fullmatch(r"n(um)?_.*layers", key)}
 
     def arguments(self, size: tuple[int, int], batch: int = BATCH) -> dict[str, Any]:
