@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from models.checkpoint_io import WIDTHS, CheckpointError, check_bounds
-from models.unet.config import Level, UNetSizes
+from models.levels.config import Level, UNetSizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

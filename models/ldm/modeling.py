@@ -1,18 +1,42 @@
 """The UNet of unconditional latent diffusion (arXiv 2112.10752).
 
-The call follows diffusers' UNet2DModel.
+The call follows diffusers' UNet2DModel; projections that share an input are one linear.
 """
 
 import jax
+from flax import nnx
 
+from models.attention import dot_product_attention, split_heads
 from models.ldm.config import UNetConfig
-from models.unet.modeling import Carry, Levels
+from models.levels.config import Level
+from models.levels.modeling import Carry, Levels, Make
+
+
+class Attention(nnx.Module):
+    """Attention over the pixels of an image, which is added to what it gives."""
+
+    def __init__(self, level: Level, make: Make):
+        self.heads = level.heads
+        self.norm = make.norm(level.width)
+        self.qkv = make.linear(level.width, 3 * level.width, role="attention_in")
+        self.proj = make.linear(level.width, level.width, role="attention_out")
+
+    def __call__(self, x: jax.Array, text: jax.Array | None) -> jax.Array:
+        """[b, h, w, c] to the same; there is no text."""
+        tokens = self.norm(x).reshape(len(x), -1, x.shape[-1])
+        found = dot_product_attention(*split_heads(self.qkv(tokens), self.heads, 3))
+        return self.proj(found.reshape(x.shape), residual=x)
 
 
 class UNet(Levels):
     """Predicts the noise in latents of an image that nothing describes."""
 
     config: UNetConfig
+
+    @staticmethod
+    def attention(level: Level, make: Make) -> nnx.Module:
+        """Return attention over an image's pixels."""
+        return Attention(level, make)
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ from models.checkpoint_io import Rule
 from models.component import Component, Naming
 from models.ldm.config import UNetConfig
 from models.ldm.modeling import UNet
-from models.unet.params import block_names, common_rules
+from models.levels.params import block_names, common_rules
 
 # Files of early diffusers releases name the projections of attention to pixels otherwise.
 _NEW = {"qkv": ("to_q", "to_k", "to_v"), "proj": "to_out.0"}
