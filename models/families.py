@@ -13,14 +13,19 @@ from models.flux.family import FLUX
 from models.flux.redux import FLUX_REDUX
 from models.flux.variants import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
 from models.flux2.family import FLUX2
+from models.ldm.family import LDM
 from models.pixart.family import PIXART
 from models.sd3.family import SD3
 from models.stored_files import Checkpoint, CheckpointError
 from models.text_encoders.decoder import DECODER
+from models.unet.family import SD, SDXL
 from models.zimage.family import ZIMAGE
 
-# Where a single file could be of several, the first that fits is taken.
+# Where a single file could be of several, the first that fits is taken; of several components of a
+# class, outside of a model, the last: so FLUX.1's CLIP comes after SDXL's, which isn't read whole.
 FAMILIES: tuple[Family, ...] = (
+    SDXL,
+    SD,
     FLUX,
     FLUX_KONTEXT,
     FLUX_FILL,
@@ -31,6 +36,7 @@ FAMILIES: tuple[Family, ...] = (
     DIT,
     PIXART,
     SD3,
+    LDM,
 )
 
 

@@ -51,6 +51,13 @@ def rms_norm(
     return Norm(scale=wide, epsilon=epsilon, kind="rms")
 
 
+def layer_norm(norm: nnx.LayerNorm) -> Norm:
+    """Return a layer norm with weights and biases of its own (arXiv 1607.06450)."""
+    assert norm.scale is not None and norm.bias is not None
+    scale, shift = norm.scale.get_value(), norm.bias.get_value()
+    return Norm(scale=scale.astype(jnp.float32), shift=shift, epsilon=norm.epsilon)
+
+
 def normalize(
     x: jax.Array,  # [b, t, c]
     norm: Norm,

@@ -1,8 +1,8 @@
-"""Schedulers of models that predict noise: DDIM, DPM-Solver++, Euler and Euler ancestral.
+"""Schedulers of models that predict noise: DDIM, PNDM, DPM-Solver++, Euler and Euler ancestral.
 
 A model was trained on `alpha * data + sigma * noise` at 1000 timesteps, with alpha**2 + sigma**2
 = 1; `ratio` is sigma / alpha. Every step of these samplers is linear in the sample, the prediction,
-the data that the last step predicted and fresh noise, so `levels` works the factors out on the
+what the last steps predicted and fresh noise, so `levels` works the factors out on the
 host, in float64, and `step` is one sum. A learned variance, which some models predict behind the
 noise, plays no part in any of them: the model's output is cut to the noise before `step`.
 """
@@ -34,6 +34,17 @@ _SUPPORTED = {
     "use_exponential_sigmas": _NO,
     "use_beta_sigmas": _NO,
 }
+
+
+# Of the new prediction and the last three, by the number of evaluations before (arXiv 2202.09778,
+# equation 12); the second is of the first step, taken again.
+_PLMS = (
+    (1.0, 0.0, 0.0, 0.0),
+    (1 / 2, 1 / 2, 0.0, 0.0),
+    (3 / 2, -1 / 2, 0.0, 0.0),
+    (23 / 12, -16 / 12, 5 / 12, 0.0),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 
 
 class _Step(NamedTuple):
@@ -250,6 +261,89 @@ class DDIMScheduler(NoiseScheduler):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PNDMScheduler(NoiseScheduler):
+    """Linear multistep over four predictions of noise (arXiv 2202.09778, equation 12).
+
+    The first step is taken twice, the second time along the mean of both predictions, so that there
+    is one evaluation more than steps; later ones are of order 2 and 3 before they are of order 4.
+    From given data it begins in the same way, where diffusers' pipelines take up in the middle.
+    """
+
+    class_name: ClassVar[str] = "PNDMScheduler"
+    remembers: ClassVar[bool] = True
+    supported: ClassVar[Mapping[str, tuple]] = {
+        **_SUPPORTED,
+        "skip_prk_steps": (True,),
+        "timestep_spacing": ("leading",),
+    }
+    fixed: ClassVar[Mapping[str, Any]] = {"skip_prk_steps": True}
+
+    timestep_spacing: str = "leading"
+    set_alpha_to_one: bool = False  # of the last step's result; else that of the first timestep
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a parsed scheduler_config.json; CheckpointError on an unsupported option."""
+        return super().from_json({"skip_prk_steps": False, **values})  # diffusers' default
+
+    def levels(
+        self, num_inference_steps: int, tokens: int, strength: float = 1.0, mu: float | None = None
+    ) -> "list[Level]":
+        """Return each evaluation's timestep and factors, one more than steps if there are several.
+
+        Beside "step": "blend", of the new prediction and of the last three, the latest first;
+        "again", whether the sample before the last step is the one to go from.
+        """
+        found = super().levels(num_inference_steps, tokens, strength, mu)
+        twice = [found[0], *found[1:2], *found[1:]]
+        steps = [found[0], *found[:1], *found[1:]][: len(twice)]
+        blends = [*_PLMS, *[_PLMS[-1]] * len(twice)]
+        return [
+            {**level, "step": step["step"], "blend": np.float32(blend), "again": np.bool_(i == 1)}
+            for i, (level, step, blend) in enumerate(zip(twice, steps, blends, strict=False))
+        ]
+
+    def memory(self, sample: jax.Array) -> jax.Array:
+        """Return room for three predictions and a sample, [batch, 4, ...]."""
+        return jnp.zeros((len(sample), 4, *sample.shape[1:]), sample.dtype)
+
+    def step(
+        self,
+        sample: jax.Array,  # float32 [batch, ...]
+        prediction: jax.Array,  # of the same shape
+        level: "Level",
+        memory: jax.Array | None,  # [batch, 4, ...]
+        noise: jax.Array | None,  # unused
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Return the sample at the next level, and what later steps look back on."""
+        assert memory is not None
+        kept, before = memory[:, :3], memory[:, 3]
+        blend, factors, again = level["blend"], _Step(*level["step"]), level["again"]
+        along = blend[0] * prediction + sum(blend[1 + i] * kept[:, i] for i in range(3))
+        given = jnp.where(again, before, sample)
+        latest = jnp.concatenate([prediction[:, None], kept[:, :2]], axis=1)
+        kept = jnp.where(again, kept, latest)
+        result = factors.sample * given + factors.prediction * along
+        return result, jnp.concatenate([kept, sample[:, None]], axis=1)
+
+    def _steps(self, times: np.ndarray) -> list[_Step]:
+        """Return the factors from each timestep to the next (equation 11)."""
+        alphas, trained = self.alphas(), self.num_train_timesteps
+        found = []
+        for time in times.astype(int):
+            then = time - trained // len(times)
+            now = alphas[time]
+            last = 1.0 if self.set_alpha_to_one else alphas[0]
+            after = alphas[then] if then >= 0 else last
+            down = now * np.sqrt(1 - after) + np.sqrt(now * (1 - now) * after)
+            sample, along = np.sqrt(after / now), -(after - now) / down
+            if self.prediction_type == "v_prediction":
+                sample, along = sample + along * np.sqrt(1 - now), along * np.sqrt(now)
+            found.append(_Step(sample, along))
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DPMSolverMultistepScheduler(NoiseScheduler):
     """DPM-Solver++ of order 1 or 2 with the last prediction in memory (arXiv 2211.01095)."""
 
@@ -377,6 +471,7 @@ class EulerAncestralDiscreteScheduler(EulerDiscreteScheduler):
 
 KINDS: tuple[type[NoiseScheduler], ...] = (
     DDIMScheduler,
+    PNDMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     EulerAncestralDiscreteScheduler,

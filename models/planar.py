@@ -1,7 +1,7 @@
 """What denoisers of latents that lie as channels, rows and columns have in common."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,20 @@ from models.fit import picture_misfits
 
 
 class PlanarDenoiser(Denoiser):
-    """Latents of [channels, height, width], a transformer of patches, and an AutoencoderKL."""
+    """Latents of [channels, height, width], a model of patches or pixels, and an AutoencoderKL."""
+
+    main: ClassVar[str] = "transformer"  # the model's component, as `Family.main`
+    autoencoder: ClassVar[str] = "vae"
 
     @property
     def multiple(self) -> int:
         """What height and width must be multiples of, in pixels: of a latent token's side."""
-        return self.configs["transformer"].patch_size * self.configs["vae"].downsampling
+        return self.configs[self.main].patch_size * self.configs[self.autoencoder].downsampling
 
     def canvas(self, height: int, width: int) -> Canvas:
         """Return the size of an image's latents."""
-        step = self.configs["vae"].downsampling
-        shape = (self.configs["transformer"].in_channels, height // step, width // step)
+        step = self.configs[self.autoencoder].downsampling
+        shape = (self.configs[self.main].in_channels, height // step, width // step)
         tokens = (height // self.multiple) * (width // self.multiple)
         return Canvas(height=height, width=width, shape=shape, tokens=tokens)
 
@@ -47,35 +50,43 @@ class PlanarDenoiser(Denoiser):
         return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0))
 
 
-def default_side(configs: Any) -> dict[str, int]:
+def default_side(
+    configs: Any, main: str = "transformer", autoencoder: str = "vae"
+) -> dict[str, int]:
     """Return the height and width that a model of these configs draws unless told otherwise.
 
     Args:
-      configs: by component; the transformer's has a `sample_size` in latent pixels.
+      configs: by component; the model's has a `sample_size` in latent pixels.
+      main: the model's component.
+      autoencoder: the autoencoder's component.
     """
-    transformer, vae = configs.get("transformer"), configs.get("vae")
-    if transformer is None or vae is None:
+    model, vae = configs.get(main), configs.get(autoencoder)
+    if model is None or vae is None or model.sample_size is None:
         return {}
-    side = transformer.sample_size * vae.downsampling
+    side = model.sample_size * vae.downsampling
     return {"height": side, "width": side}
 
 
-def latent_misfits(configs: Any, *, variance: bool = False) -> Iterator[str]:
-    """Yield why a transformer can't denoise an autoencoder's latents, naming both sizes.
+def latent_misfits(
+    configs: Any, *, main: str = "transformer", autoencoder: str = "vae", variance: bool = False
+) -> Iterator[str]:
+    """Yield why a model can't denoise an autoencoder's latents, naming both sizes.
 
     Args:
       configs: by component.
-      variance: whether the transformer may give as many channels again, of a learned variance.
+      main: the component that denoises.
+      autoencoder: the one whose latents it takes.
+      variance: whether it may give as many channels again, of a learned variance.
     """
-    transformer, vae = configs.get("transformer"), configs.get("vae")
-    if transformer:
-        taken = transformer.in_channels
-        given = getattr(transformer, "out_channels", None) or taken
+    model, vae = configs.get(main), configs.get(autoencoder)
+    if model:
+        taken = model.in_channels
+        given = getattr(model, "out_channels", None) or taken
         if given not in ((taken, 2 * taken) if variance else (taken,)):
-            yield f"the transformer takes latents of {taken} channels and gives {given}"
+            yield f"the {main} takes latents of {taken} channels and gives {given}"
         if vae and taken != vae.latent_channels:
             yield (
-                f"the transformer takes latents of {taken} channels, and the autoencoder gives "
+                f"the {main} takes latents of {taken} channels, and the autoencoder gives "
                 f"{vae.latent_channels}"
             )
     yield from picture_misfits(vae)

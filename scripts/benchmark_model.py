@@ -54,6 +54,7 @@ GROUPS = {
     "dequantize": "decoding",
     "qk_norm_rope": "norms and rotations of q and k",
     "quantize": "quantize passes",
+    "fprop": "convolutions",
     "nvjet": "matmuls",
     "gemm": "matmuls",
     "cutlass": "matmuls",
@@ -74,7 +75,12 @@ def main(argv: list[str] | None = None) -> None:
         family, args.model, model, inputs_key, (height, width), args.text_tokens, args.batch
     )
     made = functools.partial(
-        in_recipe, model, expand=args.expand, key=weights_key, lora_rank=args.lora_rank
+        in_recipe,
+        model,
+        expand=args.expand,
+        convolutions=args.convolutions,
+        key=weights_key,
+        lora_rank=args.lora_rank,
     )
     results = {}
     if args.together:
@@ -96,7 +102,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def in_recipe(
-    model: nnx.Module, name: str, *, expand: bool, key: jax.Array, lora_rank: int = 0
+    model: nnx.Module,
+    name: str,
+    *,
+    expand: bool,
+    convolutions: str,
+    key: jax.Array,
+    lora_rank: int = 0,
 ) -> nnx.Module:
     """Return a model as a recipe stores it, ready for this device's kernels; itself for bf16.
 
@@ -115,7 +127,8 @@ def in_recipe(
     ]
     quantized = nnx.merge(graphdef, jax.tree_util.tree_unflatten(structure, made))
     quantized = with_adapter(quantized, lora_rank, key)
-    return place(quantized, expand=expand, dtype=jnp.bfloat16)[0]
+    options = {"expand": expand, "convolutions": convolutions}
+    return place(quantized, dtype=jnp.bfloat16, **options)[0]
 
 
 def with_adapter(model: nnx.Module, rank: int, key: jax.Array) -> nnx.Module:
@@ -297,6 +310,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=cli.positive, default=5, help="steps that are enqueued together")
     add("--expand", action="store_true", help="4-bit weights decoded to int8 beforehand")
     add("--lora-rank", type=cli.positive, default=0, help="of an adapter on every linear")
+    ways = {"choices": ("matmul", "xla"), "default": "matmul"}
+    add("--convolutions", **ways, help="how quantized ones run, see `place`")
     add("--together", action="store_true", help="compile all at once; no first calls")
     add("--out", type=Path, help="JSON file for the results")
     cli.add_seed(parser)

@@ -94,6 +94,18 @@ class ProjectedCLIPTextConfig(CLIPTextConfig):
         return cls._from_json(values)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PenultimateCLIPTextConfig(CLIPTextConfig):
+    """A CLIP text encoder as SDXL takes CLIP-L: what goes into its last block, no projection."""
+
+    hidden_state: int | None = -2
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "PenultimateCLIPTextConfig":
+        """Build from a parsed config.json; raises CheckpointError on what isn't supported."""
+        return cls._from_json({**values, "projection_dim": None})
+
+
 class CLIPTextEncoder(nnx.Module):
     """Token ids to normed hidden states and the pooled state. Norms and softmax run in float32.
 
@@ -333,7 +345,10 @@ CLIP_TEXT = Component(
     folder=Naming(telling=(TELLING, "final_layer_norm.weight"), rules=_rules, ignore=_IGNORE),
     file=Naming(telling=TELLING, rules=_rules, ignore=_IGNORE, config=config_from_shapes),
 )
-# SD3's and SDXL's.
+CLIP_TEXT_PENULTIMATE = dataclasses.replace(
+    CLIP_TEXT, config=PenultimateCLIPTextConfig, file=None
+)  # SDXL's first
+# SD3's, and SDXL's second.
 CLIP_TEXT_PROJECTED = dataclasses.replace(
     CLIP_TEXT,
     classes=("CLIPTextModelWithProjection",),

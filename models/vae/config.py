@@ -45,6 +45,11 @@ class _Config:
         return self.block_out_channels
 
     @property
+    def encoded_channels(self) -> int:
+        """Channels of what the encoder gives: mean and logarithm of the variance."""
+        return 2 * self.latent_channels
+
+    @property
     def downsampling(self) -> int:
         """Image pixels along one side of a latent pixel."""
         return 2 ** (len(self.block_out_channels) - 1)
@@ -133,3 +138,44 @@ class AutoencoderKLFlux2Config(_Config):
     def to_json(self) -> dict[str, Any]:
         """Return the config.json that diffusers reads."""
         return {**super().to_json(), "patch_size": [2, 2]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VQModelConfig(_Config):
+    """Shape of an autoencoder whose latents are entries of a codebook."""
+
+    class_name: ClassVar[str] = "VQModel"
+    supported: ClassVar[Mapping[str, tuple]] = {
+        **_Config.supported,
+        "norm_type": ("group",),
+        "lookup_from_codebook": (False,),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+    }
+
+    latent_channels: int = 3
+    sample_size: int = 32  # pixels along a side that it was trained with
+    num_vq_embeddings: int = 256  # entries of the codebook
+    vq_embed_dim: int | None = None  # channels of an entry; those of latents if None
+    scaling_factor: float = 0.18215  # diffusion runs on latents times this
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_bounds(self, **dict.fromkeys(("num_vq_embeddings", "vq_embed_dim"), WIDTHS))
+        check_bounds(self, sample_size=WIDTHS, scaling_factor=(1e-9, 1e9))
+
+    @property
+    def encoded_channels(self) -> int:
+        """Channels of what the encoder gives: latents."""
+        return self.latent_channels
+
+    @property
+    def entry_channels(self) -> int:
+        """Channels of an entry of the codebook, which diffusion runs on."""
+        return self.vq_embed_dim or self.latent_channels
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the config.json that diffusers reads."""
+        values = super().to_json()
+        ours = ("use_quant_conv", "use_post_quant_conv")
+        return {key: value for key, value in values.items() if key not in ours}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.attention import dot_product_attention
-from models.vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
+from models.vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, VQModelConfig
 from models.vae.packing import pack, unpack
 
 # The weight init of torch's convolutions: uniform within 1 / sqrt(fan_in).
@@ -73,9 +73,7 @@ class _Autoencoder(nnx.Module):
           ValueError: a wrong shape, or a side that is no multiple of the downsampling.
         """
         _check_image("images", images, self.config.in_channels)
-        height, width, factor = *images.shape[1:3], self.config.downsampling
-        if height % factor or width % factor:
-            raise ValueError(f"images is {height}x{width}; pad or crop to multiples of {factor}")
+        _check_sides(images, self.config.downsampling)
         x = self.encoder(images)
         x = x if self.quant_conv is None else self.quant_conv(x)
         mean, logvar = jnp.split(x, 2, axis=-1)
@@ -147,6 +145,70 @@ class AutoencoderKLFlux2(_Autoencoder):
         return jnp.sqrt(variance + self.config.batch_norm_eps)
 
 
+class VQModel(nnx.Module):
+    """An autoencoder whose decoder is given entries of a codebook (arXiv 2012.09841).
+
+    Args:
+      config: the shape.
+      rngs: random keys for the initial weights.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: VQModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        latent, entry = config.latent_channels, config.entry_channels
+        self.config = config
+        self.encoder = _Encoder(config, **options)
+        self.decoder = _Decoder(config, **options)
+        self.quant_conv = _conv(latent, entry, 1, **options)
+        self.codebook = nnx.Embed(config.num_vq_embeddings, entry, **options)
+        self.post_quant_conv = _conv(entry, latent, 1, **options)
+
+    def encode(
+        self,
+        images: jax.Array,  # [batch, height, width, in_channels], in -1..1
+    ) -> jax.Array:
+        """Return latents [batch, rows, columns, entry_channels], unscaled and of no codebook.
+
+        Raises:
+          ValueError: a wrong shape, or a side that is no multiple of the downsampling.
+        """
+        _check_image("images", images, self.config.in_channels)
+        _check_sides(images, self.config.downsampling)
+        return self.quant_conv(self.encoder(images))
+
+    def decode(
+        self,
+        latents: jax.Array,  # [batch, rows, columns, entry_channels], unscaled
+    ) -> jax.Array:
+        """Return images of the nearest entries, [batch, height, width, out_channels].
+
+        Raises:
+          ValueError: a wrong shape.
+        """
+        _check_image("latents", latents, self.config.entry_channels)
+        entries = self.codebook(self.nearest(latents))
+        return self.decoder(self.post_quant_conv(entries))
+
+    def nearest(
+        self,
+        latents: jax.Array,  # [batch, rows, columns, entry_channels]
+    ) -> jax.Array:
+        """Return which entry is nearest to each, int32 [batch, rows, columns]; float32 inside."""
+        entries = self.codebook.embedding.get_value().astype(jnp.float32)
+        flat = latents.astype(jnp.float32)
+        along = jnp.einsum("bhwc,nc->bhwn", flat, entries, precision=jax.lax.Precision.HIGHEST)
+        return jnp.argmin(jnp.sum(entries**2, axis=1) - 2 * along, axis=-1).astype(jnp.int32)
+
+
 class _Statistics(nnx.Module):
     """Mean and variance of each packed channel over the training images, under torch's names."""
 
@@ -167,7 +229,7 @@ class _Encoder(nnx.Module):
         )
         self.mid_block = _MidBlock(config, widths[-1], **options)
         self.conv_norm_out = _norm(config, widths[-1], **options)
-        self.conv_out = _conv(widths[-1], 2 * config.latent_channels, 3, **options)
+        self.conv_out = _conv(widths[-1], config.encoded_channels, 3, **options)
 
     def __call__(self, x):
         x = self.conv_in(x)
@@ -313,3 +375,9 @@ def _check_image(name: str, value: jax.Array, channels: int) -> None:
         raise ValueError(
             f"{name} has shape {list(value.shape)}; expected [batch, height, width, {channels}]"
         )
+
+
+def _check_sides(images: jax.Array, factor: int) -> None:
+    height, width = images.shape[1:3]
+    if height % factor or width % factor:
+        raise ValueError(f"images is {height}x{width}; pad or crop to multiples of {factor}")

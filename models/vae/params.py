@@ -8,8 +8,8 @@ from typing import Any
 from models.checkpoint_io import Rule
 from models.component import Component, Naming
 from models.stored_files import CheckpointError
-from models.vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
-from models.vae.modeling import AutoencoderKL
+from models.vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, VQModelConfig
+from models.vae.modeling import AutoencoderKL, VQModel
 
 # A tensor of Black Forest Labs' naming that every checkpoint has.
 TELLING = "decoder.up.0.block.0.norm1.weight"
@@ -133,7 +133,7 @@ def level_widths(half: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int,
     return tuple(size for _, width in levels for size in width)
 
 
-def _diffusers_rules(config: AutoencoderKLConfig, names: Collection[str]) -> Sequence[Rule]:
+def _diffusers_rules(config: Any, names: Collection[str]) -> Sequence[Rule]:
     old = any(name.endswith(".proj_attn.weight") for name in names)
     return _OLD_RULES if old else RULES
 
@@ -151,4 +151,19 @@ AUTOENCODER_KL = Component(
         config=config_from_bfl,
         dtype="F32",
     ),
+)
+
+
+def _vq_rules(config: VQModelConfig, names: Collection[str]) -> list[Rule]:
+    codebook = Rule(pattern="codebook", sources="quantize.embedding")
+    return [codebook, *_diffusers_rules(config, names)]
+
+
+VQ_MODEL = Component(
+    name="VQ autoencoder",
+    classes=("VQModel",),
+    library="diffusers",
+    config=VQModelConfig,
+    module=VQModel,
+    folder=Naming(telling="quantize.embedding.weight", rules=_vq_rules),
 )

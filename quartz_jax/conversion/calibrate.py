@@ -7,7 +7,7 @@ are on the device.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,7 +31,8 @@ from quartz_jax.recipes.recipe import Recipe
 from quartz_jax.transforms import Seen
 from quartz_jax.transforms.base import Need
 
-Sample = Mapping[str, np.ndarray]  # keyword arguments of the model's call
+# Keyword arguments of the model's call: arrays, or arrays by name.
+Sample = Mapping[str, Any]
 
 
 @runtime_checkable
@@ -77,18 +78,29 @@ class Calibration:
             arrays: dict[str, Any] = {
                 f"{i}/{name}/{array.dtype}": array.view(f"u{array.dtype.itemsize}")
                 for i, sample in enumerate(self.make())
-                for name, value in sample.items()
-                if value is not None
+                for name, value in _flat(sample)
                 for array in [np.asarray(value)]
             }
             with atomic_file(path) as partial, partial.open("wb") as file:
                 np.savez(file, **arrays)
-        samples: dict[int, dict[str, np.ndarray]] = {}
+        samples: dict[int, dict[str, Any]] = {}
         with np.load(path, allow_pickle=False) as file:
             for key in file:
-                index, name, dtype = key.split("/")
-                samples.setdefault(int(index), {})[name] = file[key].view(jnp.dtype(dtype))
+                index, *inside, name, dtype = key.split("/")
+                at = samples.setdefault(int(index), {})
+                for outer in inside:
+                    at = at.setdefault(outer, {})
+                at[name] = file[key].view(jnp.dtype(dtype))
         return [samples[i] for i in sorted(samples)]
+
+
+def _flat(sample: Sample) -> Iterator[tuple[str, Any]]:
+    """Yield arrays with their names, which slashes join to those of mappings that they are in."""
+    for name, value in sample.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", x) for inner, x in _flat(value))
+        elif value is not None:
+            yield name, value
 
 
 def check(

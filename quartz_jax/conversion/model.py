@@ -17,12 +17,21 @@ from tqdm import tqdm
 from pallas_kernels.sharding import in_jax_defaults, put_on
 from quartz_jax.conversion.report import LayerReport, Report, measure_layer
 from quartz_jax.engine.attention import is_attention
+from quartz_jax.engine.convolution import QuantizedConv
 from quartz_jax.engine.linear import QuantizedLinear
-from quartz_jax.engine.surgery import replace_linears
+from quartz_jax.engine.surgery import replace_layers
 from quartz_jax.formats import Stored
 from quartz_jax.formats.storage import WeightError, check_finite, dequantize
 from quartz_jax.recipes.recipe import LayerRecipe, Recipe
-from quartz_jax.recipes.sites import Site, block_of, sites
+from quartz_jax.recipes.sites import (
+    Site,
+    block_of,
+    is_conv,
+    sites,
+    sizes,
+    weight_rows,
+    window_of,
+)
 from quartz_jax.rounding import Nearest
 from quartz_jax.transforms import Layer, Op, Seen, TurnedRows
 from quartz_jax.transforms.base import HIGHEST
@@ -45,11 +54,12 @@ class Fitted:
     ops: tuple[Op, ...]
 
     def on_mesh_of(self, kernel: Any) -> "Fitted":
-        """Return it on the mesh of a kernel [k, n], if that is on one, sharded alike."""
+        """Return it on the mesh of a kernel [..., k, n], if that is on one, sharded alike."""
         sharding = getattr(kernel, "sharding", None)
         if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
             return self
-        k_axes, n_axes = (*sharding.spec, None, None)[:2]
+        spec = (*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec)))
+        k_axes, n_axes = spec[-2:]
         weight = put_on(sharding.mesh, (n_axes, k_axes), self.weight)
         return Fitted(weight=weight, ops=put_on(sharding.mesh, (), self.ops))
 
@@ -69,16 +79,13 @@ class Fitted:
         exact = round_to_bf16(jnp.asarray(bias)).astype(jnp.float32)
         return round_to_bf16(op.turned(exact)).astype(bias.dtype)
 
-    def module(self, linear: nnx.Linear, recipe: LayerRecipe) -> QuantizedLinear:
-        """Return the module that takes the place of a linear."""
-        return QuantizedLinear(
-            self.weight,
-            self.bias(linear.bias),
-            recipe.activation,
-            self.ops,
-            dtype=linear.dtype,
-            role=getattr(linear, "role", None),
-        )
+    def module(self, layer: nnx.Linear | nnx.Conv, recipe: LayerRecipe) -> QuantizedLinear:
+        """Return the module that takes the place of a linear or convolution."""
+        given = self.weight, self.bias(layer.bias), recipe.activation, self.ops
+        options: dict[str, Any] = {"dtype": layer.dtype, "role": getattr(layer, "role", None)}
+        if is_conv(layer):
+            return QuantizedConv(*given, window=window_of(layer), **options)
+        return QuantizedLinear(*given, **options)
 
 
 def quantize_model(
@@ -88,17 +95,17 @@ def quantize_model(
     *,
     progress: bool = False,
 ) -> tuple[M, Report]:
-    """Return a copy of a model whose linears are quantized by a recipe, and a report.
+    """Return a copy of a model whose layers are quantized by a recipe, and a report.
 
     The given model is untouched; the copy shares its arrays. Everything that stays 16-bit is
     rounded to bfloat16 values (in the dtype it has), which is what a checkpoint stores: the result
     is the same before saving and after loading, whatever dtype the model computes in.
 
     Args:
-      model: any NNX model with nnx.Linear layers.
-      recipe: its rules decide by the linears' roles or paths; models that state no roles have
-        linears of the role "linear".
-      seen: what `engine.observe.observe` found of the linears' inputs, by path; needed by recipes
+      model: any NNX model with nnx.Linear or nnx.Conv layers.
+      recipe: its rules decide by the layers' roles or paths; models that state no roles have
+        linears of the role "linear", and convolutions that only a path or kind names.
+      seen: what `engine.observe.observe` found of the layers' inputs, by path; needed by recipes
         that are calibrated.
       progress: show a bar over the layers on stderr.
 
@@ -112,7 +119,7 @@ def quantize_model(
     layers: list[LayerReport] = []
     bar = tqdm(total=len(assigned), desc="quantizing", disable=not progress)
 
-    def replace(path: str, linear: nnx.Linear) -> nnx.Module:
+    def replace(path: str, linear: Any) -> nnx.Module:
         kernel = linear.kernel.get_value()
         if isinstance(kernel, jax.core.Tracer):
             raise ValueError(
@@ -120,7 +127,11 @@ def quantize_model(
                 "on arrays, abstract_quantized gives shapes"
             )
         fitted, report = quantize_layer(
-            path, np.asarray(kernel).T, linear.bias, assigned[path], (seen or {}).get(path)
+            path,
+            weight_rows(np.asarray(kernel)),
+            linear.bias,
+            assigned[path],
+            (seen or {}).get(path),
         )
         layers.append(report)
         bar.update()
@@ -128,7 +139,7 @@ def quantize_model(
         return fitted.module(linear, assigned[path])
 
     with bar:
-        quantized = replace_linears(model, replace, only=assigned)
+        quantized = replace_layers(model, replace, only=assigned)
     nnx.update(quantized, jax.tree.map(round_to_bf16, nnx.state(quantized, nnx.Param)))
     set_attention(quantized, recipe)
     other = 2 * elements - sum(layer.bytes_bf16 for layer in layers)
@@ -158,7 +169,7 @@ def quantize_layer(
     recipe: LayerRecipe,
     seen: Seen | None = None,
 ) -> tuple[Fitted, LayerReport]:
-    """Quantize the weight of one linear, and measure what it did.
+    """Quantize the weight of one layer, and measure what it did.
 
     Weights whose rows don't depend on each other go some rows at a time.
 
@@ -242,14 +253,14 @@ def quantize_shapes(model: M, recipe: Recipe) -> M:
     """Do what `quantize_model` does to a model with shapes in place of arrays."""
     assigned = recipe.assign(sites(model))
 
-    def replace(path: str, linear: nnx.Linear) -> nnx.Module:
+    def replace(path: str, linear: Any) -> nnx.Module:
         try:
-            fitted = _abstract_layer(assigned[path], linear.out_features, linear.in_features)
+            fitted = _abstract_layer(assigned[path], *sizes(linear))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return fitted.module(linear, assigned[path])
 
-    quantized = replace_linears(model, replace, only=assigned)
+    quantized = replace_layers(model, replace, only=assigned)
     set_attention(quantized, recipe)
     return quantized
 
@@ -271,7 +282,7 @@ def check_unplaced(model: nnx.Module, recipe: Recipe, report: Report) -> None:
         path, weight = ".".join(map(str, keys)), module.weight.get_value()
         n, k = weight.shape
         role = roles.get(path, "linear")
-        site = Site(path=path, kind="linear", n=n, k=k, block=block_of(path), role=role)
+        site = Site(path=path, kind=module.kind, n=n, k=k, block=block_of(path), role=role)
         layer = next((rule.layer for rule in recipe.rules if rule.match(site)), LayerRecipe())
         expected = _abstract_layer(layer, n, k).weight if layer.weight else None
         if _layout(weight) != _layout(expected):
@@ -339,8 +350,8 @@ class Part:
 
     name: str  # such as "double_blocks.0"
     params: dict[str, jax.ShapeDtypeStruct]  # of the 16-bit model, by dotted path
-    layers: dict[str, LayerRecipe]  # the linears to quantize, by dotted path
-    roles: dict[str, str]  # of those linears in the model
+    layers: dict[str, LayerRecipe]  # the layers to quantize, by dotted path
+    roles: dict[str, str]  # of those layers in the model
     arrays: dict[str, jax.ShapeDtypeStruct]  # as stored, by dotted path
 
     @property
@@ -359,7 +370,8 @@ class Part:
         """Return the arrays as stored, and a report of each layer.
 
         Args:
-          params: of the 16-bit model, by dotted path, kernels [k, n].
+          params: of the 16-bit model, by dotted path, kernels [k, n] or [rows, columns, channels,
+            n].
           seen: statistics of the layers' inputs, by path; for calibrated recipes.
 
         Raises:
@@ -369,7 +381,7 @@ class Part:
         for path, recipe in self.layers.items():
             fitted, report = quantize_layer(
                 path,
-                params[f"{path}.kernel"].T,
+                weight_rows(params[f"{path}.kernel"]),
                 params.get(f"{path}.bias"),
                 recipe,
                 (seen or {}).get(path),

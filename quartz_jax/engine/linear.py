@@ -11,6 +11,7 @@ from flax import nnx
 
 from pallas_kernels import functions
 from pallas_kernels.arguments import CHOICES
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.functions import Norm, Part
 from pallas_kernels.gradients import with_derivative
 from pallas_kernels.matmul import PreparedWeights, differentiable, reference
@@ -54,6 +55,8 @@ class QuantizedLinear(nnx.Module):
     x' is x through the ops, see `transforms.base`. Ops that the pass over the input or the
     epilogue of the product can take in run there; the others run before, by XLA.
     """
+
+    kind = "linear"  # of what it replaces
 
     def __init__(
         self,
@@ -178,7 +181,7 @@ class QuantizedLinear(nnx.Module):
         )
         ops, last = apart(ops, self.activation)
         given, epilogue = through(ops, given, epilogue)
-        run = _simulated if self.simulated else product
+        run = simulated_product if self.simulated else product
         y = run(given, weight, self.activation, epilogue, last)
         return y.reshape(*leading, n)
 
@@ -223,9 +226,9 @@ class Given:
         """Return rows [m, k] for which nothing is left to be done."""
         return Given(rows=rows, leading=self.leading)
 
-    def quantized(self, format: Format) -> Stored:
+    def quantized(self, format: Format, implementation: Implementation = None) -> Stored:
         """Return the input in a format; 4-bit codes come decoded, as matmuls want them."""
-        if _passes_quartz(format):
+        if passes_quartz(format):
             kind: dict[str, Any] = {"bits": 4, "group_size": format.group_size}
             kind |= {"rounding": format.rounding, "wide": self.wide}
             kind |= {"range": format.range, "step": format.step, "levels": format.levels}
@@ -241,6 +244,7 @@ class Given:
             norm=self.norm,
             multiplier=self.multiplier,
             **self._rotated,
+            implementation=implementation,
             **kind,
         )
 
@@ -373,7 +377,7 @@ def product(
         x = given.value().astype(given.dtype)
         return with_derivative(_weight_only, _in_floats, x, weight, epilogue)
     if how_it_runs(weight, activation) == "simulated":  # a format without an operand
-        return _simulated(given, weight, activation, epilogue, branch)
+        return simulated_product(given, weight, activation, epilogue, branch)
     rows = given.quantized(activation)
     if branch is not None:
         inner = multiply(rows, down_8bit(branch), Epilogue(out_dtype=given.dtype))
@@ -381,7 +385,7 @@ def product(
     return multiply(rows, weight, epilogue)
 
 
-def _simulated(
+def simulated_product(
     given: Given,  # [m, k]
     weight: Stored | PreparedWeights,  # [n, k]
     activation: Format | None,
@@ -407,7 +411,7 @@ def how_it_runs(weight: Stored | PreparedWeights, activation: Format | None) -> 
     return "weight-only" if activation is None else _execution(weight, activation)
 
 
-def _passes_quartz(format: Format) -> TypeGuard[Quartz]:
+def passes_quartz(format: Format) -> TypeGuard[Quartz]:
     """Whether the quantize pass has a QuaRTZ format."""
     if not isinstance(format, Quartz) or format.scale_block is not None:
         return False

@@ -1,4 +1,4 @@
-"""What the linears of a model get to see while it runs, gathered on the device."""
+"""What the linears and convolutions of a model get to see while it runs, gathered on the device."""
 
 import dataclasses
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels import functions
-from quartz_jax.engine.surgery import replace_linears
+from pallas_kernels.windows import Window
+from quartz_jax.engine.surgery import replace_layers
 from quartz_jax.io.files import atomic_file
-from quartz_jax.recipes.sites import linears
+from quartz_jax.recipes.sites import is_conv, sites, sizes, window_of
 from quartz_jax.transforms.base import HIGHEST, Need, Seen
 
 M = TypeVar("M", bound=nnx.Module)
@@ -26,17 +27,21 @@ class Statistic(nnx.Variable):
 
 
 class Observed(nnx.Module):
-    """A linear that gathers statistics of its inputs; nothing grows with the number of calls."""
+    """A layer that gathers statistics of its inputs; nothing grows with the number of calls.
+
+    Those of a convolution are of windows, as its weight [n, taps channels] multiplies them.
+    """
 
     def __init__(
         self,
-        linear: nnx.Linear,
+        linear: nnx.Linear | nnx.Conv,
         needs: Container[Need],
         calls: int,  # to come, at most
         rows: int,  # kept of each call, evenly spaced over its tokens; fewer if it has fewer
     ):
-        k = linear.in_features
+        _, k = sizes(linear)
         self.linear = linear
+        self.window = window_of(linear) if is_conv(linear) else None
         self.calls = Statistic(jnp.int32(0))
         self.tokens = Statistic(jnp.float32(0))
 
@@ -47,8 +52,8 @@ class Observed(nnx.Module):
         self.gram, self.rows = zeros("gram", k, k), zeros("rows", calls, rows, k)
 
     def __call__(self, x: jax.Array | tuple, *, norm: Any = None, **rest) -> jax.Array:
-        """Do what the linear does, and take note of its input."""
-        self._see(whole_input(x, norm))
+        """Do what the layer does, and take note of its input."""
+        self._see(whole_input(x, norm, self.window))
         if norm is not None:
             rest["norm"] = norm
         linear: Callable[..., jax.Array] = self.linear  # subclasses take more than nnx.Linear
@@ -97,8 +102,12 @@ class Observed(nnx.Module):
 def whole_input(
     x: jax.Array | tuple,  # [..., k], or parts of it, as `models.linear.Part` has them
     norm: Any = None,  # as `models.linear.Norm` has it, of [k] or [b, 1, k]
+    window: Window | None = None,  # of a convolution, whose x is [b, h, w, c]
 ) -> jax.Array:
-    """Return what a linear multiplies, [..., k]: parts joined, and normed if there's a norm."""
+    """Return what a layer multiplies, [..., k]: parts joined, normed and unfolded to windows."""
+    if window is not None:
+        assert not isinstance(x, tuple)
+        return window.unfold(x)
     if isinstance(x, tuple):
         x = jnp.concatenate([part.value() for part in x], axis=-1)
     return x if norm is None else functions.modulate(x, functions.as_norm(norm))
@@ -113,10 +122,10 @@ def watch(
     """Return a copy of a model whose linears gather what is needed of them; shares its arrays."""
     per_call = max(1, rows // max(calls, 1))
 
-    def observed(path: str, linear: nnx.Linear) -> nnx.Module:
+    def observed(path: str, linear: nnx.Linear | nnx.Conv) -> nnx.Module:
         return Observed(linear, needs[path], calls, per_call)
 
-    return replace_linears(model, observed, only=needs)
+    return replace_layers(model, observed, only=needs)
 
 
 def statistics(model: nnx.Module) -> dict[str, Seen]:
@@ -141,7 +150,8 @@ def observe(
     Args:
       model: any NNX model with nnx.Linear layers; it isn't changed.
       samples: keyword arguments of calls of the model, all of one shape to compile once.
-      needs: statistics by path, as `Recipe.needs` gives them; None for rows and maxima of all.
+      needs: statistics by path, as `Recipe.needs` gives them; None for rows and maxima of all
+        linears.
       rows: tokens kept of a layer over all calls, for "rows".
       call: runs the model on a sample's arguments; None to call the model itself.
 
@@ -150,7 +160,8 @@ def observe(
     """
     samples = list(samples)
     if needs is None:
-        needs = {path: frozenset({"rows", "absmax"}) for path, _ in linears(model)}
+        linears = (site.path for site in sites(model) if site.kind == "linear")
+        needs = {path: frozenset({"rows", "absmax"}) for path in linears}
     watched = watch(model, needs, len(samples), rows)
 
     @nnx.jit

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,14 @@ from pallas_kernels import matmul
 from pallas_kernels.matmul import PreparedWeights
 from pallas_kernels.operands import Int8Rows, PackedRows
 from quartz_jax.engine.attention import attention_of, is_attention
+from quartz_jax.engine.convolution import QuantizedConv
 from quartz_jax.engine.linear import QuantizedLinear, apart, down_8bit, how_it_runs
 from quartz_jax.formats import Stored
 from quartz_jax.formats.storage import decode, row_operand
 
 M = TypeVar("M", bound=nnx.Module)
+
+_SCALES = {"image": ", a scale an image", "window": ", a scale a window"}  # of convolutions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ def place(
     dtype: Any = None,
     in_place: bool = False,
     simulate: bool = False,
+    convolutions: Literal["matmul", "xla"] = "matmul",
 ) -> tuple[M, Placement]:
     """Return a copy of a model that is ready for this device's kernels, and how its layers run.
 
@@ -65,28 +69,46 @@ def place(
         in both orders.
       simulate: compute in float32 what the formats make of weights and inputs, without kernels:
         what executed layers are to be compared with.
+      convolutions: how those whose images share a scale run: "matmul" unfolds windows of int8 and
+        multiplies them by the kernels of linears, "xla" decodes the weights and takes XLA's own
+        int8 convolution. The integers are the same.
+
+    Raises:
+      ValueError: convolutions is neither.
     """
+    if convolutions not in ("matmul", "xla"):
+        raise ValueError(f"convolutions is {convolutions!r}; it must be 'matmul' or 'xla'")
     model = model if in_place else nnx.clone(model)
     layers, attention = {}, "as the model has it"
     usual = _dtype(model)
     for path, module in nnx.iter_modules(model):
         if isinstance(module, QuantizedLinear):
-            how = how_it_runs(module.weight.get_value(), module.activation)
-            if simulate:
-                module.simulated, how = True, "simulated"
-            if how == "int8":
-                results = jnp.dtype(dtype or module.dtype or usual)
-                weight = place_weight(module.weight.get_value(), expand, results)
-                module.weight.set_value(weight)
-                _place_branch(module, expand, results)
-                if module.bias is not None:  # as kernels add it, so that no call converts it
-                    module.bias.set_value(module.bias.get_value().astype(jnp.float32))
-                how = f"int8, {_backend(weight)}"
+            results = jnp.dtype(dtype or module.dtype or usual)
+            by_xla = convolutions == "xla"
+            how = "simulated" if simulate else _place_layer(module, expand, results, by_xla)
+            module.simulated = simulate
             layers[".".join(map(str, path))] = how
         elif is_attention(module):
             format = getattr(module, "attention_format", "bf16")
             module.attend, attention = attention_of(format, getattr(module, "head_dim", None))
     return model, Placement(layers=layers, attention=attention)
+
+
+def _place_layer(module: QuantizedLinear, expand: bool, dtype: Any, by_xla: bool) -> str:
+    """Bring a layer's weight into the order of the kernels, and return how it runs."""
+    how = how_it_runs(module.weight.get_value(), module.activation)
+    if how != "int8":
+        return how
+    scales = module.scales if isinstance(module, QuantizedConv) else "row"
+    if isinstance(module, QuantizedConv) and by_xla and scales == "image":
+        module.by_xla = True
+        return f"int8, XLA's convolution{_SCALES[scales]}"
+    weight = place_weight(module.weight.get_value(), expand, dtype)
+    module.weight.set_value(weight)
+    _place_branch(module, expand, dtype)
+    if module.bias is not None:  # as kernels add it, so that no call converts it
+        module.bias.set_value(module.bias.get_value().astype(jnp.float32))
+    return f"int8, {_backend(weight)}{_SCALES.get(scales, '')}"
 
 
 def _place_branch(module: QuantizedLinear, expand: bool, dtype: Any) -> None:

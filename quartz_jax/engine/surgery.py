@@ -1,4 +1,4 @@
-"""Putting other modules in the place of linears."""
+"""Putting other modules in the place of linears and convolutions."""
 
 from collections.abc import Callable, Container
 from typing import Any, TypeVar
@@ -6,30 +6,30 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from quartz_jax.recipes.sites import linears
+from quartz_jax.recipes.sites import layers
 
 M = TypeVar("M", bound=nnx.Module)
 _NODES = (nnx.Module, nnx.Variable)  # of a module's graph: not looked into
 
 
-def replace_linears(
+def replace_layers(
     model: M,
-    replace: Callable[[str, nnx.Linear], nnx.Module],
+    replace: Callable[[str, Any], nnx.Module],
     only: Container[str] | None = None,
 ) -> M:
-    """Return a copy of a model with replace(path, linear) in the place of each linear.
+    """Return a copy of a model with replace(path, layer) in the place of each layer.
 
-    A linear that stands in several places is replaced once, by one module in all of them.
+    A layer that stands in several places is replaced once, by one module in all of them.
 
     Args:
       model: is untouched; the copy shares its arrays.
-      replace: is called in the order of the paths that `sites.linears` gives.
+      replace: is called in the order of the paths that `sites.layers` gives.
       only: paths to replace; None for all.
     """
     model = nnx.clone(model)
     made = {
-        id(linear): replace(path, linear)
-        for path, linear in list(linears(model))
+        id(layer): replace(path, layer)
+        for path, layer in list(layers(model))
         if only is None or path in only
     }
     for _, parent in list(nnx.iter_modules(model)):

@@ -24,7 +24,7 @@ from quartz_jax.io import provenance
 from quartz_jax.io.files import atomic_file, read_json
 from quartz_jax.io.images import to_bytes
 from quartz_jax.recipes.recipe import Recipe
-from quartz_jax.recipes.sites import linears
+from quartz_jax.recipes.sites import layers, weight_rows
 from quartz_jax.transforms import Seen
 
 Sample = Callable[[int, int], np.ndarray]  # images start..stop, [stop - start, h, w, 3] in 0..1
@@ -101,20 +101,21 @@ def runs(report: Report) -> str:
 def layer_sqnr(
     model: nnx.Module, quantized: nnx.Module, seen: Mapping[str, Seen]
 ) -> dict[str, float]:
-    """Return 10 log10(|y|**2 / |y - y_quantized|**2) of each quantized linear on recorded inputs.
+    """Return 10 log10(|y|**2 / |y - y_quantized|**2) of each quantized layer on recorded inputs.
 
     Inputs are the 16-bit model's, so that no layer's figure depends on another's error.
     """
-    exact, found = dict(linears(model)), {}
+    exact, found = dict(layers(model)), {}
     for path, module in nnx.iter_modules(quantized):
         name = ".".join(map(str, path))
         if isinstance(module, QuantizedLinear):
-            linear, rows = exact[name], seen[name].rows
+            layer, rows = exact[name], seen[name].rows
             assert rows is not None
-            x = jnp.asarray(rows, linear.dtype).reshape(-1, linear.in_features)
-            bias = None if linear.bias is None else linear.bias.get_value()
+            x = jnp.asarray(rows, layer.dtype).reshape(-1, rows.shape[-1])
+            bias = None if layer.bias is None else layer.bias.get_value()
             graphdef, state = nnx.split(module)
-            found[name] = float(_sqnr(graphdef)(state, x, linear.kernel.get_value(), bias))
+            kernel = weight_rows(layer.kernel.get_value()).T
+            found[name] = float(_sqnr(graphdef)(state, x, kernel, bias))
     return found
 
 
@@ -124,7 +125,7 @@ def _sqnr(graphdef: nnx.GraphDef) -> Callable:
         wide, kernel = x.astype(jnp.float32), round_to_bf16(kernel).astype(jnp.float32)
         y = jnp.matmul(wide, kernel, precision=jax.lax.Precision.HIGHEST)
         y = y if bias is None else y + round_to_bf16(bias)
-        error = nnx.merge(graphdef, state)(x) - y
+        error = QuantizedLinear.__call__(nnx.merge(graphdef, state), x) - y
         return 10 * jnp.log10(jnp.sum(y**2) / jnp.maximum(jnp.sum(error**2), 1e-30))
 
     return jax.jit(sqnr)

@@ -27,7 +27,10 @@ from quartz_jax.rounding import Nearest, Rounding
 from quartz_jax.transforms import LowRank, Rotate, Shift, Smooth, Transform
 
 # Roles whose inputs are quantized like any other; the rest have rules of their own.
-PLAIN_ROLES = ("attention_in", "attention_out", "mlp_in", "mixed_in", "mixed_out", "linear")
+PLAIN_ROLES = (
+    *("attention_in", "attention_out", "mlp_in", "mixed_in", "mixed_out", "linear"),
+    *("projection", "conv", "shortcut", "resample"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from models.image_encoders.siglip import SiglipVisionConfig, SiglipVisionEncoder
 from models.text_encoders import CLIPTextEncoder, T5Encoder
 from models.text_encoders.decoder import Decoder, DecoderConfig
 from quartz_jax import Int, LayerRecipe, Match, Recipe, Rule, sites
-from quartz_jax.recipes.sites import linears
+from quartz_jax.recipes.sites import layers
 from quartz_jax.transforms import BlockRotation, Folded, Rotate, Turned
 
 INT8 = Int(width=8)
@@ -91,7 +91,7 @@ def rotated(model, only=None):
     """Return a copy with the rows of values rotated and what reads the mixtures, as they are."""
     assigned = RECIPE.assign([site for site in sites(model) if site.obstacle is None])
     model, found = nnx.clone(model), []
-    for path, linear in linears(model):
+    for path, linear in layers(model):
         for step in assigned[path].transforms if path in assigned else ():
             kernel = linear.kernel.get_value()
             if isinstance(step, Folded) and only is not Turned:

@@ -1,4 +1,4 @@
-"""DDIM, DPM-Solver++, Euler and Euler ancestral against diffusers step by step, and refusals."""
+"""DDIM, PNDM, DPM-Solver++ and both Eulers against diffusers step by step, and refusals."""
 
 import json
 
@@ -24,6 +24,8 @@ KINDS = {
     ),
     "DDIM trailing": ("DDIMScheduler", {**SCALED, **UNCLIPPED, "timestep_spacing": "trailing"}),
     "DDIM linspace v": ("DDIMScheduler", {**UNCLIPPED, **V, "timestep_spacing": "linspace"}),
+    "SD 1.4": ("PNDMScheduler", {**SCALED, "skip_prk_steps": True, "steps_offset": 1}),
+    "PNDM v": ("PNDMScheduler", {**V, "skip_prk_steps": True, "set_alpha_to_one": True}),
     "PixArt": ("DPMSolverMultistepScheduler", {}),
     "DPM order 1": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
     "DPM heun": ("DPMSolverMultistepScheduler", {**SCALED, "solver_type": "heun"}),
@@ -86,10 +88,11 @@ def test_every_step_is_diffusers(pair, steps, monkeypatch):
     peer.set_timesteps(steps)
     levels = ours.levels(steps, tokens=0)
     np.testing.assert_array_equal([x["time"] for x in levels], peer.timesteps.numpy())
-    fresh = arrays(2, steps)
+    fresh = arrays(2, len(levels))
     module = __import__(type(peer).__module__, fromlist=["randn_tensor"])
     taken = iter(torch.from_numpy(fresh))
-    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(taken))
+    draws = hasattr(module, "randn_tensor") or ours.stochastic
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(taken), raising=draws)
 
     (noise,) = arrays(0, 1)
     sample, theirs = ours.start(noise, levels[0]), torch.from_numpy(noise) * peer.init_noise_sigma
@@ -115,7 +118,10 @@ def test_an_image_gets_the_noise_that_diffusers_adds(pair, strength):
     peer.set_timesteps(steps)
     levels = ours.levels(steps, 0, strength)
     first = steps - int(steps * strength)  # StableDiffusionImg2ImgPipeline.get_timesteps
-    assert len(levels) == steps - first and levels[0]["time"] == peer.timesteps[first]
+    again = int(type(ours) is noise_schedulers.PNDMScheduler)  # the second timestep comes twice
+    assert len(levels) == steps - first + again
+    first += again if first else 0
+    assert levels[0]["time"] == peer.timesteps[first]
     noise, data = arrays(0, 2)
     theirs = peer.add_noise(
         torch.from_numpy(data), torch.from_numpy(noise), peer.timesteps[first : first + 1]
@@ -141,6 +147,8 @@ def test_samples_of_a_batch_do_not_see_each_other(pair):
     _, ours = pair
     noise, prediction, memory, fresh = map(jnp.asarray, arrays(1, 4))
     level = ours.levels(4, 0)[2]
+    if type(ours) is noise_schedulers.PNDMScheduler:
+        memory = jnp.stack([memory, fresh, noise, prediction], axis=1)
     whole = ours.step(noise, prediction, level, memory, fresh)[0]
     alone = ours.step(noise[:1], prediction[:1], level, memory[:1], fresh[:1])[0]
     np.testing.assert_array_equal(whole[:1], alone)
@@ -158,7 +166,9 @@ def test_steps_out_of_range_are_refused(pair, steps):
         ("DDIMScheduler", "clip_sample", True),
         ("DDIMScheduler", "thresholding", True),
         ("DDIMScheduler", "prediction_type", "sample"),
-        ("DDIMScheduler", "_class_name", "PNDMScheduler"),
+        ("DDIMScheduler", "_class_name", "UniPCMultistepScheduler"),
+        ("PNDMScheduler", "skip_prk_steps", False),
+        ("PNDMScheduler", "timestep_spacing", "trailing"),
         ("DPMSolverMultistepScheduler", "algorithm_type", "sde-dpmsolver++"),
         ("DPMSolverMultistepScheduler", "solver_order", 3),
         ("DPMSolverMultistepScheduler", "use_karras_sigmas", True),
@@ -172,7 +182,8 @@ def test_steps_out_of_range_are_refused(pair, steps):
 )
 def test_an_unsupported_option_is_refused_by_name(name, key, value):
     with pytest.raises(CheckpointError, match=key):
-        getattr(noise_schedulers, name).from_json({"clip_sample": False, key: value})
+        given = {"clip_sample": False, "skip_prk_steps": True}
+        getattr(noise_schedulers, name).from_json({**given, key: value})
 
 
 def test_ddim_without_a_word_on_clipping_is_refused_as_it_would_clip():

@@ -10,8 +10,10 @@ import numpy as np
 from models.component import Component
 from models.dit.params import TRANSFORMER as DIT
 from models.flux2.params import TRANSFORMER as FLUX2
+from models.ldm.params import UNET
 from models.pixart.params import TRANSFORMER as PIXART
 from models.sd3.params import TRANSFORMER as SD3
+from models.unet.params import UNET_CONDITION
 from models.zimage.params import TRANSFORMER as ZIMAGE
 
 SIZES = [(3, 5), (4, 4)]  # rows and columns of tokens
@@ -30,8 +32,10 @@ class Case:
     prefix: str = "model.diffusion_model."  # of a single file's names, as ComfyUI writes them
 
     @property
-    def shallow(self) -> dict[str, int]:
-        """Counts of blocks with which one of each kind is left."""
+    def shallow(self) -> dict[str, Any]:
+        """Sizes with which one of each kind of block is left, and few sizes of layers."""
+        if "block_out_channels" in self.config:
+            return {"block_out_channels": (16, 16), "layers_per_block": 1}
         return {key: 1 for key in self.config if re.fullmatch(r"n(um)?_.*layers", key)}
 
     def arguments(self, size: tuple[int, int], batch: int = BATCH) -> dict[str, Any]:
@@ -118,6 +122,27 @@ def sd3_inputs(rows, columns, config, rng, batch):
     }
 
 
+def unet_inputs(rows, columns, config, rng, batch):
+    """Arguments of latents whose sides may be odd, so that they are rounded up on the way down."""
+    inputs = {
+        "sample": normal(rng, batch, config.get("in_channels", 4), rows, columns),
+        "timestep": np.int32([937, 12])[:batch],
+        "encoder_hidden_states": normal(rng, batch, 6, config["cross_attention_dim"]),
+    }
+    if "addition_embed_type" in config:
+        sizes = np.float32([[64, 48, 0, 0, 64, 48], [32, 32, 4, 8, 24, 16]])[:batch]
+        added = {"text_embeds": normal(rng, batch, 16), "time_ids": sizes}
+        inputs["added_cond_kwargs"] = added
+    return inputs
+
+
+def ldm_inputs(rows, columns, config, rng, batch):
+    """Arguments of latents whose sides can be halved, which diffusers' asks for."""
+    sample = normal(rng, batch, 3, 2 * rows, 2 * columns)
+    return {"sample": sample, "timestep": np.int32([937, 12])[:batch]}
+
+
+_UNET = {"block_out_channels": (16, 32), "norm_num_groups": 8, "sample_size": 8}
 _SD3 = {
     "in_channels": 4,
     "out_channels": 4,
@@ -213,5 +238,31 @@ CASES = {
         | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
         inputs=sd3_inputs,
         converter="convert_sd3_transformer_checkpoint_to_diffusers",
+    ),
+    "SD": Case(
+        component=UNET_CONDITION,
+        config=_UNET
+        | {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+        | {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+        | {"cross_attention_dim": 32, "attention_head_dim": 2},
+        inputs=unet_inputs,
+    ),
+    "SDXL": Case(
+        component=UNET_CONDITION,
+        config=_UNET
+        | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+        | {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1}
+        | {"transformer_layers_per_block": (1, 2), "attention_head_dim": (1, 4)}
+        | {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+        | {"projection_class_embeddings_input_dim": 64, "use_linear_projection": True}
+        | {"cross_attention_dim": 32},
+        inputs=unet_inputs,
+    ),
+    "LDM": Case(
+        component=UNET,
+        config=_UNET
+        | {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
+        | {"up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 16},
+        inputs=ldm_inputs,
     ),
 }
