@@ -122,7 +122,8 @@ def name(value: Any) -> str:
     Raises:
       Unnamed: there is none: of a lambda or a local function, say, which may have seen anything.
     """
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+    plain = bool | int | float | complex | str | bytes
+    if value is None or value is types.NoneType or isinstance(value, plain):
         return repr(value)
     if isinstance(value, enum.Enum):
         return f"{name(type(value))}.{value.name}"

@@ -126,6 +126,10 @@ def test_names_tell_parts_apart(one):
     assert programs.name(one) != programs.name(dataclasses.replace(one, function=run))
 
 
+def test_nothing_and_its_type_have_names():
+    assert programs.name(None) != programs.name(type(None))
+
+
 @pytest.mark.parametrize("odd", [lambda x: x, object(), functools.partial(lambda x: x)])
 def test_what_another_process_has_otherwise_has_no_name(odd):
     with pytest.raises(programs.Unnamed):

@@ -130,20 +130,26 @@ def test_bf16_compared_with_itself_is_equal(make):
     assert result["transformer_bytes"] == result["transformer_bytes_bf16"]
 
 
-def test_a_second_process_compiles_nothing(run_script, tiny, tmp_path):
-    """The first start fills the cache, the second only reads it."""
+def test_a_second_process_traces_and_compiles_nothing(run_script, tiny, tmp_path):
+    """The first start fills the caches, the second only reads them; the picture is the same."""
 
     def run():
         common = ["--model", tiny, "--prompt", "a", "--size", "32x32", "--steps", "2", "--json"]
         cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
         done = run_script("generate.py", *common, "--out", tmp_path / "x.png", **cache)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])["programs"]
+        picture = (tmp_path / "x.png").read_bytes()
+        return json.loads(done.stdout.splitlines()[-1])["programs"], picture
 
-    first = run()
+    first, picture = run()
+    traced = first.pop("traced")
+    assert traced == 4 and "kept" not in first  # two encoders, the step and the autoencoder
     assert first["compiled"] > 10 * first["from_cache"]  # a few are the same program twice
     assert list((tmp_path / "cache" / "quartz-jax").rglob("*-cache"))
-    assert run() == {"compiled": 0, "from_cache": sum(first.values())}
+    second, again = run()
+    assert second.pop("from_cache") <= sum(first.values())  # tracing runs some small ones
+    assert second == {"compiled": 0, "kept": traced}
+    assert again == picture
 
 
 def test_the_command_exits_with_2_and_one_line_on_bad_input(run_script, tmp_path):
