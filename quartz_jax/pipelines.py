@@ -100,7 +100,7 @@ def compile_quickly() -> None:
 
 
 def keep_programs(folder: Path | None) -> None:
-    """Keep what models' calls are traced to in a folder, see `models.programs`; None for nowhere."""
+    """Keep what models are traced to in a folder, see `models.programs`; None for nowhere."""
     programs.keep(folder)
 
 
