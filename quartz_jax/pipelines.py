@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 import models
-from models import build_component
+from models import build_component, programs
 from models.family import Family
 from models.fit import check_fit
 from models.lora import add_lora, read_lora
@@ -97,6 +97,16 @@ def compile_quickly() -> None:
     flag, flags = "--xla_gpu_enable_triton_gemm", os.environ.get("XLA_FLAGS", "")
     if flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
+
+
+def keep_programs(folder: Path | None) -> None:
+    """Keep what models are traced to in a folder, see `models.programs`; None for nowhere."""
+    programs.keep(folder)
+
+
+def program_counts() -> dict[str, int]:
+    """Return how many programs of models were "traced", and "kept" since an earlier start."""
+    return dict(programs.counts)
 
 
 def compute_dtype() -> jnp.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from models import programs
+from quartz_jax.pipelines import keep_programs, program_counts
 
 _EVENTS = {
     "/jax/compilation_cache/cache_hits": "from_cache",
@@ -41,7 +41,7 @@ def enable(use: bool = True) -> Path | None:
     config: Any = jax.config  # its options are attributes that no stub lists
     if not (use and config.jax_enable_compilation_cache):
         jax.config.update("jax_enable_compilation_cache", False)
-        programs.keep(None)
+        keep_programs(None)
         return None
     folder = config.jax_compilation_cache_dir or str(_user_folder())
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -49,7 +49,7 @@ def enable(use: bool = True) -> Path | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     _mend(Path(folder))
-    programs.keep(Path(folder) / "traced")
+    keep_programs(Path(folder) / "traced")
     if not _counts:
         _counts.update(dict.fromkeys(_EVENTS.values(), 0))
         jax.monitoring.register_event_listener(_count)
@@ -62,7 +62,7 @@ def counts() -> dict[str, int]:
     Of those that models run, also how many were "traced", or "kept" since an earlier start. Empty
     where the cache isn't used: it is off, or its folder can't be written.
     """
-    return dict(_counts) | dict(programs.counts) if _counts.total() else {}
+    return dict(_counts) | program_counts() if _counts.total() else {}
 
 
 def _mend(folder: Path) -> None:
