@@ -21,11 +21,9 @@ from models.text_encoders.decoder import DECODER
 from models.unet.family import SD, SDXL
 from models.zimage.family import ZIMAGE
 
-# Where a single file could be of several, the first that fits is taken; of several components of a
-# class, outside of a model, the last: so FLUX.1's CLIP comes after SDXL's, which isn't read whole.
+# Where a single file could be of several, the first that fits is taken; a component by itself, of a
+# class that several have, is the first one's: so FLUX.1's CLIP, as SDXL's isn't read whole.
 FAMILIES: tuple[Family, ...] = (
-    SDXL,
-    SD,
     FLUX,
     FLUX_KONTEXT,
     FLUX_FILL,
@@ -36,6 +34,8 @@ FAMILIES: tuple[Family, ...] = (
     DIT,
     PIXART,
     SD3,
+    SDXL,
+    SD,
     LDM,
 )
 

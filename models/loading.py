@@ -564,8 +564,9 @@ def _family_of(path: Path, files: list[Path], schedule: str | None) -> Family:
         if not quantized_by(names) and (family := families.of_file(file, checkpoint, schedule)):
             return family
         kinds.append(f"{file.name} is {_kind(names)}")
-    mains = " or ".join(dict.fromkeys(x.components[x.main].name for x in families.FAMILIES))
-    raise CheckpointError(f"{path} holds no {mains}: {'; '.join(kinds)}")
+    mains = (family.components[family.main] for family in families.FAMILIES)
+    known = " or ".join(dict.fromkeys(main.name for main in mains if main.file))
+    raise CheckpointError(f"{path} holds no {known}: {'; '.join(kinds)}")
 
 
 def _classify(path: Path, files: list[Path], family: Family) -> dict[str, Path]:
