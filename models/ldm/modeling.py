@@ -6,7 +6,7 @@ The call follows diffusers' UNet2DModel; projections that share an input are one
 import jax
 from flax import nnx
 
-from models.attention import dot_product_attention, split_heads
+from models.attention import dot_product_attention, fused_mixture, split_heads
 from models.ldm.config import UNetConfig
 from models.levels.config import Level
 from models.levels.modeling import Carry, Levels, Make
@@ -20,6 +20,8 @@ class Attention(nnx.Module):
         self.norm = make.norm(level.width)
         self.qkv = make.linear(level.width, 3 * level.width, role="attention_in")
         self.proj = make.linear(level.width, level.width, role="attention_out")
+        size = level.width // level.heads
+        self.mixtures = (fused_mixture((("qkv", "proj"),), level.width, size),)
 
     def __call__(self, x: jax.Array, text: jax.Array | None) -> jax.Array:
         """[b, h, w, c] to the same; there is no text."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import dot_product_attention, split_heads
+from models.attention import Mixture, dot_product_attention, fused_mixture, split_heads
 from models.conditioning import Embedder, sinusoidal_embedding
 from models.levels.config import Level
 from models.levels.modeling import Carry, Levels, Make
@@ -37,6 +37,17 @@ class TransformerBlock(nnx.Module):
         self.cross_q = linear(width, width)
         self.cross_kv = linear(text, 2 * width)
         self.cross_proj = make.linear(width, width, role="attention_out")
+        size = width // level.heads
+        self.mixtures = (
+            fused_mixture((("qkv", "proj"),), width, size),
+            Mixture(
+                values=(("cross_kv", width),),
+                rows=width,
+                outputs=("cross_proj",),
+                columns=width,
+                head_dim=size,
+            ),
+        )
         self.up = make.linear(width, 2 * inner, role="mlp_in")
         self.down = make.linear(inner, width, role="mlp_out")
 

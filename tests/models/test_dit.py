@@ -1,5 +1,6 @@
 """DiT's pipeline against diffusers' in float32, names of classes, and refusals."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def test_images_are_diffusers(ours, peer, monkeypatch, side, guidance):
 def test_images_are_diffusers_with_another_scheduler(ours, peer, monkeypatch, folder, tmp_path):
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(peer.scheduler.config)
     scheduler.save_pretrained(tmp_path)
-    changed = models.Sampler(**vars(ours) | {"scheduler": models.load_component(tmp_path)})
+    changed = dataclasses.replace(ours, scheduler=models.load_component(tmp_path))
     found, expected = images(changed, peer, monkeypatch, SIDES[0], 2.0, scheduler)
     assert relative_error(found, expected) <= 1e-4
 

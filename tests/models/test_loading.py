@@ -32,10 +32,8 @@ from models.sd3.family import SD3
 from models.stored_files import CheckpointError
 from models.synthetic import write_random_model
 from models.text_encoders import (
-    CLIP_TEXT_PROJECTED,
     CLIPTextConfig,
     CLIPTextEncoder,
-    ProjectedCLIPTextConfig,
     T5Encoder,
     clip,
     t5,
@@ -489,16 +487,6 @@ def test_flux_reads_a_clip_model_with_a_projection_without_it(folder, copy):
     more = {"text_projection.weight": np.zeros((4, 20), np.float32), "logit_scale": np.zeros(())}
     save_file(load_file(file) | more, file)
     same(find_model(copy).open("text_encoder", jnp.float32), folder / "text_encoder")
-
-
-def test_a_clip_model_with_a_projection_by_itself_is_read_with_it(tmp_path):
-    config = ProjectedCLIPTextConfig(
-        vocab_size=50, hidden_size=20, intermediate_size=24, num_attention_heads=2, projection_dim=4
-    )
-    CLIP_TEXT_PROJECTED.export(CLIPTextEncoder(config, rngs=nnx.Rngs(0)), tmp_path, jnp.float32)
-    loaded = models.load_component(tmp_path, jnp.float32)
-    assert loaded.config == config
-    assert loaded(jnp.zeros((1, 3), int))[1].shape == (1, 4)
 
 
 @pytest.mark.parametrize(
