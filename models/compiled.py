@@ -23,18 +23,21 @@ def compiled(function: Callable, module: nnx.Module, *static: Hashable) -> Calla
     """
     graphdef, state = nnx.split(module)
     leaves, treedef = jax.tree.flatten(state)
-    jitted = _jitted(function, graphdef, treedef, static)
+    jitted, found = _jitted(function, graphdef, treedef, static)
     if programs.is_on() and _on_one_device(leaves):
-        return programs.Program(jitted, leaves, (function, graphdef, str(treedef), static))
+        made_of = function, graphdef, str(treedef), static
+        return programs.Program(jitted, leaves, made_of, found)
     return functools.partial(jitted, leaves)
 
 
 @functools.lru_cache(maxsize=16)
-def _jitted(function: Callable, graphdef: nnx.GraphDef, treedef: Any, static: tuple) -> Callable:
+def _jitted(
+    function: Callable, graphdef: nnx.GraphDef, treedef: Any, static: tuple
+) -> tuple[Callable, programs.Found]:
     def call(leaves, *args):
         return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)), *static, *args)
 
-    return jax.jit(call)
+    return jax.jit(call), programs.Found()
 
 
 def device_of(module: nnx.Module) -> jax.sharding.Sharding | None:

@@ -61,6 +61,15 @@ def is_on() -> bool:
     return _folder is not None
 
 
+class Found:
+    """What one function was lowered to in this process: models loaded after it run it as it is."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        # by kinds of leaves, folder and settings, then by kinds of arguments
+        self.programs: dict[Any, dict[Any, Callable]] = {}
+
+
 class Program:
     """A function under `jax.jit` whose lowered forms are kept, one for each set of shapes."""
 
@@ -69,12 +78,17 @@ class Program:
         jitted: Callable,  # of leaves and more
         leaves: Sequence[jax.Array],
         made_of: Any,  # all that it is traced from, but for shapes and dtypes
+        found: Found | None = None,  # with the same jitted and made_of
     ):
         self._jitted = jitted
         self._leaves = list(leaves)
         self._made_of = made_of
-        self._lock = threading.Lock()
-        self._found: dict[Any, Callable] = {}
+        found = found or Found()
+        mesh = jax.sharding.get_abstract_mesh()
+        key = tuple(map(_kind, leaves)), _folder, mesh, tuple(_settings().items())
+        self._lock = found.lock
+        with found.lock:
+            self._found = found.programs.setdefault(key, {})
 
     def __call__(self, *args: Any) -> Any:
         """Return the function of the leaves and args."""
@@ -83,13 +97,14 @@ class Program:
         with self._lock:
             if kind not in self._found:
                 self._found[kind] = self._find(kind, tree, given)
-        return self._found[kind](given)
+        return self._found[kind](self._leaves, given)
 
     def _find(self, kind: tuple, tree: Any, given: list) -> Callable:
-        """Return a function of flat arguments: what was kept, or else what is traced now."""
+        """Return a function of leaves and flat arguments: what was kept, or is traced now."""
+        jitted = self._jitted
 
-        def plain(given: list) -> Any:
-            return self._jitted(self._leaves, *jax.tree.unflatten(tree, given))
+        def plain(leaves: list, given: list) -> Any:
+            return jitted(leaves, *jax.tree.unflatten(tree, given))
 
         try:
             path = self._path(kind)
@@ -97,7 +112,7 @@ class Program:
         except (Unnamed, ValueError, NotImplementedError, TypeError):
             counts["traced"] += 1  # what can't be named or written runs all the same
             return plain
-        return functools.partial(jax.jit(exported.call), self._leaves)
+        return jax.jit(exported.call)
 
     def _path(self, kind: tuple) -> Path:
         if _folder is None or any(x is None for x in kind[1]):
@@ -106,8 +121,10 @@ class Program:
         return _folder / f"{hashlib.sha256(name(described).encode()).hexdigest()}.program"
 
     def _trace(self, path: Path, tree: Any, given: list) -> export.Exported:
+        jitted = self._jitted
+
         def flat(leaves: list, given: list) -> Any:
-            return self._jitted(leaves, *jax.tree.unflatten(tree, given))
+            return jitted(leaves, *jax.tree.unflatten(tree, given))
 
         checks = [export.DisabledSafetyCheck.custom_call(call) for call in _CUSTOM_CALLS]
         exported = export.export(jax.jit(flat), disabled_checks=checks)(self._leaves, given)
@@ -184,14 +201,18 @@ def _surroundings() -> list[Any]:
         raise Unnamed("a mesh is set")
     device = jax.devices()[0]
     flax = importlib.metadata.version("flax")
-    settings: Any = jax.config
-    values = {key: value for key, value in settings.values.items() if not _NO_MATTER.fullmatch(key)}
     return [
         (jax.__version__, jaxlib.__version__, flax, device.client.platform_version),
         (device.platform, device.device_kind, jax.device_count()),
-        {key: str(value) for key, value in values.items()},
+        _settings(),
         _code(),
     ]
+
+
+def _settings() -> dict[str, str]:
+    """Return those of JAX's settings, as they are in this thread, that may change a program."""
+    config: Any = jax.config
+    return {key: str(x) for key, x in config.values.items() if not _NO_MATTER.fullmatch(key)}
 
 
 @functools.cache
@@ -208,7 +229,9 @@ def _files(folder: str, kind: str) -> list[Path]:
     """Return code and tuned settings; models and what was measured of them lie there too."""
     beside = ("tiny_flux", "tiny_flux_photo", "evaluations", "benchmarks")
     found = (_PACKAGES / folder).rglob(kind)
-    return [x for x in found if kind == "*.py" or not set(x.parts) & set(beside)]
+    if kind == "*.py":
+        return list(found)
+    return [x for x in found if not set(x.relative_to(_PACKAGES).parts) & set(beside)]
 
 
 def _read(path: Path) -> export.Exported | None:

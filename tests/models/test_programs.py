@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -13,13 +15,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models import compiled as compiling
 from models import programs
 from models.compiled import compiled
 
 
 class Layer(nnx.Module):
-    def __init__(self, width: int, act=jax.nn.relu):
-        self.linear = nnx.Linear(width, width, rngs=nnx.Rngs(0))
+    def __init__(self, width: int, act=jax.nn.relu, seed=0):
+        self.linear = nnx.Linear(width, width, rngs=nnx.Rngs(seed))
         self.act = act
 
     def __call__(self, x):
@@ -38,17 +41,60 @@ def kept(tmp_path):
     programs.keep(None)
 
 
+def forget():
+    """Do as if the process had just begun."""
+    compiling._jitted.cache_clear()
+
+
 def test_a_kept_program_gives_the_same_bits_as_a_traced_one(kept):
     x = jnp.arange(8.0).reshape(2, 4)
     programs.keep(None)
     plain = compiled(run, Layer(4))(x, {"a": np.float32(2)})
     programs.keep(kept)
     traced = compiled(run, Layer(4))(x, {"a": np.float32(2)})
+    forget()
     again = compiled(run, Layer(4))(x, {"a": np.float32(2)})
     assert programs.counts == {"traced": 1, "kept": 1}
     for found in (traced, again):
         jax.tree.map(np.testing.assert_array_equal, plain, found)
         assert jax.tree.structure(plain) == jax.tree.structure(found)
+
+
+def test_a_model_that_is_loaded_again_runs_what_was_found(kept):
+    x, layer, events = jnp.ones((2, 4)), Layer(4, seed=1), []
+
+    def note(event, *_, **__):
+        events.append("compile" in event or "mlir" in event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        first = compiled(run, Layer(4))(x)
+        assert any(events)
+        events.clear()
+        again = compiled(run, layer)(x)
+        assert not any(events)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert programs.counts == {"traced": 1}
+    np.testing.assert_allclose(again[0][0], layer(x)[0], rtol=1e-6)  # its own weights
+    assert not np.array_equal(first[0][0], again[0][0])
+
+
+def test_programs_hold_no_weights(kept):
+    for act in (jax.nn.relu, lambda x: 2 * x):  # kept, and one that can't be
+        layer = Layer(4, act)
+        gone = weakref.ref(layer.linear.kernel.get_value())
+        compiled(run, layer)(jnp.ones((2, 4)))
+        del layer
+        gc.collect()
+        assert gone() is None
+
+
+def test_another_precision_is_another_program(kept):
+    compiled(run, Layer(4))(jnp.ones((2, 4)))
+    with jax.default_matmul_precision("highest"):
+        compiled(run, Layer(4))(jnp.ones((2, 4)))
+    assert programs.counts == {"traced": 2}
 
 
 def test_another_shape_dtype_or_module_is_another_program(kept):
@@ -73,6 +119,7 @@ def test_a_damaged_program_is_traced_anew_and_mended(kept):
     (path,) = kept.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
+    forget()
     found = compiled(run, Layer(4))(x)
     jax.tree.map(np.testing.assert_array_equal, wanted, found)
     assert programs.counts["kept"] == 0
