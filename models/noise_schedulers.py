@@ -182,6 +182,14 @@ class NoiseScheduler(abc.ABC):
             return np.arange(count)[::-1] * (trained // self._parts(count)) + self.steps_offset
         return np.round(trained - np.arange(count) * (trained / count)) - 1
 
+    def _check_trained(self, times: np.ndarray) -> None:
+        """Raise ValueError where steps begin behind the last trained timestep, as offsets can."""
+        if times[0] >= self.num_train_timesteps:
+            raise ValueError(
+                f"{len(times)} steps would begin at timestep {times[0]:.0f} of "
+                f"{self.num_train_timesteps}; take fewer"
+            )
+
     def _spread(self, count: int) -> np.ndarray:
         """Return timesteps over the whole range."""
         return np.linspace(0, self.num_train_timesteps - 1, count).round()[::-1]
@@ -245,11 +253,7 @@ class DDIMScheduler(NoiseScheduler):
     def _steps(self, times: np.ndarray) -> list[_Step]:
         alphas, trained = self.alphas(), self.num_train_timesteps
         last = 1.0 if self.set_alpha_to_one else alphas[0]
-        if times[0] >= trained:
-            raise ValueError(
-                f"{len(times)} steps would begin at timestep {times[0]:.0f} of {trained}; take "
-                "fewer"
-            )
+        self._check_trained(times)
         found = []
         for time in times.astype(int):
             then = time - trained // len(times)
@@ -329,6 +333,7 @@ class PNDMScheduler(NoiseScheduler):
     def _steps(self, times: np.ndarray) -> list[_Step]:
         """Return the factors from each timestep to the next (equation 11)."""
         alphas, trained = self.alphas(), self.num_train_timesteps
+        self._check_trained(times)
         found = []
         for time in times.astype(int):
             then = time - trained // len(times)
@@ -368,6 +373,14 @@ class DPMSolverMultistepScheduler(NoiseScheduler):
     lower_order_final: bool = True  # the last of fewer than 15 steps is of order 1
     euler_at_final: bool = False  # the last step is of order 1
     final_sigmas_type: str = "zero"  # noise behind the last step; or "sigma_min", the first level's
+
+    def _check_trained(self, times: np.ndarray) -> None:
+        """Raise ValueError where steps begin behind the last trained timestep, as offsets can."""
+        if times[0] >= self.num_train_timesteps:
+            raise ValueError(
+                f"{len(times)} steps would begin at timestep {times[0]:.0f} of "
+                f"{self.num_train_timesteps}; take fewer"
+            )
 
     def _spread(self, count: int) -> np.ndarray:
         return np.linspace(0, self.num_train_timesteps - 1, count + 1).round()[:0:-1]
@@ -432,6 +445,14 @@ class EulerDiscreteScheduler(NoiseScheduler):
             {**level, "scale": np.float32(_unit(ratio)[0])}
             for level, ratio in zip(found, ratios, strict=True)
         ]
+
+    def _check_trained(self, times: np.ndarray) -> None:
+        """Raise ValueError where steps begin behind the last trained timestep, as offsets can."""
+        if times[0] >= self.num_train_timesteps:
+            raise ValueError(
+                f"{len(times)} steps would begin at timestep {times[0]:.0f} of "
+                f"{self.num_train_timesteps}; take fewer"
+            )
 
     def _spread(self, count: int) -> np.ndarray:
         whole = np.linspace(0, self.num_train_timesteps - 1, count, dtype=np.float32)

@@ -7,6 +7,8 @@ An .npz holds `blob` (image files end to end), `off` (int64 [n + 1] offsets into
 import dataclasses
 import io
 import json
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,18 @@ def check_photos(folder: Path) -> None:
 
 
 def read_classes(folder: Path, count: int | None = None) -> list[dict[str, Any]]:
-    """Return entries of classes.json, each with a `name`: `count` spread over all, or all."""
-    classes = json.loads((folder / "classes.json").read_text())
+    """Return entries of classes.json, each with a `name`: `count` spread over all, or all.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+    path = folder / "classes.json"
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(classes, list) or not all("name" in entry for entry in classes):
+        raise ValueError(f"{path} must hold a list of objects, each with a name")
     return [classes[i] for i in _spread(len(classes), count)]
 
 
@@ -45,20 +57,35 @@ def read_photos(folder: Path, count: int | None = None, files: str = "train_*.np
       folder: as `check_photos` wants it.
       count: classes to take, spread evenly over all; None for all.
       files: pattern of the names of files.
+
+    Raises:
+      ValueError: a file is damaged, or none holds a photo of these classes.
     """
     chosen = _spread(len(read_classes(folder)), count)
     images, labels = [], []
     for path in sorted(folder.glob(files)):
-        with np.load(path) as file:
-            blob, offsets, label = file["blob"], file["off"], file["label"]
+        blob, offsets, label = _read(path)
         kept = np.flatnonzero(np.isin(label, chosen))
+        if not len(kept):  # a file of other classes
+            continue
         images.append(decode(blob, offsets, kept))
         labels.append(np.searchsorted(chosen, label[kept]).astype(np.int32))
+    if not images:
+        raise ValueError(f"{folder}: {files} holds no photo of the {len(chosen)} classes")
     return Photos(
         images=np.concatenate(images),
         labels=np.concatenate(labels),
         classes=read_classes(folder, count),
     )
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return blob, offsets and labels of a file."""
+    try:
+        with np.load(path) as file:
+            return file["blob"], file["off"], file["label"]
+    except (KeyError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} holds no photos: {error}") from None
 
 
 def _spread(total: int, count: int | None) -> np.ndarray:

@@ -84,9 +84,9 @@ def latent_misfits(
         given = getattr(model, "out_channels", None) or taken
         if given not in ((taken, 2 * taken) if variance else (taken,)):
             yield f"the {main} takes latents of {taken} channels and gives {given}"
-        if vae and taken != vae.latent_channels:
+        latent = vae and getattr(vae, "entry_channels", vae.latent_channels)  # of a codebook
+        if vae and taken != latent:
             yield (
-                f"the {main} takes latents of {taken} channels, and the autoencoder gives "
-                f"{vae.latent_channels}"
+                f"the {main} takes latents of {taken} channels, and the autoencoder gives {latent}"
             )
     yield from picture_misfits(vae)

@@ -4,6 +4,7 @@ Shapes: b images, h rows and w columns of pixels, c channels.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -78,25 +79,16 @@ class Window:
         self,
         x: jax.Array,  # [b, h, w, c]
         w: jax.Array,  # [n, taps c], of the dtype of x
-        dtype: jnp.dtype | None = None,  # of the sums and the result; that of x if None
     ) -> jax.Array:
         """Return XLA's convolution, [b, rows, columns, n]: what `unfold(x) w^T` is.
 
-        Of int8 with int32 sums it is exact.
+        Of int8 it is exact sums in int32, rounded to float32; of floats, in their dtype.
 
         Raises:
           ValueError: as `unfold`.
         """
         self._checked(x)
-        kernel = w.reshape(w.shape[0], *self.size, x.shape[-1]).transpose(1, 2, 3, 0)
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            self.strides,
-            self.padding,
-            dimension_numbers=_NHWC,
-            preferred_element_type=dtype or x.dtype,
-        )
+        return _convolve(x, w, self)
 
     def _checked(self, x: jax.Array) -> tuple[int, int]:
         grid = self.grid(*x.shape[1:3]) if x.ndim == 4 else (0, 0)
@@ -106,6 +98,26 @@ class Window:
                 f"at least one window of {self.size[0]}x{self.size[1]}"
             )
         return grid
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def _convolve(x: jax.Array, w: jax.Array, window: Window) -> jax.Array:
+    """Do what `Window.convolve` does, as one program also where its caller isn't traced.
+
+    XLA gives int8 to cuDNN only where float32 is made of the sums at once
+    (`CheckNoIllegalIntegerConvs` of `cudnn_fused_conv_rewriter.cc`).
+    """
+    kernel = w.reshape(w.shape[0], *window.size, x.shape[-1]).transpose(1, 2, 3, 0)
+    integers = jnp.issubdtype(x.dtype, jnp.integer)
+    sums = lax.conv_general_dilated(
+        x,
+        kernel,
+        window.strides,
+        window.padding,
+        dimension_numbers=_NHWC,
+        preferred_element_type=jnp.int32 if integers else x.dtype,
+    )
+    return sums.astype(jnp.float32) if integers else sums
 
 
 def _in_words(

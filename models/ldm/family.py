@@ -13,7 +13,7 @@ from models.denoiser import Canvas, Conditions, Inputs
 from models.family import Family, Schedule
 from models.ldm.config import UNetConfig
 from models.ldm.params import UNET
-from models.planar import PlanarDenoiser, default_side
+from models.planar import PlanarDenoiser, default_side, latent_misfits
 from models.vae.config import VQModelConfig
 from models.vae.params import VQ_MODEL
 
@@ -76,12 +76,7 @@ class LDMDenoiser(PlanarDenoiser):
 
 def _misfits(configs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> Iterator[str]:
     """Yield why components don't fit, naming both sizes."""
-    unet, vq = configs.get("unet"), configs.get("vqvae")
-    if unet and vq and unet.in_channels != vq.entry_channels:
-        yield (
-            f"the unet takes latents of {unet.in_channels} channels, and the autoencoder gives "
-            f"{vq.entry_channels}"
-        )
+    yield from latent_misfits(configs, main="unet", autoencoder="vqvae")
 
 
 _SCHEDULER = {

@@ -35,7 +35,7 @@ def apply(
 
 
 def scale_sums(
-    acc: jax.Array,  # [m, n], int32
+    acc: jax.Array,  # [m, n], int32, or float32 made of it
     x_scale: jax.Array,  # [m, 1], float32
     w_scale: jax.Array,  # [1, n], float32
     x_lo: jax.Array | None = None,  # [m, 1], float32: given if x is asymmetric

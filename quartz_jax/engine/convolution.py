@@ -78,6 +78,10 @@ class QuantizedConv(QuantizedLinear):
         y = self(seen.reshape(-1, seen.shape[-1]))
         return y.reshape(*seen.shape[:3], self.out_features)
 
+    def _with_ops(self, ops: tuple[Op, ...], **more: Any) -> QuantizedLinear:
+        """Return a copy with other ops."""
+        return super()._with_ops(ops, window=self.window, **more)
+
     def _is_cut(self, format: Format) -> bool:
         """Whether a window cuts what shares something in an image's row of a format."""
         if isinstance(format, Int):
@@ -147,7 +151,8 @@ class QuantizedConv(QuantizedLinear):
             seen = self.window.unfold(dequantize(quantized).reshape(x.shape))
             given = Given(rows=seen.reshape(-1, seen.shape[-1]))
             return simulated_product(given, weight, None, epilogue)
-        if self.by_xla and not isinstance(weight, PreparedWeights):
+        if self.by_xla:
+            assert not isinstance(weight, PreparedWeights)
             return _convolved(quantized, weight, epilogue, self.window, x.shape)
         windows = self._windows(quantized, x.shape)
         y = multiply(windows, weight, epilogue)
@@ -173,7 +178,7 @@ def _convolved(
     """Return [m, n] by XLA's convolution of int8, exact."""
     rows = row_operand(weight)
     assert rows is not None
-    sums = window.convolve(images.values.reshape(shape), int8_values(rows), jnp.int32)
+    sums = window.convolve(images.values.reshape(shape), int8_values(rows))
     scale = jnp.broadcast_to(images.scale[:, None, None], (*sums.shape[:3], 1))
     y = reference.scale_sums(sums, scale, rows.scale[:, 0])
     return reference.finish(y.reshape(-1, y.shape[-1]), epilogue)

@@ -103,15 +103,13 @@ class QuantizedLinear(nnx.Module):
         down, up = (jnp.asarray(x, jnp.float32) for x in (down, up))
         wide, turned = self._beside(down, up)
         branch = Product(down=wide.astype(dtype), up=turned.T.astype(dtype))
-        return QuantizedLinear(
-            self.weight.get_value(),
-            self.bias,
-            self.activation,
-            _with_product(ops, branch, down, self.activation),
-            dtype=self.dtype,
-            role=self.role,
-            simulated=self.simulated,
-        )
+        return self._with_ops(_with_product(ops, branch, down, self.activation))
+
+    def _with_ops(self, ops: tuple[Op, ...], **more: Any) -> "QuantizedLinear":
+        """Return a copy with other ops; `more` is what a subclass is made of beside this."""
+        options: dict[str, Any] = {"dtype": self.dtype, "role": self.role}
+        given = self.weight.get_value(), self.bias, self.activation, ops
+        return type(self)(*given, **options, simulated=self.simulated, **more)
 
     @property
     def folded(self) -> bool:

@@ -99,11 +99,14 @@ def _place_layer(module: QuantizedLinear, expand: bool, dtype: Any, by_xla: bool
     how = how_it_runs(module.weight.get_value(), module.activation)
     if how != "int8":
         return how
-    scales = module.scales if isinstance(module, QuantizedConv) else "row"
-    if isinstance(module, QuantizedConv) and by_xla and scales == "image":
-        module.by_xla = True
-        return f"int8, XLA's convolution{_SCALES[scales]}"
-    weight = place_weight(module.weight.get_value(), expand, dtype)
+    scales, weight = "row", module.weight.get_value()
+    if isinstance(module, QuantizedConv):
+        scales = module.scales
+        prepared = isinstance(weight, PreparedWeights)  # for a kernel, which nothing else reads
+        module.by_xla = by_xla and scales == "image" and not prepared
+        if module.by_xla:
+            return f"int8, XLA's convolution{_SCALES[scales]}"
+    weight = place_weight(weight, expand, dtype)
     module.weight.set_value(weight)
     _place_branch(module, expand, dtype)
     if module.bias is not None:  # as kernels add it, so that no call converts it

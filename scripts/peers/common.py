@@ -1,5 +1,6 @@
 """What the scripts share: timing on a GPU with PyTorch, and the record they write."""
 
+import argparse
 import importlib.metadata
 import json
 import platform
@@ -11,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def output(text: str) -> Path:
+    """Return a file to be written, for argparse: its folder must be there before any measuring."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is no file in a folder that is there")
+    return path
 
 
 def queued_ms(call: Callable[[], Any], calls: int, repeats: int = 5) -> float:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 import common
 import torch
@@ -58,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=4608)
     parser.add_argument("--calls", type=int, default=50, help="that are enqueued together")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--out", type=common.output, required=True, help="JSON file")
     args = parser.parse_args()
     results = {}
     for name, (n, k) in SHAPES.items():

@@ -10,10 +10,12 @@ from models.fit import check_fit
 from models.flux.family import FLUX
 from models.flux2.config import Flux2Config
 from models.flux2.family import FLUX2
+from models.ldm.family import LDM
 from models.pixart.family import PIXART
 from models.schedulers import scheduler_from_json
 from models.sd3.family import SD3
 from models.stored_files import CheckpointError
+from models.unet.family import SD, SDXL
 from models.zimage.config import ZImageConfig
 from models.zimage.family import ZIMAGE
 
@@ -60,6 +62,18 @@ def test_a_transformer_that_predicts_other_channels_than_the_latents_is_refused(
     words = rf"takes latents of {taken} channels and gives {given}$"
     with pytest.raises(CheckpointError, match=words):
         check_fit(family, change(family, "transformer", out_channels=given))
+
+
+@pytest.mark.parametrize("family", [SD, SDXL, LDM], ids=lambda family: family.name)
+def test_a_unet_and_its_autoencoder_are_held_to_the_same(family):
+    taken = 3 if family is LDM else 4
+    with pytest.raises(CheckpointError, match=rf"the unet takes latents of {taken} .* gives 8$"):
+        check_fit(family, change(family, "unet", out_channels=8))
+    for field in ("in_channels", "out_channels"):
+        with pytest.raises(CheckpointError, match=r"the autoencoder takes images of . channels"):
+            check_fit(family, change(family, family.autoencoder, **{field: 4}))
+    with pytest.raises(CheckpointError, match="takes latents of 5 channels, and the autoencoder"):
+        check_fit(family, change(family, "unet", in_channels=5, out_channels=5))
 
 
 @pytest.mark.parametrize("family", [FLUX2, ZIMAGE], ids=lambda family: family.name)

@@ -160,6 +160,14 @@ def test_steps_out_of_range_are_refused(pair, steps):
         pair[1].levels(steps, 0)
 
 
+@pytest.mark.parametrize("kind", [noise_schedulers.DDIMScheduler, noise_schedulers.PNDMScheduler])
+def test_steps_that_begin_behind_the_last_trained_timestep_are_refused(kind):
+    scheduler = kind(steps_offset=1)  # SD's own
+    with pytest.raises(ValueError, match="1000 steps would begin at timestep 1000 of 1000; take"):
+        scheduler.levels(1000, 0)
+    assert scheduler.levels(500, 0)[0]["time"] == 999
+
+
 @pytest.mark.parametrize(
     "name,key,value",
     [

@@ -120,8 +120,17 @@ def test_windows_of_integers_are_the_oracle_s_in_both_ways(geometry, height, wid
     unfolded = np.asarray(window.unfold(jnp.asarray(x)))
     assert unfolded.shape[1:3] == window.grid(height, width)
     np.testing.assert_array_equal(unfolded.astype(np.int64) @ w.T.astype(np.int64), expected)
-    found = window.convolve(jnp.asarray(x), jnp.asarray(w), jnp.int32)
+    found = window.convolve(jnp.asarray(x), jnp.asarray(w))
+    assert found.dtype == jnp.float32 and abs(expected).max() < 2**24  # which float32 holds
     np.testing.assert_array_equal(found, expected)
+
+
+def test_sums_of_int8_become_floats_in_the_program_that_convolves():
+    """Or XLA refuses to give them to cuDNN, in calls that aren't traced too."""
+    x, w = jnp.ones((1, 4, 4, 8), jnp.int8), jnp.ones((2, 72), jnp.int8)
+    (program,) = jax.make_jaxpr(Window((3, 3)).convolve)(x, w).eqns
+    made = [x.primitive.name for x in program.params["jaxpr"].eqns]
+    assert made[-2:] == ["conv_general_dilated", "convert_element_type"]
 
 
 def test_bytes_are_moved_four_at_a_time_on_a_gpu(monkeypatch):
@@ -217,6 +226,16 @@ def test_the_output_is_what_the_formats_make_of_windows(fields, scales):
     assert relative_error(layer(x), definition(layer, x)) < 1e-5
     simulated = place(nnx.Sequential(layer), simulate=True)[0].layers[0]
     assert relative_error(simulated(x), definition(layer, x)) < 1e-5
+
+
+@pytest.mark.parametrize("activation", [INT8, None], ids=str)
+def test_a_branch_of_windows_is_added(activation):
+    layer, x = quantized(conv(strides=2), INT8, activation), images()
+    rng = np.random.default_rng(4)
+    down, up = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((9 * C, 2), (2, N)))
+    more = layer.with_branch(down, up, jnp.float32)(x) - layer(x)
+    # int8 inputs, for a scale a window and a scale an image
+    assert relative_error(more, layer.window.unfold(x) @ down @ up) < 0.05
 
 
 @pytest.mark.parametrize("padding", [0, 1, ((0, 1), (0, 1))])
@@ -324,6 +343,17 @@ def test_a_gradient_goes_to_the_image_as_through_the_dequantized_product():
 
     found = jax.grad(lambda x: jnp.sum(size * layer(x)))(x)
     assert relative_error(found, jax.grad(plain)(x)) < 1e-5
+
+
+def test_a_layer_placed_again_runs_as_its_placement_says():
+    """XLA's convolution leaves no trace in a layer that is then placed for matmuls."""
+    layer, x = quantized(conv()), images()
+    model = place(nnx.Sequential(layer), convolutions="xla")[0]
+    again, placement = place(model)
+    assert "XLA" not in placement.layers["layers.0"]
+    primitives = str(jax.make_jaxpr(again.layers[0])(x))
+    assert "conv_general_dilated" not in primitives
+    np.testing.assert_array_equal(again.layers[0](x), layer(x))
 
 
 def test_xla_s_way_has_no_gradient_and_says_so():

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +197,26 @@ def test_fewer_classes_are_spread_over_all(photos):
     kept = np.isin(whole.labels, [0, 2])
     np.testing.assert_array_equal(found.images, whole.images[kept])
     np.testing.assert_array_equal(found.labels, whole.labels[kept] // 2)
+
+
+def test_files_without_a_chosen_class_are_passed_over(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    with np.load(photos / "train_0.npz") as file:
+        held = dict(file)
+    np.savez(tmp_path / "photos" / "train_2.npz", **held | {"label": np.full(8, 1, np.int16)})
+    found, expected = read_photos(tmp_path / "photos", 2), read_photos(photos, 2)
+    np.testing.assert_array_equal(found.images, expected.images)
+    with pytest.raises(ValueError, match=r"train_2.npz holds no photo of the 2 classes"):
+        read_photos(tmp_path / "photos", 2, "train_2.npz")
+
+
+@pytest.mark.parametrize("name", ["train_0.npz", "classes.json"])
+def test_a_damaged_file_of_photos_is_named(photos, tmp_path, name):
+    shutil.copytree(photos, tmp_path / "photos")
+    file = tmp_path / "photos" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=name):
+        read_photos(tmp_path / "photos")
 
 
 def test_a_model_of_classes_is_evaluated_on_its_own_prompts(tmp_path):
