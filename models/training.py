@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 _FINISHED = "finished"  # an empty file in a stage's folder
 State = dict[str, Any]  # params, ema, optimizer, key: all arrays, saved as they are
-# (params, frozen params, data, key) to (loss, metrics)
+# (params, frozen params, data, key) to the loss
 LossFunction = Callable[[Any, Any, Any, jax.Array], jax.Array]
 
 
@@ -81,7 +81,7 @@ def train(
       folder: state and `log.jsonl` go here, and a mark once the schedule is finished.
       frozen: arrays that the loss may use and training leaves alone.
       stop_after: minutes after which to save the state and return unfinished.
-      saved: called with the EMA parameters after each state that is saved on the way.
+      saved: called with the EMA parameters after each state that is saved.
 
     Returns:
       EMA parameters, and whether the schedule is finished.
@@ -118,6 +118,7 @@ def train(
                 progress=ocp.args.JsonSave({"elapsed": elapsed}),
             ),
         )
+        saved(state["ema"])
 
     run = _make_run(config, optimizer, loss_function)
     begin = last = last_saved = time.monotonic()
@@ -142,7 +143,6 @@ def train(
             break
         if last - last_saved > 60 * config.save_minutes:
             save()
-            saved(state["ema"])
             last_saved = time.monotonic()
     finished = step >= config.steps or elapsed >= 60 * config.minutes
     if manager.latest_step() != step:

@@ -86,8 +86,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     check_photos(args.data)
     if args.classes > (there := len(read_classes(args.data))):
         raise ValueError(f"--classes is {args.classes}; {args.data} has {there}")
-    check_output((args.work or args.out) / "x")
+    if args.start is not None and not args.start.is_dir():
+        raise ValueError(f"--start {args.start} is no folder of weights")
+    if "judge" in args.stages:
+        _check_judge(args)
+    for folder in filter(None, (args.work, args.keep, args.out)):
+        check_output(folder / "x")
     return args
+
+
+def _check_judge(args: argparse.Namespace) -> None:
+    """Raise ValueError without the classifier, or without its numbers of the classes."""
+    metrics_jax.load_network(args.networks, "efficientnet_lite0")
+    if not all("in1k" in entry for entry in read_classes(args.data, args.classes)):
+        raise ValueError(f"{args.data / 'classes.json'} has classes without in1k; judge needs it")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,7 +139,7 @@ def train(args: argparse.Namespace) -> bool:
     data = training_data(args)
     graphdef, params = initialise(data["latents"].shape, args.classes)
     if args.start is not None:
-        params = nnx.state(TRANSFORMER.load(args.start, dtype=jnp.float32))
+        params = given_params(args.start, params)
     table = training.noise_table(DDIMScheduler.from_json(architecture.SCHEDULER_CONFIG))
     loss = training.hybrid_loss(graphdef, table, config.batch_size, args.class_dropout)
 
@@ -165,6 +177,15 @@ def initialise(shape: Sequence[int], classes: int) -> tuple[nnx.GraphDef, Any]:
     config = architecture.transformer_config(shape[1], classes, shape[2])
     options = {"dtype": pipelines.compute_dtype(), "param_dtype": jnp.float32}
     return nnx.split(TRANSFORMER.module(config, rngs=nnx.Rngs(0), **options))
+
+
+def given_params(folder: Path, like: Any) -> Any:
+    """Return the weights of a folder; ValueError if they are of another model than `like`."""
+    params = nnx.state(TRANSFORMER.load(folder, dtype=jnp.float32))
+    sizes = [jax.tree.map(jnp.shape, nnx.to_pure_dict(x)) for x in (params, like)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"--start {folder} holds a transformer of other sizes than this one")
+    return params
 
 
 def export(args: argparse.Namespace) -> None:

@@ -107,9 +107,16 @@ class QuantizedLinear(nnx.Module):
 
     def _with_ops(self, ops: tuple[Op, ...], **more: Any) -> "QuantizedLinear":
         """Return a copy with other ops; `more` is what a subclass is made of beside this."""
-        options: dict[str, Any] = {"dtype": self.dtype, "role": self.role}
-        given = self.weight.get_value(), self.bias, self.activation, ops
-        return type(self)(*given, **options, simulated=self.simulated, **more)
+        return type(self)(
+            self.weight.get_value(),
+            self.bias,
+            self.activation,
+            ops,
+            dtype=self.dtype,
+            role=self.role,
+            simulated=self.simulated,
+            **more,
+        )
 
     @property
     def folded(self) -> bool:

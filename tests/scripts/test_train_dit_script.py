@@ -95,6 +95,8 @@ def test_training_is_stopped_resumed_exported_and_draws(photos, vae, tmp_path, c
     common += ["--work", str(tmp_path / "work"), "--keep", str(keep), "--out", str(out)]
     assert not cli.run(train_tiny_dit.main, ["train", "export", *common, "--stop-after", "1e-9"])
     assert "isn't finished" in capsys.readouterr().out and not out.exists()
+    kept = train_tiny_dit.TRANSFORMER.load(keep, dtype=jnp.float32)
+    assert np.abs(kept.final_layer.linear.bias[...]).max() > 0  # zero before the first step
     assert cli.run(train_tiny_dit.main, ["export", *common]) == 2
     assert "isn't finished" in capsys.readouterr().err and not out.exists()
 
@@ -138,7 +140,7 @@ def test_images_are_judged_by_their_classes(photos, tmp_path, capsys, monkeypatc
     assert json.loads((tmp_path / "training" / "judged.json").read_text())["rows"] == rows
 
 
-def test_training_begins_with_given_weights(photos, vae, tmp_path, small):
+def test_training_begins_with_given_weights(photos, vae, tmp_path, capsys, small):
     def run(work, *more):
         argv = ["train", "--data", str(photos), "--classes", "4", "--vae", str(vae)]
         argv += ["--work", str(tmp_path / work), "--steps", "2", *more]
@@ -151,6 +153,14 @@ def test_training_begins_with_given_weights(photos, vae, tmp_path, small):
     module.final_layer.linear.bias[...] += 3.0
     train_tiny_dit.TRANSFORMER.export(module, folder)
     assert run("given", "--start", str(folder)) > 3 + run("fresh")
+
+    wider = dataclasses.replace(config, num_embeds_ada_norm=5)
+    module = train_tiny_dit.TRANSFORMER.module(wider, rngs=nnx.Rngs(0))
+    train_tiny_dit.TRANSFORMER.export(module, folder)
+    argv = ["train", "--data", str(photos), "--classes", "4", "--vae", str(vae)]
+    argv += ["--work", str(tmp_path / "other"), "--start", str(folder)]
+    assert cli.run(train_tiny_dit.main, argv) == 2
+    assert "of other sizes" in capsys.readouterr().err
 
 
 def test_latents_lie_as_diffusers_pipeline_decodes_them(photos, vae):
@@ -178,6 +188,9 @@ def test_latents_lie_as_diffusers_pipeline_decodes_them(photos, vae):
         (["train", "--work", "WORK", "--classes", "5"], "--classes is 5"),
         (["train", "--work", "WORK", "--classes", "0"], "--classes"),
         (["train", "--work", "WORK", "--class-dropout", "1"], "1 is outside 0 to below 1"),
+        (["train", "--work", "WORK", "--start", "nowhere"], "--start nowhere is no folder"),
+        (["train", "--work", "WORK", "--keep", __file__], "can't be written"),
+        (["train", "judge", "--work", "WORK", "--out", "o", "--networks", "nowhere"], "nowhere"),
         (["train", "--work", "WORK", "--minutes", "nan"], "nan is no finite number above 0"),
     ],
 )
