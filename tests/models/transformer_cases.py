@@ -36,6 +36,9 @@ class Case:
         """Sizes with which one of each kind of block is left, and few sizes of layers."""
         if "block_out_channels" in self.config:
             return {"block_out_channels": (16, 16), "layers_per_block": 1}
+        if self.component is SD3:  # the last block is another kind
+            dual = {"dual_attention_layers": (0,)} if "dual_attention_layers" in self.config else {}
+            return {"num_layers": 2} | dual
         return {key: 1 for key in self.config if re.fullmatch(r"n(um)?_.*layers", key)}
 
     def arguments(self, size: tuple[int, int], batch: int = BATCH) -> dict[str, Any]:
