@@ -33,6 +33,14 @@ def run(module, x, *more):
     return module(x), more
 
 
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """Take this file for one of the library's."""
+    others = set(programs._KNOWN)
+    monkeypatch.setattr(programs, "_KNOWN", {*others, __name__.split(".")[0]})
+    return others
+
+
 @pytest.fixture
 def kept(tmp_path):
     programs.keep(tmp_path)
@@ -113,6 +121,13 @@ def test_what_has_no_name_elsewhere_runs_and_is_not_kept(kept):
     assert not list(kept.iterdir())
 
 
+def test_code_of_others_runs_and_is_not_kept(kept, known, monkeypatch):
+    monkeypatch.setattr(programs, "_KNOWN", known)
+    made, _ = compiled(run, Layer(4))(jnp.ones((2, 4)))
+    assert made[0].shape == (2, 4)
+    assert not list(kept.iterdir())
+
+
 def test_a_damaged_program_is_traced_anew_and_mended(kept):
     x = jnp.ones((2, 4))
     wanted = compiled(run, Layer(4))(x)
@@ -171,6 +186,15 @@ def test_names_are_those_of_another_process():
 def test_names_tell_parts_apart(one):
     assert programs.name(one) != programs.name(dataclasses.replace(one, size=2))
     assert programs.name(one) != programs.name(dataclasses.replace(one, function=run))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_names_tell_large_arrays_apart(kind):
+    values = np.arange(5000.0)
+    other = np.where(values == 2500, 0, values)
+    assert programs.name(kind(values)) == programs.name(kind(values.copy()))
+    assert programs.name(kind(values)) != programs.name(kind(other))
+    assert programs.name(kind(values)) != programs.name(kind(values.reshape(50, 100)))
 
 
 def test_nothing_and_its_type_have_names():
