@@ -180,8 +180,7 @@ def _listed(brackets: str, parts: Any) -> str:
 def _name_of_code(value: Any) -> str:
     """Return where a class or function stands, if that is in a module and leads back to it."""
     module, path = getattr(value, "__module__", None), getattr(value, "__qualname__", "<>")
-    if str(module).split(".")[0] not in _KNOWN:
-        raise Unnamed(f"{value!r} is of {module}, whose code isn't in the name")
+    _check_known(module)
     found: Any = importlib.import_module(module) if module else None
     for step in path.split("."):
         found = getattr(found, step, None)
@@ -195,7 +194,14 @@ def _plain(value: Any) -> str:
     text = repr(value)
     if re.search(r"\bat 0x|<locals>|<lambda>|object at", text):
         raise Unnamed(f"{text} means nothing elsewhere")
-    return f"{name(type(value))} {text}"
+    kind = type(value)
+    _check_known(kind.__module__)
+    return f"{kind.__module__}.{kind.__qualname__} {text}"
+
+
+def _check_known(module: str | None) -> None:
+    if str(module).split(".")[0] not in _KNOWN:
+        raise Unnamed(f"the code of {module} isn't in the name")
 
 
 def _kind(leaf: Any) -> tuple | None:

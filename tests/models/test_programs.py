@@ -201,6 +201,22 @@ def test_nothing_and_its_type_have_names():
     assert programs.name(None) != programs.name(type(None))
 
 
+class Odd:
+    def __repr__(self):
+        return "Odd"
+
+
+def test_values_of_classes_of_others_have_no_name(known, monkeypatch):
+    assert programs.name(Odd()).endswith("Odd Odd")
+    monkeypatch.setattr(programs, "_KNOWN", known)
+    with pytest.raises(programs.Unnamed):
+        programs.name(Odd())
+
+
+def test_the_structure_of_weights_has_a_name():
+    assert "{'a': *}" in programs.name(jax.tree.structure({"a": 1}))
+
+
 @pytest.mark.parametrize("odd", [lambda x: x, object(), functools.partial(lambda x: x)])
 def test_what_another_process_has_otherwise_has_no_name(odd):
     with pytest.raises(programs.Unnamed):
