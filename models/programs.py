@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import sys
 import threading
 import types
 import warnings
@@ -30,6 +31,9 @@ from jax import export
 
 _PACKAGES = Path(__file__).resolve().parent.parent  # where this library's packages lie
 _CODE = ("models", "pallas_kernels", "quartz_jax")
+# Whose functions and classes have names: what they do is in a program's name too, as the hash of
+# this library's code or as a version. Of anyone else's, an edition would run in another's place.
+_KNOWN = {*_CODE, "flax", "jax", "jaxlib", "ml_dtypes", "numpy", *sys.stdlib_module_names}
 # Custom calls that JAX gives no guarantee for across versions; here its version is in the name.
 _CUSTOM_CALLS = (
     "mosaic_gpu",
@@ -137,7 +141,8 @@ def name(value: Any) -> str:
     """Return a text that equal values have in every process, and others don't.
 
     Raises:
-      Unnamed: there is none: of a lambda or a local function, say, which may have seen anything.
+      Unnamed: there is none: of a lambda or a local function, say, which may have seen anything, or
+        of code outside of this library and those that it rests on.
     """
     plain = bool | int | float | complex | str | bytes
     if value is None or value is types.NoneType or isinstance(value, plain):
@@ -152,6 +157,9 @@ def name(value: Any) -> str:
         return _name_of_code(value)
     if isinstance(value, np.dtype | np.generic):
         return f"{type(value).__name__}({value!s})"
+    if isinstance(value, np.ndarray | jax.Array):  # of which repr leaves elements out
+        data = np.asarray(value)
+        return f"array{_kind(data)}{hashlib.sha256(data.tobytes()).hexdigest()}"
     if isinstance(value, Mapping):
         return _listed("{}", sorted(f"{name(key)}: {name(x)}" for key, x in value.items()))
     if isinstance(value, set | frozenset):
@@ -172,6 +180,7 @@ def _listed(brackets: str, parts: Any) -> str:
 def _name_of_code(value: Any) -> str:
     """Return where a class or function stands, if that is in a module and leads back to it."""
     module, path = getattr(value, "__module__", None), getattr(value, "__qualname__", "<>")
+    _check_known(module)
     found: Any = importlib.import_module(module) if module else None
     for step in path.split("."):
         found = getattr(found, step, None)
@@ -185,7 +194,14 @@ def _plain(value: Any) -> str:
     text = repr(value)
     if re.search(r"\bat 0x|<locals>|<lambda>|object at", text):
         raise Unnamed(f"{text} means nothing elsewhere")
-    return f"{type(value).__module__}.{type(value).__qualname__} {text}"
+    kind = type(value)
+    _check_known(kind.__module__)
+    return f"{kind.__module__}.{kind.__qualname__} {text}"
+
+
+def _check_known(module: str | None) -> None:
+    if str(module).split(".")[0] not in _KNOWN:
+        raise Unnamed(f"the code of {module} isn't in the name")
 
 
 def _kind(leaf: Any) -> tuple | None:

@@ -402,7 +402,8 @@ class Sampler:
                 # Modules hold themselves in cycles: the model of the last stage, and what loading
                 # this one left behind, leave the device only when they are collected.
                 gc.collect()
-                found = None if self._ahead is None else self._ahead.take(name)
+                ahead = self._ahead  # of another thread's call too, which may end it meanwhile
+                found = None if ahead is None else ahead.take(name)
                 module = module.load() if found is None else found
                 del found
                 gc.collect()
@@ -413,12 +414,13 @@ class Sampler:
     def _loading_ahead(self) -> Iterator[None]:
         """Load what a call uses in a thread, in that order, as far as the device has room."""
         order = (*self.family.encoders, self.family.main, self.family.autoencoder)
-        self._ahead = Ahead({name: self.models[name] for name in order if name in self.models})
+        ahead = Ahead({name: self.models[name] for name in order if name in self.models})
+        self._ahead = ahead
         try:
             yield
         finally:
-            self._ahead.close()
             self._ahead = None
+            ahead.close()
 
     def _guidance_scale(self, given: float | None) -> float | None:
         if self.denoiser.guided:

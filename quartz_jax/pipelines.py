@@ -330,9 +330,15 @@ def _quantized(
         module, reports[name] = quantize_model(original, recipe, progress=bool(recipe.rules))
         return module
 
-    size = stored.checkpoint.bytes  # before it is quantized, which frees what it had
+    size = _bytes_in(compute_dtype(), stored)  # before it is quantized, which frees what it had
     config = models.component_config(stored.config, files.family.components[name])
     return Deferred(config=config, load=load, bytes=size)
+
+
+def _bytes_in(dtype: Any, stored: models.StoredModule) -> int:
+    """Return the bytes of a component's parameters in a dtype, whichever they are stored in."""
+    leaves: Any = jax.tree.leaves(nnx.state(stored.abstract))
+    return sum(leaf.size for leaf in leaves) * jnp.dtype(dtype).itemsize
 
 
 def _prepared(
@@ -375,8 +381,8 @@ def _open_pipeline(
     for name in (name for name in there if name not in given):
         stored = files.open(name, dtype)
         config = models.component_config(stored.config, files.family.components[name])
-        load, size = functools.partial(stored.load, dtype), stored.checkpoint.bytes
-        deferred[name] = Deferred(config=config, load=load, bytes=size)
+        load = functools.partial(stored.load, dtype)
+        deferred[name] = Deferred(config=config, load=load, bytes=_bytes_in(dtype, stored))
     return models.load_pipeline(
         model, dtype, text_encoders=text_encoders, schedule=schedule, **deferred
     )

@@ -33,6 +33,14 @@ def run(module, x, *more):
     return module(x), more
 
 
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """Take this file for one of the library's."""
+    others = set(programs._KNOWN)
+    monkeypatch.setattr(programs, "_KNOWN", {*others, __name__.split(".")[0]})
+    return others
+
+
 @pytest.fixture
 def kept(tmp_path):
     programs.keep(tmp_path)
@@ -113,6 +121,13 @@ def test_what_has_no_name_elsewhere_runs_and_is_not_kept(kept):
     assert not list(kept.iterdir())
 
 
+def test_code_of_others_runs_and_is_not_kept(kept, known, monkeypatch):
+    monkeypatch.setattr(programs, "_KNOWN", known)
+    made, _ = compiled(run, Layer(4))(jnp.ones((2, 4)))
+    assert made[0].shape == (2, 4)
+    assert not list(kept.iterdir())
+
+
 def test_a_damaged_program_is_traced_anew_and_mended(kept):
     x = jnp.ones((2, 4))
     wanted = compiled(run, Layer(4))(x)
@@ -173,8 +188,33 @@ def test_names_tell_parts_apart(one):
     assert programs.name(one) != programs.name(dataclasses.replace(one, function=run))
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_names_tell_large_arrays_apart(kind):
+    values = np.arange(5000.0)
+    other = np.where(values == 2500, 0, values)
+    assert programs.name(kind(values)) == programs.name(kind(values.copy()))
+    assert programs.name(kind(values)) != programs.name(kind(other))
+    assert programs.name(kind(values)) != programs.name(kind(values.reshape(50, 100)))
+
+
 def test_nothing_and_its_type_have_names():
     assert programs.name(None) != programs.name(type(None))
+
+
+class Odd:
+    def __repr__(self):
+        return "Odd"
+
+
+def test_values_of_classes_of_others_have_no_name(known, monkeypatch):
+    assert programs.name(Odd()).endswith("Odd Odd")
+    monkeypatch.setattr(programs, "_KNOWN", known)
+    with pytest.raises(programs.Unnamed):
+        programs.name(Odd())
+
+
+def test_the_structure_of_weights_has_a_name():
+    assert "{'a': *}" in programs.name(jax.tree.structure({"a": 1}))
 
 
 @pytest.mark.parametrize("odd", [lambda x: x, object(), functools.partial(lambda x: x)])

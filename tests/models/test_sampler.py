@@ -153,6 +153,14 @@ def test_more_steps_than_a_scheduler_has_are_refused_before_the_encoders_run(sam
         ours("1", num_inference_steps=2000, **LATENTS)
 
 
+def test_calls_that_overlap_end_their_own_loading(sampler):
+    first, second = sampler._loading_ahead(), sampler._loading_ahead()
+    with first:
+        second.__enter__()
+    second.__exit__(None, None, None)
+    assert sampler._ahead is None
+
+
 def test_components_by_name_are_attributes_and_replaced(sampler):
     assert sampler.transformer is sampler.models["transformer"]
     assert sampler.replace(transformer=None).models["vae"] is sampler.vae
