@@ -121,6 +121,11 @@ class Program:
     def _path(self, kind: tuple) -> Path:
         if _folder is None or any(x is None for x in kind[1]):
             raise Unnamed
+        where = {device.platform for leaf in self._leaves for device in leaf.devices()}
+        if where - {jax.default_backend()}:
+            raise Unnamed(
+                "programs are lowered for the default backend, and the weights lie on others"
+            )
         described = [self._made_of, *kind, [_kind(leaf) for leaf in self._leaves], _surroundings()]
         return _folder / f"{hashlib.sha256(name(described).encode()).hexdigest()}.program"
 
@@ -181,7 +186,10 @@ def _name_of_code(value: Any) -> str:
     """Return where a class or function stands, if that is in a module and leads back to it."""
     module, path = getattr(value, "__module__", None), getattr(value, "__qualname__", "<>")
     _check_known(module)
-    found: Any = importlib.import_module(module) if module else None
+    try:
+        found: Any = importlib.import_module(module) if module else None
+    except ImportError:
+        raise Unnamed(f"{value!r} is of a module that can't be imported") from None
     for step in path.split("."):
         found = getattr(found, step, None)
     if found is not value:
@@ -258,8 +266,9 @@ def _read(path: Path) -> export.Exported | None:
         return None
     if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
         return None
+    exported = export.deserialize(bytearray(data[_DIGEST:]))
     counts["kept"] += 1
-    return export.deserialize(bytearray(data[_DIGEST:]))
+    return exported
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -122,8 +122,8 @@ def test_a_placement_names_every_quantized_layer_and_how_it_runs():
 
 def test_a_placed_bias_is_float32_as_kernels_add_it():
     """A step of FLUX.1 converted 228 of them, a launch each."""
-    model = quantized(dtype=jnp.bfloat16)
-    placed, _ = place(model)
+    model = quantized()
+    placed, _ = place(model, expand=True)
     assert model.single_blocks[0].linear1.bias.get_value().dtype == jnp.bfloat16
     assert placed.single_blocks[0].linear1.bias.get_value().dtype == jnp.float32
 

@@ -121,7 +121,8 @@ def test_a_branch_reads_the_input_in_front_of_all_ops(name, format):
 @pytest.mark.parametrize("format", [Int(width=8), Quartz(), None], ids=["int8", "quartz", "16"])
 def test_a_branch_is_of_the_16_bit_linear_where_rotations_are_folded(format):
     """The layer is given channels rotated and gives rows so; the adapter knows neither."""
-    rotation, turned = BlockRotation(size=16, first=32, folded=8), TurnedRows(8, 16, 32)
+    rotation = BlockRotation(size=16, first=32, folded=4)
+    turned = TurnedRows(size=4, first=16, rows=32)
     random = np.random.default_rng(0)
     shapes = ((5, 64), (64, 3), (3, 96))
     x, down, up = (jnp.asarray(random.normal(size=s), jnp.float32) for s in shapes)
