@@ -24,7 +24,8 @@ def compiled(function: Callable, module: nnx.Module, *static: Hashable) -> Calla
     graphdef, state = nnx.split(module)
     leaves, treedef = jax.tree.flatten(state)
     jitted, found = _jitted(function, graphdef, treedef, static)
-    if programs.is_on() and _on_one_device(leaves):
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)  # within another program
+    if programs.is_on() and not traced and _on_one_device(leaves):
         made_of = function, graphdef, str(treedef), static
         return programs.Program(jitted, leaves, made_of, found)
     return functools.partial(jitted, leaves)

@@ -119,7 +119,8 @@ def _time_shape(shape: tuple[int, ...], count: int, options: argparse.Namespace)
     )
     keys = jax.random.split(jax.random.key(0), 4)
     given = (options.batch, side, side, channels)
-    images = [(nnx.silu(jax.random.normal(key, given, jnp.bfloat16)),) for key in keys]
+    normal = (jax.random.normal(key, given, jnp.float32) for key in keys)
+    images = [(nnx.silu(x).astype(jnp.bfloat16),) for x in normal]
     make: dict[str, Any] = {"shape": shape, "count": count}
     plain = _timed(Row(**make, recipe="bf16", way="bf16", runs="XLA"), model, images, options)[0]
     rows = [plain]

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def _quick_collections():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _programs_of_commands():
+    """Leave no test the kept programs that another one's command turned on in this process."""
+    yield
+    if "models.programs" in sys.modules:
+        sys.modules["models.programs"].keep(None)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -128,6 +128,14 @@ def test_code_of_others_runs_and_is_not_kept(kept, known, monkeypatch):
     assert not list(kept.iterdir())
 
 
+def test_a_program_within_another_is_a_part_of_that(kept):
+    graph, state = nnx.split(Layer(4))
+    x = jnp.ones((2, 4))
+    shapes = jax.eval_shape(lambda state: compiled(run, nnx.merge(graph, state))(x), state)
+    assert shapes[0][0].shape == (2, 4)
+    assert not programs.counts
+
+
 def test_a_damaged_program_is_traced_anew_and_mended(kept):
     x = jnp.ones((2, 4))
     wanted = compiled(run, Layer(4))(x)
