@@ -248,12 +248,17 @@ def test_nothing_is_remembered_of_what_is_not_traced():
 
 def test_prepared_weights_have_no_gradient():
     chip = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip)):
-        weight = place_weight(quantize(normal(256, 256)), expand=False)
+    weight, x = quantize(normal(256, 256)), normal(20, 256)
+
+    def run(weight, x):
+        weight = place_weight(weight, expand=False)
         assert isinstance(weight, PreparedWeights)
-        layer = QuantizedLinear(weight, None, INT8)
-        with pytest.raises(ValueError, match="weights prepared for 'mosaic_tpu' have no gradient"):
-            jax.eval_shape(lambda x: gradient(layer, x), normal(20, 256))
+        return gradient(QuantizedLinear(weight, None, INT8), x)
+
+    mesh = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip))
+    refused = pytest.raises(ValueError, match="weights prepared for 'mosaic_tpu' have no gradient")
+    with mesh, refused:
+        jax.eval_shape(run, weight, x)
 
 
 def stream(qkv, d=16):
