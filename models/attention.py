@@ -5,11 +5,13 @@ Shapes: b batch, t tokens, h heads, d channels of a head.
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.linear import Norm
 from models.rope import apply_rope
 
 
@@ -170,3 +172,32 @@ class JointAttention(nnx.Module):
         else:
             outs = attend(streams, rope, heads=self.heads, mask=mask)
         return tuple(out.reshape(*out.shape[:2], -1) for out in outs)
+
+
+class SelfAttention(nnx.Module):
+    """The projections of one stream; the attention itself may join several."""
+
+    def __init__(self, config: Any, *, last: bool = False, linear: Any, norm: Any):
+        """Make them of a transformer's config: `hidden_size` and `attention_head_dim`.
+
+        Args:
+          config: the sizes.
+          last: whether nothing reads the tokens any more, and only queries, keys, values are made.
+          linear: makes a linear, as `models.linear.Linear` does.
+          norm: makes the norm of a head's channels; None for a model without these.
+        """
+        hidden = config.hidden_size
+        self.qkv = linear(hidden, 3 * hidden, role="attention_in")
+        if not last:
+            self.proj = linear(hidden, hidden, role="attention_out")
+        self.query_norm = norm and norm(config.attention_head_dim)
+        self.key_norm = norm and norm(config.attention_head_dim)
+
+    def project(
+        self,
+        x: jax.Array,  # [b, t, c]
+        norm: Norm,  # of [b, 1, c]
+    ) -> Stream:
+        """Return the queries, keys and values of the modulated x."""
+        qkv = self.qkv(x, norm=norm)
+        return Stream(qkv=qkv, query_norm=self.query_norm, key_norm=self.key_norm)

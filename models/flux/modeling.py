@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import JointAttention, Stream, fused_mixture
+from models.attention import JointAttention, SelfAttention, Stream, fused_mixture
 from models.conditioning import (
     TIME_CHANNELS,
     Embedder,
@@ -21,32 +21,12 @@ from models.conditioning import (
     sinusoidal_embedding,
 )
 from models.flux.config import FluxConfig
-from models.linear import Linear, Norm, Part, modulation
+from models.linear import Linear, Part, modulation
 from models.mlp import MLP
 from models.rope import rope_table
 
 _EPSILON = 1e-6  # of every norm
 _MLP_RATIO = 4
-
-
-class SelfAttention(nnx.Module):
-    """The projections of one stream; the attention itself joins both streams."""
-
-    def __init__(self, config: FluxConfig, *, linear, norm):
-        hidden = config.hidden_size
-        self.qkv = linear(hidden, 3 * hidden, role="attention_in")
-        self.proj = linear(hidden, hidden, role="attention_out")
-        self.query_norm = norm(config.attention_head_dim)
-        self.key_norm = norm(config.attention_head_dim)
-
-    def project(
-        self,
-        x: jax.Array,  # [b, t, c]
-        norm: Norm,  # of [b, 1, c]
-    ) -> Stream:
-        """Return the queries, keys and values of the modulated x."""
-        qkv = self.qkv(x, norm=norm)
-        return Stream(qkv=qkv, query_norm=self.query_norm, key_norm=self.key_norm)
 
 
 class DoubleStreamBlock(nnx.Module):

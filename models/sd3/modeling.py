@@ -13,6 +13,7 @@ from flax import nnx
 
 from models.attention import (
     JointAttention,
+    SelfAttention,
     Stream,
     apart,
     dot_product_attention,
@@ -26,7 +27,7 @@ from models.conditioning import (
     Modulation,
     sinusoidal_embedding,
 )
-from models.linear import EPSILON, Linear, Norm, modulation
+from models.linear import EPSILON, Linear, modulation
 from models.mlp import MLP
 from models.patches import PatchEmbed, unpatch
 from models.sd3.config import SD3Config
@@ -73,27 +74,6 @@ class PlainAttention(nnx.Module):
         qkv = jnp.concatenate([stream.qkv for stream in streams], axis=1)
         out = dot_product_attention(*split_heads(qkv, self.heads, 3))
         return apart(out.reshape(*out.shape[:2], -1), streams)
-
-
-class SelfAttention(nnx.Module):
-    """The projections of one stream; the attention itself may join several."""
-
-    def __init__(self, config: SD3Config, *, last: bool = False, linear, norm):
-        hidden = config.hidden_size
-        self.qkv = linear(hidden, 3 * hidden, role="attention_in")
-        if not last:
-            self.proj = linear(hidden, hidden, role="attention_out")
-        self.query_norm = norm and norm(config.attention_head_dim)
-        self.key_norm = norm and norm(config.attention_head_dim)
-
-    def project(
-        self,
-        x: jax.Array,  # [b, t, c]
-        norm: Norm,  # of [b, 1, c]
-    ) -> Stream:
-        """Return the queries, keys and values of the modulated x."""
-        qkv = self.qkv(x, norm=norm)
-        return Stream(qkv=qkv, query_norm=self.query_norm, key_norm=self.key_norm)
 
 
 class Block(nnx.Module):
